@@ -362,7 +362,7 @@ pub const UFFD_API_RANGE_IOCTLS_BASIC: u64 = if cfg!(feature = "linux4_14") {
 #[allow(clippy::wildcard_imports)]
 mod abi {
     use super::*;
-    use std::mem::{offset_of, size_of};
+    use std::mem::{align_of, offset_of, size_of};
 
     const READ: u32 = 2;
     const READ_WRITE: u32 = 3;
@@ -395,6 +395,7 @@ mod abi {
     const _: () = assert!(offset_of!(uffdio_continue, mapped) == 24);
 
     const _: () = assert!(size_of::<uffd_msg>() == 32);
+    const _: () = assert!(align_of::<uffd_msg>() == 1);
     const _: () = assert!(offset_of!(uffd_msg, arg) == 8);
     const _: () = assert!(size_of::<uffd_msg_arg>() == 24);
     const _: () = assert!(offset_of!(uffd_msg_pagefault, address) == 8);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
-use std::mem::{offset_of, size_of};
+use std::mem::{align_of, offset_of, size_of};
 use std::path::Path;
 use std::process::Command;
 
@@ -31,10 +31,18 @@ macro_rules! layout {
         $(
             let name = concat!("struct ", stringify!($type));
             $expected.layout.insert(format!("sizeof({name})"), size_of::<$type>() as u64);
-            $($expected.layout.insert(
-                format!("__builtin_offsetof({name}, {})", stringify!($field)),
-                offset_of!($type, $field) as u64,
-            );)*
+            $expected.layout.insert(format!("__alignof__({name})"), align_of::<$type>() as u64);
+            $(
+                let field = stringify!($field);
+                $expected.layout.insert(
+                    format!("__builtin_offsetof({name}, {field})"),
+                    offset_of!($type, $field) as u64,
+                );
+                $expected.layout.insert(
+                    format!("sizeof((({name} *)0)->{field})"),
+                    size_of_field(|all: $type| all.$field),
+                );
+            )*
         )*
     };
 }
@@ -42,13 +50,17 @@ macro_rules! layout {
 /// Fields of the details of an event, whose structs have no name in C.
 macro_rules! details {
     ($expected:ident: $($member:ident = $type:ident { $($field:ident)* })*) => {
-        $($($expected.layout.insert(
-            format!(
-                "__builtin_offsetof(struct uffd_msg, arg.{}.{})",
-                stringify!($member), stringify!($field),
-            ),
-            (offset_of!(uffd_msg, arg) + offset_of!($type, $field)) as u64,
-        );)*)*
+        $($(
+            let path = concat!("arg.", stringify!($member), ".", stringify!($field));
+            $expected.layout.insert(
+                format!("__builtin_offsetof(struct uffd_msg, {path})"),
+                (offset_of!(uffd_msg, arg) + offset_of!($type, $field)) as u64,
+            );
+            $expected.layout.insert(
+                format!("sizeof(((struct uffd_msg *)0)->{path})"),
+                size_of_field(|all: $type| all.$field),
+            );
+        )*)*
     };
 }
 
@@ -139,6 +151,11 @@ fn expected() -> Expected {
         reserved = uffd_msg_reserved { reserved1 reserved2 reserved3 }
     }
     expected
+}
+
+/// Takes a way to the field, so that its type need not be said.
+fn size_of_field<T, F>(_: impl FnOnce(T) -> F) -> u64 {
+    size_of::<F>() as u64
 }
 
 /// A C program that prints `expression=value` for everything expected.
