@@ -200,9 +200,7 @@ pub struct uffd_msg_reserved {
 impl fmt::Debug for uffd_msg {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let event = self.event;
-        f.debug_struct("uffd_msg")
-            .field("event", &event)
-            .finish_non_exhaustive()
+        f.debug_struct("uffd_msg").field("event", &event).finish_non_exhaustive()
     }
 }
 
@@ -215,8 +213,7 @@ impl fmt::Debug for uffd_msg_arg {
 
 impl fmt::Debug for uffd_msg_pagefault_feat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("uffd_msg_pagefault_feat")
-            .finish_non_exhaustive()
+        f.debug_struct("uffd_msg_pagefault_feat").finish_non_exhaustive()
     }
 }
 
@@ -337,11 +334,7 @@ pub const UFFD_API_FEATURES: u64 = UFFD_FEATURE_EVENT_FORK
     | UFFD_FEATURE_EVENT_UNMAP
     | UFFD_FEATURE_MISSING_HUGETLBFS
     | UFFD_FEATURE_MISSING_SHMEM
-    | if cfg!(feature = "linux4_14") {
-        UFFD_FEATURE_SIGBUS | UFFD_FEATURE_THREAD_ID
-    } else {
-        0
-    };
+    | if cfg!(feature = "linux4_14") { UFFD_FEATURE_SIGBUS | UFFD_FEATURE_THREAD_ID } else { 0 };
 /// The requests of every descriptor, one bit each.
 pub const UFFD_API_IOCTLS: u64 = 1 << _UFFDIO_REGISTER | 1 << _UFFDIO_UNREGISTER | 1 << _UFFDIO_API;
 /// The requests of a range of anonymous memory, one bit each.
@@ -351,11 +344,8 @@ pub const UFFD_API_RANGE_IOCTLS: u64 = 1 << _UFFDIO_WAKE
     | (cfg!(feature = "linux5_7") as u64) << _UFFDIO_WRITEPROTECT
     | (cfg!(feature = "linux5_13") as u64) << _UFFDIO_CONTINUE;
 /// The requests of a range of hugetlbfs, one bit each.
-pub const UFFD_API_RANGE_IOCTLS_BASIC: u64 = if cfg!(feature = "linux4_14") {
-    1 << _UFFDIO_WAKE | 1 << _UFFDIO_COPY
-} else {
-    0
-};
+pub const UFFD_API_RANGE_IOCTLS_BASIC: u64 =
+    if cfg!(feature = "linux4_14") { 1 << _UFFDIO_WAKE | 1 << _UFFDIO_COPY } else { 0 };
 
 /// What the kernel will believe, checked wherever this is compiled.
 // Everything above is checked here.

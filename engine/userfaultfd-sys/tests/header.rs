@@ -96,11 +96,7 @@ fn agrees_with_the_header_of_the_system() {
         ("UFFD_API_RANGE_IOCTLS_BASIC", UFFD_API_RANGE_IOCTLS_BASIC),
     ] {
         let in_header = found.get(name).copied().unwrap_or_default();
-        assert_eq!(
-            ours & !in_header,
-            0,
-            "{name}: the header has {in_header:#x}"
-        );
+        assert_eq!(ours & !in_header, 0, "{name}: the header has {in_header:#x}");
     }
 }
 
@@ -164,17 +160,10 @@ fn program(expected: &Expected) -> String {
         "#include <stdio.h>\n#include <sys/ioctl.h>\n#include <linux/userfaultfd.h>\n\
          int main(void) {\n",
     );
-    let grows = [
-        "UFFD_API_FEATURES",
-        "UFFD_API_RANGE_IOCTLS",
-        "UFFD_API_RANGE_IOCTLS_BASIC",
-    ];
+    let grows = ["UFFD_API_FEATURES", "UFFD_API_RANGE_IOCTLS", "UFFD_API_RANGE_IOCTLS_BASIC"];
     for name in expected.macros.keys().copied().chain(grows) {
         let _ = writeln!(text, "#ifdef {name}");
-        let _ = writeln!(
-            text,
-            r#"printf("%s=%llu\n", "{name}", (unsigned long long)({name}));"#
-        );
+        let _ = writeln!(text, r#"printf("%s=%llu\n", "{name}", (unsigned long long)({name}));"#);
         let _ = writeln!(text, "#endif");
     }
     for expression in expected.layout.keys() {
@@ -199,14 +188,8 @@ fn compile_and_run(text: &str) -> BTreeMap<String, u64> {
         .args([&binary, &source])
         .status()
         .unwrap_or_else(|error| panic!("running {}: {error}", compiler.display()));
-    assert!(
-        status.success(),
-        "{} failed on:\n{text}",
-        compiler.display()
-    );
-    let output = Command::new(&binary)
-        .output()
-        .expect("running the C program");
+    assert!(status.success(), "{} failed on:\n{text}", compiler.display());
+    let output = Command::new(&binary).output().expect("running the C program");
     assert!(output.status.success());
     String::from_utf8(output.stdout)
         .expect("text")

@@ -92,10 +92,7 @@ fn the_handshake_reports_every_request_that_a_descriptor_has() {
     let Some(uffd) = create() else {
         return;
     };
-    let mut api = uffdio_api {
-        api: UFFD_API,
-        ..uffdio_api::default()
-    };
+    let mut api = uffdio_api { api: UFFD_API, ..uffdio_api::default() };
     ioctl(&uffd, UFFDIO_API, &mut api).expect("UFFDIO_API");
     assert_eq!(api.api, UFFD_API);
     assert_eq!(api.ioctls & UFFD_API_IOCTLS, UFFD_API_IOCTLS);
@@ -123,10 +120,7 @@ impl Mapping {
             )
         };
         assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
-        Self {
-            address: address as usize,
-            length,
-        }
+        Self { address: address as usize, length }
     }
 }
 
@@ -140,11 +134,7 @@ impl Drop for Mapping {
 /// A userfaultfd after its handshake, or `None` (said aloud) where the machine has none.
 fn open(features: u64) -> Option<File> {
     let uffd = create()?;
-    let mut api = uffdio_api {
-        api: UFFD_API,
-        features,
-        ioctls: 0,
-    };
+    let mut api = uffdio_api { api: UFFD_API, features, ioctls: 0 };
     ioctl(&uffd, UFFDIO_API, &mut api).expect("UFFDIO_API");
     Some(uffd)
 }
@@ -171,18 +161,12 @@ fn create() -> Option<File> {
 
 fn register(uffd: &File, memory: &Mapping) {
     let mut register = uffdio_register {
-        range: uffdio_range {
-            start: memory.address as u64,
-            len: memory.length as u64,
-        },
+        range: uffdio_range { start: memory.address as u64, len: memory.length as u64 },
         mode: UFFDIO_REGISTER_MODE_MISSING,
         ioctls: 0,
     };
     ioctl(uffd, UFFDIO_REGISTER, &mut register).expect("UFFDIO_REGISTER");
-    assert_eq!(
-        register.ioctls & UFFD_API_RANGE_IOCTLS_BASIC,
-        UFFD_API_RANGE_IOCTLS_BASIC
-    );
+    assert_eq!(register.ioctls & UFFD_API_RANGE_IOCTLS_BASIC, UFFD_API_RANGE_IOCTLS_BASIC);
 }
 
 fn ioctl<T>(uffd: &File, request: u32, argument: &mut T) -> io::Result<()> {
@@ -196,11 +180,7 @@ fn ioctl<T>(uffd: &File, request: u32, argument: &mut T) -> io::Result<()> {
 
 /// Waits for one event; panics rather than waiting for ever.
 fn read_message(mut uffd: &File) -> uffd_msg {
-    let mut poll = libc::pollfd {
-        fd: uffd.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
+    let mut poll = libc::pollfd { fd: uffd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one entry, as said.
     let ready = unsafe { libc::poll(&raw mut poll, 1, PATIENCE_MS) };
     assert_eq!(ready, 1, "no event within {PATIENCE_MS} ms");
