@@ -127,10 +127,6 @@ impl Pages {
         &self.memory
     }
 
-    pub(crate) fn into_memory(self) -> DestinationMemory {
-        self.memory
-    }
-
     /// Pages that are not complete. Zero once, and then for good.
     pub(crate) fn remaining(&self) -> u64 {
         self.remaining.load(Ordering::Acquire)

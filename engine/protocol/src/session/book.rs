@@ -42,14 +42,20 @@ impl<W: Words> Book<W> {
         self.sent.pages()
     }
 
-    /// Takes the next run of at most `limit` pages at or after `from` that has not been
-    /// sent. `None` when there is none up to the end.
-    pub fn take(&self, from: PageNumber, limit: u64) -> Option<PageRange> {
-        let mut from = from;
-        loop {
-            let candidate = self.sent.next_clear(from, limit)?;
-            from = candidate.end()?;
-            let mut won = None;
+    /// The first page at or after `from` that has not been handed out.
+    #[must_use]
+    pub fn peek(&self, from: PageNumber) -> Option<PageNumber> {
+        self.sent.next_clear(from, 1).map(|run| run.start)
+    }
+
+    /// Takes the first run of pages in `range` that has not been handed out.
+    pub fn take_in(&self, range: PageRange) -> Option<PageRange> {
+        let end = range.start.0 + range.count;
+        let mut rest = range;
+        while let Some(candidate) = self.sent.first_clear_in(rest) {
+            let next = candidate.start.0 + candidate.count;
+            rest = PageRange::new(PageNumber(next), end - next);
+            let mut won: Option<PageRange> = None;
             self.sent.set(candidate, |run| {
                 // Whatever else this call won goes back: one run is handed out.
                 if won.is_none() {
@@ -59,14 +65,13 @@ impl<W: Words> Book<W> {
                 }
             });
             let Some(run) = won else { continue };
+            // An acknowledgement may have come between; what has arrived is not sent again.
             let Some(wanted) = self.acked.first_clear_in(run) else { continue };
-            let end = run.start.0 + run.count;
-            let rest = wanted.start.0 + wanted.count;
-            if rest < end {
-                self.requeue(PageRange::new(PageNumber(rest), end - rest));
-            }
+            let (stop, run_end) = (wanted.start.0 + wanted.count, run.start.0 + run.count);
+            self.requeue(PageRange::new(PageNumber(stop), run_end - stop));
             return Some(wanted);
         }
+        None
     }
 
     /// Takes a page that is waited for, whether or not it has been sent. `false` if it has

@@ -205,6 +205,18 @@ impl SourceSession {
             )
     }
 
+    /// The layout in which the destination is served: its page sizes.
+    #[must_use]
+    pub const fn served(&self) -> &GuestLayout {
+        &self.served
+    }
+
+    /// The destination's memory, once one has attached.
+    #[must_use]
+    pub const fn incarnation(&self) -> Option<Incarnation> {
+        self.incarnation
+    }
+
     /// The stamp of the control connection.
     #[must_use]
     pub const fn stamp(&self) -> Stamp {

@@ -6,6 +6,7 @@ use crate::sys::fill::{Fill, Stopped};
 use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{Backing, PageNumber, PageRange, RegionRun, RegisteredAddress};
 use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use userfaultfd::{Event, EventBuffer, FaultKind};
 
 /// A fault that somebody waits in.
@@ -72,7 +73,8 @@ impl Pages {
                         // become zeros. A VMM keeps guest memory out of children
                         // (MADV_DONTFORK).
                         tracing::warn!("the VMM forked; guest memory in the child is not served");
-                        keep_forever(uffd);
+                        // SAFETY: the descriptor is the event's own; its ownership moves.
+                        keep_forever(unsafe { OwnedFd::from_raw_fd(uffd.into_raw_fd()) });
                     }
                     Event::Remap { from, to, len } => {
                         tracing::error!(?from, ?to, len, "guest memory was moved by mremap");
