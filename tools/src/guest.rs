@@ -20,12 +20,14 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use content::{PatternError, PatternReport, VerifyError, VerifyReport, init_ram, verify, verify_pattern};
+pub use content::{
+    PatternError, PatternReport, VerifyError, VerifyReport, init_ram, verify, verify_pattern,
+};
 pub use progress::Progress;
 pub use spec::{Geometry, GuestSpec, MAX_VCPUS, SYSTEM_BYTES, SpecError, Workload};
 pub(crate) use spec::{control, tag_of};
-pub use state::{GuestKind, MachineState, StateError, VcpuProgress};
 pub(crate) use state::Sections;
+pub use state::{GuestKind, MachineState, StateError, VcpuProgress};
 pub use threads::ThreadsGuest;
 pub(crate) use threads::install_control_pages;
 

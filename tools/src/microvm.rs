@@ -78,10 +78,11 @@ impl KvmGuest {
             in_flight: false,
         };
         let progress = vec![nothing; spec.vcpus() as usize];
-        let guest = Self::build(ram, spec, &progress, end)?;
+        let mut guest = Self::build(ram, spec, &progress, end)?;
         let supported = cpuid::supported(&guest.kvm)?;
-        for vcpu in &guest.stopped {
-            cpuid::set(&vcpu.fd, &cpuid::for_vcpu(&supported, vcpu.id))?;
+        for vcpu in &mut guest.stopped {
+            vcpu.cpuid = cpuid::for_vcpu(&supported, vcpu.id);
+            cpuid::set(&vcpu.fd, &vcpu.cpuid)?;
             boot::set_initial_state(&vcpu.fd, vcpu.id)?;
         }
         Ok(guest)
@@ -97,9 +98,9 @@ impl KvmGuest {
         let spec = state.spec().clone();
         spec.check(&ram)?;
         let end = GuestAddress(u64::MAX);
-        let guest = Self::build(ram, spec, state.progress(), end)?;
+        let mut guest = Self::build(ram, spec, state.progress(), end)?;
         let supported = cpuid::supported(&guest.kvm)?;
-        for vcpu in &guest.stopped {
+        for vcpu in &mut guest.stopped {
             vcpu_state::restore(&guest.vm, vcpu, &supported, state.sections())?;
         }
         Ok(guest)
@@ -121,7 +122,8 @@ impl KvmGuest {
             .map(|id| {
                 let fd = vm.create_vcpu(id.into());
                 let fd = fd.map_err(refused(format!("create vCPU {id}")))?;
-                Ok(Vcpu { id, fd })
+                let cpuid = Vec::new();
+                Ok(Vcpu { id, fd, cpuid })
             })
             .collect::<Result<Vec<_>, GuestError>>()?;
         Ok(Self {

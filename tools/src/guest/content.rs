@@ -248,7 +248,10 @@ fn verify_totals(ram: &GuestRam, state: &MachineState, sums: &[u64]) -> Result<(
     let spec = state.spec();
     for (lane, (vcpu, found)) in state.progress().iter().zip(sums).enumerate() {
         let lane = lane as u32;
-        let load = |offset| ram.word(control::address(lane, offset)).load(Ordering::Relaxed);
+        let load = |offset| {
+            ram.word(control::address(lane, offset))
+                .load(Ordering::Relaxed)
+        };
         let count = load(control::ERRORS);
         if count != 0 {
             return Err(VerifyError::Seen { vcpu: lane, count });

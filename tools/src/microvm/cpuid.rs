@@ -1,6 +1,10 @@
 //! The CPU that a guest sees: what this KVM supports, and whether that is enough.
 //!
-//! Invariant: a restored guest sees exactly the features that it saw before, or is
+//! KVM need not show a guest just what it was told to: software virtualisation shows
+//! the machine's own leaves. So two tables move with a guest, the one that was set and
+//! the one that KVM says the guest sees, and both are checked.
+//!
+//! Invariant: a restored guest finds all features that it found before, or is
 //! refused with the leaf and the bits that this machine lacks.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
@@ -36,6 +40,13 @@ pub(super) fn set(fd: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), Guest
     fd.set_cpuid2(&cpuid).map_err(refused("set CPUID"))
 }
 
+/// What KVM says that a vCPU sees.
+pub(super) fn seen(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, GuestError> {
+    let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
+    let cpuid = cpuid.map_err(refused("read CPUID"))?;
+    Ok(cpuid.as_slice().to_vec())
+}
+
 /// Checks that a guest that saw `wanted` can run where `supported` is what there is:
 /// same vendor, and all feature bits that it saw.
 pub(super) fn check(
@@ -65,7 +76,9 @@ pub(super) fn check(
         for ((name, had, has), mask) in registers.into_iter().zip(feature_mask(function, index)) {
             let lacking = had & !has & mask;
             if lacking != 0 {
-                return refuse(format!("the guest had bits {lacking:#x} of {name}, which this machine lacks"));
+                return refuse(format!(
+                    "the guest had bits {lacking:#x} of {name}, which this machine lacks"
+                ));
             }
         }
     }
@@ -75,11 +88,13 @@ pub(super) fn check(
 /// Which bits of eax, ebx, ecx and edx of a leaf are features.
 fn feature_mask(function: u32, index: u32) -> [u32; 4] {
     const ALL: u32 = u32::MAX;
-    /// Whether the guest has turned XSAVE on; not a feature.
-    const OSXSAVE: u32 = 1 << 27;
+    /// MONITOR and OSXSAVE follow what the guest has turned on.
+    const DYNAMIC_1: u32 = 1 << 3 | 1 << 27;
+    /// And so does OSPKE.
+    const DYNAMIC_7: u32 = 1 << 4;
     match (function, index) {
-        (1, _) => [0, 0, !OSXSAVE, ALL],
-        (7, 0) => [0, ALL, ALL, ALL],
+        (1, _) => [0, 0, !DYNAMIC_1, ALL],
+        (7, 0) => [0, ALL, !DYNAMIC_7, ALL],
         (7, _) => [ALL, ALL, ALL, ALL],
         (0xd, 0) => [ALL, 0, 0, ALL],
         (0xd, 1) => [ALL, 0, ALL, ALL],

@@ -13,10 +13,11 @@ use std::sync::{Arc, Once};
 use std::thread::{self, JoinHandle};
 use std::{mem, ptr};
 
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::program::{DOORBELL_OPERATIONS, DOORBELL_WRONG_REGISTER, DOORBELL_WRONG_TAG};
 use super::DOORBELL;
+use super::program::{DOORBELL_OPERATIONS, DOORBELL_WRONG_REGISTER, DOORBELL_WRONG_TAG};
 use crate::guest::{GuestError, Progress};
 use crate::ram::{GuestAddress, GuestRam};
 
@@ -25,6 +26,8 @@ use crate::ram::{GuestAddress, GuestRam};
 pub(super) struct Vcpu {
     pub(super) id: u32,
     pub(super) fd: VcpuFd,
+    /// The CPUID table that was set.
+    pub(super) cpuid: Vec<kvm_cpuid_entry2>,
 }
 
 /// What the exits of vCPUs are measured by and reported to.

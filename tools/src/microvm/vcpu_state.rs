@@ -10,8 +10,8 @@
 //! MSRs (the deadline timer), events last.
 
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -59,9 +59,8 @@ pub(super) fn save(
     put("lapic", bytes_of(&lapic));
     let tsc_khz = fd.get_tsc_khz().map_err(failed("TSC frequency"))?;
     put("tsc_khz", tsc_khz.to_le_bytes().to_vec());
-    let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
-    let cpuid = cpuid.map_err(failed("CPUID"))?;
-    put("cpuid", cpuid.as_slice().as_bytes().to_vec());
+    put("cpuid", vcpu.cpuid.as_bytes().to_vec());
+    put("cpuid_seen", cpuid::seen(fd)?.as_bytes().to_vec());
     put("msrs", save_msrs(vcpu, msrs)?.as_bytes().to_vec());
     let events = fd.get_vcpu_events().map_err(failed("events"))?;
     put("events", bytes_of(&events));
@@ -71,21 +70,18 @@ pub(super) fn save(
 /// Gives a new vCPU the state in `sections`.
 pub(super) fn restore(
     vm: &VmFd,
-    vcpu: &Vcpu,
+    vcpu: &mut Vcpu,
     supported: &[kvm_cpuid_entry2],
     sections: &Sections,
 ) -> Result<(), GuestError> {
+    vcpu.cpuid = list_from(part_of(vcpu, "cpuid", sections)?)?;
+    let vcpu = &*vcpu;
+    cpuid::check(&vcpu.cpuid, supported)?;
+    cpuid::set(&vcpu.fd, &vcpu.cpuid)?;
     let fd = &vcpu.fd;
     let failed = |part: &str| refused(format!("set the {part} of vCPU {}", vcpu.id));
-    let part = |part: &str| -> Result<(String, &[u8]), StateError> {
-        let name = name(vcpu, part);
-        let bytes = sections.get(&name, VERSION)?;
-        Ok((name, bytes))
-    };
+    let part = |part| part_of(vcpu, part, sections);
 
-    let cpuid: Vec<kvm_cpuid_entry2> = list_from(part("cpuid")?)?;
-    cpuid::check(&cpuid, supported)?;
-    cpuid::set(fd, &cpuid)?;
     restore_tsc_khz(vcpu, from_bytes(part("tsc_khz")?)?)?;
     let mp_state: kvm_mp_state = from_bytes(part("mp_state")?)?;
     fd.set_mp_state(mp_state).map_err(failed("MP state"))?;
@@ -104,7 +100,8 @@ pub(super) fn restore(
     restore_msrs(vcpu, &list_from(part("msrs")?)?)?;
     let events: kvm_vcpu_events = from_bytes(part("events")?)?;
     fd.set_vcpu_events(&events).map_err(failed("events"))?;
-    Ok(())
+    // Last, since some bits follow the control registers.
+    cpuid::check(&list_from(part("cpuid_seen")?)?, &cpuid::seen(fd)?)
 }
 
 /// Reads all MSRs that can be read. Some that KVM lists it refuses, according to what
@@ -187,8 +184,9 @@ fn restore_xsave(vm: &VmFd, vcpu: &Vcpu, bytes: &[u8]) -> Result<(), GuestError>
 fn xsave_area(vm: &VmFd) -> Result<Xsave, GuestError> {
     let bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
     let more = bytes.saturating_sub(XSAVE_BYTES).div_ceil(size_of::<u32>());
-    Xsave::new(more)
-        .map_err(|error| GuestError::Incompatible(format!("XSAVE area of {bytes} bytes: {error:?}")))
+    Xsave::new(more).map_err(|error| {
+        GuestError::Incompatible(format!("XSAVE area of {bytes} bytes: {error:?}"))
+    })
 }
 
 fn restore_tsc_khz(vcpu: &Vcpu, wanted: u32) -> Result<(), GuestError> {
@@ -200,6 +198,16 @@ fn restore_tsc_khz(vcpu: &Vcpu, wanted: u32) -> Result<(), GuestError> {
             "its TSC runs at {wanted} kHz, which cannot be set here: {error}"
         ))
     })
+}
+
+fn part_of<'a>(
+    vcpu: &Vcpu,
+    part: &str,
+    sections: &'a Sections,
+) -> Result<(String, &'a [u8]), StateError> {
+    let name = name(vcpu, part);
+    let bytes = sections.get(&name, VERSION)?;
+    Ok((name, bytes))
 }
 
 fn name(vcpu: &Vcpu, part: &str) -> String {

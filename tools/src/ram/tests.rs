@@ -55,10 +55,7 @@ fn a_second_mapping_of_the_files_shows_the_same_content() {
     });
     let again = GuestRam::from_files(Backing::Memfd, files).unwrap();
     assert_eq!(again.word(GuestAddress(8192)).load(Ordering::Relaxed), 7);
-    assert_ne!(
-        again.regions()[0].host_base(),
-        ram.regions()[0].host_base()
-    );
+    assert_ne!(again.regions()[0].host_base(), ram.regions()[0].host_base());
 }
 
 #[test]
@@ -68,7 +65,8 @@ fn hugetlb_ram_consists_of_two_mebibyte_pages() {
     };
     let ram = GuestRam::allocate(8 * MIB, Backing::Hugetlb).unwrap();
     assert_eq!(ram.regions()[0].page_bytes(), HUGE_PAGE_BYTES);
-    ram.byte(GuestAddress(8 * MIB - 1)).store(9, Ordering::Relaxed);
+    ram.byte(GuestAddress(8 * MIB - 1))
+        .store(9, Ordering::Relaxed);
     assert_eq!(ram.read_page(GuestAddress(8 * MIB - 4096))[511] >> 56, 9);
 }
 
