@@ -223,7 +223,7 @@ impl Worker {
             }
             Workload::HotSet => {
                 let random = self.next_random();
-                let page = if random & 15 == 0 {
+                let page = if random.is_multiple_of(16) {
                     choose(random, pages)
                 } else {
                     choose(random, spec.hot_pages()) * HOT_STRIDE
@@ -234,7 +234,7 @@ impl Worker {
                 let random = self.next_random();
                 let page = choose(random, pages);
                 self.check_tag(ram, spec, page, progress);
-                if random & 31 == 0 {
+                if random.is_multiple_of(32) {
                     self.count(ram, spec, page);
                 }
             }

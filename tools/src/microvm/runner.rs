@@ -215,7 +215,7 @@ impl Exits {
     }
 }
 
-/// Gives the kick signal a handler that does nothing, so that it interrupts KVM_RUN.
+/// Gives the kick signal a handler that does nothing, so that it interrupts `KVM_RUN`.
 fn install_kick_handler() {
     static ONCE: Once = Once::new();
     extern "C" fn ignore(_: libc::c_int) {}

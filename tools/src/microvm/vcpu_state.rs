@@ -3,7 +3,7 @@
 //! Saved are CPUID, general and special registers, XSAVE, XCRs, MSRs, the LAPIC, debug
 //! registers, events, the MP state and the TSC's frequency. Not saved: what the guest
 //! cannot have, such as nested virtualisation, and the page directory pointers of
-//! KVM_GET_SREGS2, which long mode does not use.
+//! `KVM_GET_SREGS2`, which long mode does not use.
 //!
 //! Invariant: parts are restored in the order in which they depend on each other:
 //! CPUID before what it allows, sregs before the LAPIC (its base), the LAPIC before
