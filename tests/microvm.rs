@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use afterimage_tools::guest::{
     Guest, GuestError, GuestKind, GuestSpec, MachineState, PatternError, SYSTEM_BYTES,
-    ThreadsGuest, VerifyError, Workload, init_ram, verify, verify_pattern,
+    ThreadsGuest, VerifyError, Workload, digest, init_ram, verify, verify_pattern,
 };
 use afterimage_tools::microvm::KvmGuest;
 use afterimage_tools::ram::{Backing, GuestAddress, GuestRam, HUGE_PAGE_BYTES, PAGE_BYTES};
@@ -51,6 +51,7 @@ fn run(guest: &mut dyn Guest, operations: u64) -> MachineState {
     let reached = guest.wait_for_operations(target, LIMIT);
     let state = guest.stop().unwrap();
     assert_eq!(guest.failure(), None);
+    assert_eq!(guest.operations(), state.operations());
     assert!(reached, "{} of {target} operations", guest.operations());
     state
 }
@@ -78,12 +79,15 @@ fn stop_move_resume_verify(kind: GuestKind, workload: Workload, vcpus: u32, back
 
     let copy = ram_of(backing);
     copy.copy_from(&ram);
+    let constant = spec.worked_pages()..spec.geometry().pages;
+    let before = digest(&ram, &spec, constant.clone());
     drop((source, ram));
     let state = MachineState::from_bytes(&state.to_bytes()).unwrap();
     let mut destination = restored(&copy, &state).unwrap();
     let after = run(&mut *destination, 50_000);
     assert!(after.operations() >= state.operations() + 50_000);
     let report = verify(&copy, &after).unwrap();
+    assert_eq!(digest(&copy, &spec, constant), before);
     assert!(report.increments > 0, "{report}");
     assert!(report.zero_pages > report.pages / 8, "{report}");
     if workload == Workload::Pattern {
@@ -432,4 +436,21 @@ fn starting_twice_and_stopping_twice_are_errors() {
     guest.start().unwrap();
     assert!(matches!(guest.start(), Err(GuestError::Already("running"))));
     guest.stop().unwrap();
+}
+
+#[test]
+fn dropping_a_running_guest_stops_it() {
+    let mut kinds = vec![GuestKind::Threads];
+    if require::kvm() {
+        kinds.push(GuestKind::Kvm);
+    }
+    for kind in kinds {
+        let ram = ram_of(Backing::Anonymous);
+        let spec = GuestSpec::new(&ram, Workload::Pattern, 2).unwrap();
+        let mut guest = fresh(kind, &ram, &spec).unwrap();
+        guest.start().unwrap();
+        assert!(guest.wait_for_operations(1, LIMIT));
+        drop(guest);
+        assert_eq!(Arc::strong_count(&ram), 1, "a thread still has the RAM");
+    }
 }

@@ -21,7 +21,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use content::{
-    PatternError, PatternReport, VerifyError, VerifyReport, init_ram, verify, verify_pattern,
+    PatternError, PatternReport, VerifyError, VerifyReport, digest, init_ram, verify,
+    verify_pattern,
 };
 pub use progress::Progress;
 pub use spec::{Geometry, GuestSpec, MAX_VCPUS, SYSTEM_BYTES, SpecError, Workload};
@@ -98,7 +99,8 @@ pub trait Guest: Send + Debug {
     /// Progress as the vCPUs report it, without touching guest RAM.
     fn progress(&self) -> &Arc<Progress>;
 
-    /// Operations done by all vCPUs since the guest was first built, as last reported.
+    /// Operations done by all vCPUs since the guest was first built: as last reported,
+    /// and exact once it has stopped.
     fn operations(&self) -> u64 {
         self.progress().operations()
     }

@@ -5,7 +5,11 @@
 //! counters of single pages in random workloads, whose sum is checked.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
+
+use sha2::{Digest, Sha256};
+use zerocopy::IntoBytes;
 
 use super::spec::{COUNTER_OFFSET, LANE_BYTES, TAG_OFFSET, mix};
 use super::{GuestSpec, MachineState, VcpuProgress, Workload, control, tag_of};
@@ -123,6 +127,19 @@ pub fn init_ram(ram: &GuestRam, spec: &GuestSpec) {
             ram.write_page(spec.geometry().address(page), &words);
         }
     }
+}
+
+/// SHA-256 of some numbered pages, for instance of those from
+/// [`GuestSpec::worked_pages`] on, which nobody writes. On shared memory this, as
+/// [`verify`], allocates the holes that it reads.
+#[must_use]
+pub fn digest(ram: &GuestRam, spec: &GuestSpec, pages: Range<u64>) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    for page in pages {
+        let words = ram.read_page(spec.geometry().address(page));
+        hasher.update(words.as_bytes());
+    }
+    hasher.finalize().into()
 }
 
 /// Checks the pattern by RAM alone: along the worked pages the byte of each vCPU

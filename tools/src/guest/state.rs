@@ -322,6 +322,25 @@ impl<'a> Reader<'a> {
 }
 
 #[cfg(test)]
+impl MachineState {
+    /// The state without one of its sections.
+    pub(crate) fn without(mut self, name: &str) -> Self {
+        self.sections.list.retain(|section| section.name != name);
+        self
+    }
+
+    /// The state with all but a bit more than the first half of a section cut off.
+    pub(crate) fn with_half_of(mut self, name: &str) -> Self {
+        for section in &mut self.sections.list {
+            if section.name == name {
+                section.bytes.truncate(section.bytes.len() / 2 + 1);
+            }
+        }
+        self
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::guest::Workload;

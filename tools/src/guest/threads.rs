@@ -105,6 +105,9 @@ impl Guest for ThreadsGuest {
         if !self.running.is_empty() {
             return Err(GuestError::Already("running"));
         }
+        if self.stopped.len() != self.spec.vcpus() as usize {
+            return Err(GuestError::Failed("vCPUs were lost before".into()));
+        }
         self.stop.store(false, Ordering::Relaxed);
         for mut worker in std::mem::take(&mut self.stopped) {
             let vcpu = worker.vcpu;
