@@ -105,3 +105,25 @@ fn read(path: &'static str) -> Result<u64, HugePagesError> {
     text.and_then(|text| text.trim().parse().map_err(io::Error::other))
         .map_err(|source| HugePagesError::Read { path, source })
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::require;
+
+    /// Held by the tests of this crate that change the number of huge pages.
+    pub(in crate::ram) static TURN: Mutex<()> = Mutex::new(());
+
+    #[test]
+    fn the_number_of_huge_pages_is_raised_and_lowered_again() {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(pages) = require::hugetlb(free().unwrap_or(0) + 8) else {
+            return;
+        };
+        assert!(pages.added >= 8, "{pages:?}");
+        let added = pages.added;
+        let raised = read(COUNT).unwrap();
+        drop(pages);
+        assert_eq!(read(COUNT).unwrap(), raised - added);
+    }
+}

@@ -1,3 +1,5 @@
+use std::sync::PoisonError;
+
 use super::*;
 use crate::require;
 
@@ -60,6 +62,9 @@ fn a_second_mapping_of_the_files_shows_the_same_content() {
 
 #[test]
 fn hugetlb_ram_consists_of_two_mebibyte_pages() {
+    let _turn = hugepages::tests::TURN
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
     let Some(_pages) = require::hugetlb(4) else {
         return;
     };
