@@ -158,14 +158,11 @@ fn a_stop_at_any_moment_leaves_ram_and_state_in_step() {
     if require::kvm() {
         kinds.push(GuestKind::Kvm);
     }
-    for (kind, workload) in kinds
-        .iter()
-        .flat_map(|kind| WORKLOADS.map(|workload| (*kind, workload)))
+    for (kind, workload) in
+        kinds.iter().flat_map(|kind| WORKLOADS.map(|workload| (*kind, workload)))
     {
         let ram = Arc::new(GuestRam::allocate(4 << 20, Backing::Anonymous).unwrap());
-        let spec = GuestSpec::new(&ram, workload, 2)
-            .unwrap()
-            .with_report_every(256);
+        let spec = GuestSpec::new(&ram, workload, 2).unwrap().with_report_every(256);
         let mut guest = fresh(kind, &ram, &spec).unwrap();
         let mut in_flight_seen = 0;
         let mut before = 0;
@@ -222,14 +219,8 @@ struct Stopped {
 
 fn stopped(workload: Workload) -> Stopped {
     let ram = ram_of(Backing::Anonymous);
-    let spec = GuestSpec::new(&ram, workload, 2)
-        .unwrap()
-        .with_worked_fraction(0.5);
-    let kind = if require::kvm() {
-        GuestKind::Kvm
-    } else {
-        GuestKind::Threads
-    };
+    let spec = GuestSpec::new(&ram, workload, 2).unwrap().with_worked_fraction(0.5);
+    let kind = if require::kvm() { GuestKind::Kvm } else { GuestKind::Threads };
     let mut guest = fresh(kind, &ram, &spec).unwrap();
     run(&mut *guest, 20_000);
     let old = ram_of(Backing::Anonymous);
@@ -265,42 +256,22 @@ impl Stopped {
 fn a_broken_pattern_page_is_noticed() {
     let guest = stopped(Workload::Pattern);
     let error = guest.verify_broken(4000, |page| *page = [0; 512]);
-    assert!(
-        matches!(error, VerifyError::Tag { page: 4000, .. }),
-        "{error}"
-    );
+    assert!(matches!(error, VerifyError::Tag { page: 4000, .. }), "{error}");
     let error = guest.verify_broken(3000, |page| *page = guest.old_page(3000));
     let VerifyError::Pattern(error) = error else {
         panic!("{error}");
     };
     assert_eq!((error.page, error.lane), (3000, 0));
     let error = guest.verify_broken(77, |page| page[8] ^= 1);
-    assert!(matches!(
-        error,
-        VerifyError::Pattern(PatternError {
-            page: 77,
-            lane: 1,
-            ..
-        })
-    ));
+    assert!(matches!(error, VerifyError::Pattern(PatternError { page: 77, lane: 1, .. })));
     // The tail of a worked page, and a page that nobody works in.
     for page in [78, 15_000] {
         let error = guest.verify_broken(page, |page| page[511] ^= 1 << 63);
-        assert!(
-            matches!(error, VerifyError::Content { offset: 4088, .. }),
-            "{error}"
-        );
+        assert!(matches!(error, VerifyError::Content { offset: 4088, .. }), "{error}");
     }
     // A bit of a lane that belongs to no vCPU.
     let error = guest.verify_broken(5, |page| page[16] = 1);
-    assert!(matches!(
-        error,
-        VerifyError::Content {
-            page: 5,
-            offset: 128,
-            ..
-        }
-    ));
+    assert!(matches!(error, VerifyError::Content { page: 5, offset: 128, .. }));
 }
 
 #[test]
@@ -352,10 +323,7 @@ fn the_guest_itself_notices_a_wrong_tag() {
         let right = tag.swap(42, Ordering::Relaxed);
         guest.start().unwrap();
         let failure = guest.progress().wait_for_failure(LIMIT).unwrap();
-        assert!(
-            failure.ends_with("read a wrong tag on page 123"),
-            "{failure}"
-        );
+        assert!(failure.ends_with("read a wrong tag on page 123"), "{failure}");
         let state = guest.stop().unwrap();
         tag.store(right, Ordering::Relaxed);
         let error = verify(&ram, &state).unwrap_err();
@@ -376,10 +344,7 @@ fn ram_that_comes_out_as_mmio_is_a_memory_error() {
         let mut guest = KvmGuest::with_memory_up_to(ram, spec, end).unwrap();
         guest.start().unwrap();
         let failure = guest.progress().wait_for_failure(LIMIT).unwrap();
-        assert!(
-            failure.starts_with("vCPU 0: memory error: read of RAM at 0x"),
-            "{failure}"
-        );
+        assert!(failure.starts_with("vCPU 0: memory error: read of RAM at 0x"), "{failure}");
         if workload == Workload::Pattern {
             assert!(failure.contains("at 0x2000000 came out"), "{failure}");
         }
@@ -420,10 +385,7 @@ fn a_state_is_refused_where_it_does_not_fit() {
     let pages = (RAM - SYSTEM_BYTES) / PAGE_BYTES;
     assert_eq!(
         error.to_string(),
-        format!(
-            "guest RAM has {} pages to work in, the guest was built with {pages}",
-            pages - 512
-        )
+        format!("guest RAM has {} pages to work in, the guest was built with {pages}", pages - 512)
     );
 }
 

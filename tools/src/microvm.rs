@@ -76,10 +76,7 @@ impl KvmGuest {
         spec.check(&ram)?;
         install_control_pages(&ram, &spec);
         boot::install_system_area(&ram);
-        let nothing = VcpuProgress {
-            operations: 0,
-            in_flight: false,
-        };
+        let nothing = VcpuProgress { operations: 0, in_flight: false };
         let progress = vec![nothing; spec.vcpus() as usize];
         let mut guest = Self::build(ram, spec, &progress, end)?;
         let supported = cpuid::supported(&guest.kvm)?;
@@ -120,10 +117,8 @@ impl KvmGuest {
         let vm = kvm.create_vm().map_err(refused("create a VM"))?;
         // Intel CPUs without unrestricted guests want three pages below 4 GiB; others
         // ignore the call.
-        vm.set_tss_address(TSS_ADDRESS)
-            .map_err(refused("set the TSS address"))?;
-        vm.create_irq_chip()
-            .map_err(refused("create the interrupt controllers"))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(refused("set the TSS address"))?;
+        vm.create_irq_chip().map_err(refused("create the interrupt controllers"))?;
         map_ram(&vm, &ram, end)?;
         let stopped = (0..spec.vcpus())
             .map(|id| {
@@ -154,12 +149,7 @@ impl KvmGuest {
             self.progress.report(vcpu.id, stopped_at.operations);
             progress.push(stopped_at);
         }
-        Ok(MachineState::new(
-            GuestKind::Kvm,
-            self.spec.clone(),
-            progress,
-            sections,
-        ))
+        Ok(MachineState::new(GuestKind::Kvm, self.spec.clone(), progress, sections))
     }
 }
 
@@ -171,10 +161,7 @@ impl Guest for KvmGuest {
         if self.stopped.len() != self.spec.vcpus() as usize {
             return Err(GuestError::Failed("vCPUs were lost before".into()));
         }
-        let exits = Exits {
-            ram: self.ram.clone(),
-            progress: self.progress.clone(),
-        };
+        let exits = Exits { ram: self.ram.clone(), progress: self.progress.clone() };
         self.running = Some(runner::start(&mut self.stopped, &exits)?);
         Ok(())
     }

@@ -198,16 +198,11 @@ impl GuestRam {
     ) -> Result<Self, RamError> {
         let mut regions: Vec<Region> = Vec::new();
         for part in files {
-            let floor = regions
-                .last()
-                .map_or(0, |last| last.guest_base.0 + last.length());
+            let floor = regions.last().map_or(0, |last| last.guest_base.0 + last.length());
             let aligned = part.length > 0
                 && (part.guest_base.0 | part.length).is_multiple_of(HUGE_PAGE_BYTES);
             if !aligned || part.guest_base.0 < floor {
-                return Err(RamError::Region {
-                    base: part.guest_base,
-                    length: part.length,
-                });
+                return Err(RamError::Region { base: part.guest_base, length: part.length });
             }
             let mapping = Mapping::shared(&part.file, part.offset, part.length as usize)
                 .map_err(|source| system("map", part.length, backing, source))?;
@@ -274,11 +269,7 @@ impl GuestRam {
     /// If `address` is not RAM or not a multiple of 8.
     #[must_use]
     pub fn word(&self, address: GuestAddress) -> &AtomicU64 {
-        assert!(
-            address.0.is_multiple_of(8),
-            "unaligned word at {:#x}",
-            address.0
-        );
+        assert!(address.0.is_multiple_of(8), "unaligned word at {:#x}", address.0);
         let pointer = self.pointer(address, 8);
         // SAFETY: as for `byte`; regions are aligned to 2 MiB, so the word is to 8.
         unsafe { AtomicU64::from_ptr(pointer.as_ptr().cast()) }
@@ -337,11 +328,7 @@ impl GuestRam {
     }
 
     fn page(&self, address: GuestAddress) -> &[AtomicU64; 512] {
-        assert!(
-            address.0.is_multiple_of(PAGE_BYTES),
-            "unaligned page at {:#x}",
-            address.0
-        );
+        assert!(address.0.is_multiple_of(PAGE_BYTES), "unaligned page at {:#x}", address.0);
         let pointer = self.pointer(address, PAGE_BYTES as usize);
         // SAFETY: a whole aligned page of a mapping that lives as long as self;
         // AtomicU64 has the layout of u64 and allows others to write.
@@ -349,9 +336,8 @@ impl GuestRam {
     }
 
     fn pointer(&self, address: GuestAddress, length: usize) -> NonNull<u8> {
-        let (region, offset) = self
-            .region_at(address)
-            .unwrap_or_else(|| panic!("{:#x} is not guest RAM", address.0));
+        let (region, offset) =
+            self.region_at(address).unwrap_or_else(|| panic!("{:#x} is not guest RAM", address.0));
         assert!(
             offset + length as u64 <= region.length(),
             "{length} bytes at {:#x} reach beyond their region",
@@ -386,12 +372,7 @@ fn fresh_region(
             (mapping, Some((Arc::new(file), 0)))
         }
     };
-    Ok(Region {
-        guest_base,
-        page_bytes: backing.page_bytes(),
-        mapping,
-        file,
-    })
+    Ok(Region { guest_base, page_bytes: backing.page_bytes(), mapping, file })
 }
 
 fn system(operation: &'static str, bytes: u64, backing: Backing, source: io::Error) -> RamError {
@@ -402,13 +383,7 @@ fn system(operation: &'static str, bytes: u64, backing: Backing, source: io::Err
         ),
         _ => String::new(),
     };
-    RamError::System {
-        operation,
-        bytes,
-        backing,
-        hint,
-        source,
-    }
+    RamError::System { operation, bytes, backing, hint, source }
 }
 
 #[cfg(test)]

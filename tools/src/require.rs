@@ -47,10 +47,7 @@ pub fn userfaultfd() -> bool {
         unsafe { libc::close(fd) };
         return true;
     }
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/userfaultfd");
+    let opened = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd");
     or_skip("userfaultfd", opened).is_some()
 }
 

@@ -152,8 +152,7 @@ pub fn verify_pattern(ram: &GuestRam, spec: &GuestSpec) -> Result<PatternReport,
         let byte_of = |page| {
             let address = spec.geometry().address(page);
             let offset = u64::from(lane) * LANE_BYTES;
-            ram.byte(GuestAddress(address.0 + offset))
-                .load(Ordering::Relaxed)
+            ram.byte(GuestAddress(address.0 + offset)).load(Ordering::Relaxed)
         };
         let mut expected: u8 = byte_of(0);
         let mut stepped = false;
@@ -163,21 +162,13 @@ pub fn verify_pattern(ram: &GuestRam, spec: &GuestSpec) -> Result<PatternReport,
                 continue;
             }
             if stepped || found != expected.wrapping_sub(1) {
-                return Err(PatternError {
-                    page,
-                    lane,
-                    expected,
-                    found,
-                });
+                return Err(PatternError { page, lane, expected, found });
             }
             stepped = true;
             expected = found;
         }
     }
-    Ok(PatternReport {
-        pages: spec.worked_pages(),
-        lanes: spec.vcpus(),
-    })
+    Ok(PatternReport { pages: spec.worked_pages(), lanes: spec.vcpus() })
 }
 
 /// Checks every byte of a stopped guest's RAM after the system area.
@@ -265,21 +256,14 @@ fn verify_totals(ram: &GuestRam, state: &MachineState, sums: &[u64]) -> Result<(
     let spec = state.spec();
     for (lane, (vcpu, found)) in state.progress().iter().zip(sums).enumerate() {
         let lane = lane as u32;
-        let load = |offset| {
-            ram.word(control::address(lane, offset))
-                .load(Ordering::Relaxed)
-        };
+        let load = |offset| ram.word(control::address(lane, offset)).load(Ordering::Relaxed);
         let count = load(control::ERRORS);
         if count != 0 {
             return Err(VerifyError::Seen { vcpu: lane, count });
         }
         let expected = load(control::WRITES) + u64::from(vcpu.in_flight);
         if spec.workload() != Workload::Pattern && *found != expected {
-            return Err(VerifyError::Total {
-                lane,
-                expected,
-                found: *found,
-            });
+            return Err(VerifyError::Total { lane, expected, found: *found });
         }
     }
     Ok(())

@@ -23,10 +23,7 @@ impl Progress {
     /// Starts from what the vCPUs had done before.
     pub(crate) fn new(spec: &GuestSpec, vcpus: &[VcpuProgress]) -> Self {
         Self {
-            operations: vcpus
-                .iter()
-                .map(|vcpu| AtomicU64::new(vcpu.operations))
-                .collect(),
+            operations: vcpus.iter().map(|vcpu| AtomicU64::new(vcpu.operations)).collect(),
             pages_per_round: spec.worked_pages(),
             failure: OnceLock::new(),
             waiting: AtomicUsize::new(0),
@@ -55,8 +52,7 @@ impl Progress {
     #[must_use]
     pub fn rounds(&self) -> u64 {
         let each = self.operations.iter();
-        each.map(|vcpu| vcpu.load(Ordering::Relaxed) / self.pages_per_round)
-            .sum()
+        each.map(|vcpu| vcpu.load(Ordering::Relaxed) / self.pages_per_round).sum()
     }
 
     /// See [`super::Guest::failure`].
@@ -85,11 +81,8 @@ impl Progress {
             if left.is_zero() {
                 break;
             }
-            guard = self
-                .changed
-                .wait_timeout(guard, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            guard =
+                self.changed.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(guard);
         self.waiting.fetch_sub(1, Ordering::SeqCst);

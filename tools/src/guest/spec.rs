@@ -143,10 +143,7 @@ impl Geometry {
     #[must_use]
     pub fn of(ram: &GuestRam) -> Self {
         let pages_in = |bytes: u64| bytes.saturating_sub(SYSTEM_BYTES) / PAGE_BYTES;
-        Self {
-            pages: pages_in(ram.bytes()),
-            low_pages: pages_in(ram.regions()[0].length()),
-        }
+        Self { pages: pages_in(ram.bytes()), low_pages: pages_in(ram.regions()[0].length()) }
     }
 
     /// Guest address of a numbered page.
@@ -268,10 +265,7 @@ impl GuestSpec {
     pub(crate) fn check(&self, ram: &GuestRam) -> Result<(), SpecError> {
         let found = Geometry::of(ram);
         if found != self.geometry {
-            return Err(SpecError::Geometry {
-                expected: self.geometry.pages,
-                found: found.pages,
-            });
+            return Err(SpecError::Geometry { expected: self.geometry.pages, found: found.pages });
         }
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(SpecError::Vcpus(self.vcpus));

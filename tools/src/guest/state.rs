@@ -116,11 +116,7 @@ impl MachineState {
         progress: Vec<VcpuProgress>,
         sections: Sections,
     ) -> Self {
-        let header = Header {
-            kind,
-            spec,
-            progress,
-        };
+        let header = Header { kind, spec, progress };
         Self { header, sections }
     }
 
@@ -189,9 +185,7 @@ impl MachineState {
                 reason: "the numbers of vCPUs differ".into(),
             });
         }
-        sections
-            .list
-            .retain(|section| section.name != GUEST_SECTION);
+        sections.list.retain(|section| section.name != GUEST_SECTION);
         Ok(Self { header, sections })
     }
 
@@ -201,11 +195,7 @@ impl MachineState {
 
     pub(crate) fn expect_kind(&self, expected: GuestKind) -> Result<(), StateError> {
         let found = self.kind();
-        if found == expected {
-            Ok(())
-        } else {
-            Err(StateError::Kind { expected, found })
-        }
+        if found == expected { Ok(()) } else { Err(StateError::Kind { expected, found }) }
     }
 }
 
@@ -225,11 +215,7 @@ pub(crate) struct Sections {
 impl Sections {
     pub(crate) fn put(&mut self, name: &str, version: u32, bytes: Vec<u8>) {
         let name = name.to_owned();
-        self.list.push(Section {
-            name,
-            version,
-            bytes,
-        });
+        self.list.push(Section { name, version, bytes });
     }
 
     pub(crate) fn put_json<T: Serialize>(&mut self, name: &str, version: u32, value: &T) {
@@ -258,10 +244,8 @@ impl Sections {
         name: &str,
         known: u32,
     ) -> Result<T, StateError> {
-        serde_json::from_slice(self.get(name, known)?).map_err(|error| StateError::Content {
-            name: name.into(),
-            reason: error.to_string(),
-        })
+        serde_json::from_slice(self.get(name, known)?)
+            .map_err(|error| StateError::Content { name: name.into(), reason: error.to_string() })
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -287,11 +271,7 @@ impl Sections {
             let version = reader.u32("a section's version")?;
             let length = reader.u32("the length of a section")?;
             let bytes = reader.take(length.into(), "a section")?.to_vec();
-            sections.list.push(Section {
-                name,
-                version,
-                bytes,
-            });
+            sections.list.push(Section { name, version, bytes });
         }
         Ok(sections)
     }
@@ -349,18 +329,10 @@ mod tests {
     fn state() -> MachineState {
         let ram = GuestRam::allocate(4 << 20, Backing::Anonymous).unwrap();
         let spec = GuestSpec::new(&ram, Workload::Mixed, 2).unwrap();
-        let progress = |operations| VcpuProgress {
-            operations,
-            in_flight: operations == 5,
-        };
+        let progress = |operations| VcpuProgress { operations, in_flight: operations == 5 };
         let mut sections = Sections::default();
         sections.put("vcpu0/thing", 3, vec![1, 2, 3]);
-        MachineState::new(
-            GuestKind::Threads,
-            spec,
-            vec![progress(5), progress(6)],
-            sections,
-        )
+        MachineState::new(GuestKind::Threads, spec, vec![progress(5), progress(6)], sections)
     }
 
     #[test]
@@ -394,19 +366,9 @@ mod tests {
         let mut bytes = state().to_bytes();
         bytes[8] = 9;
         let error = MachineState::from_bytes(&bytes).unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "machine state of version 9, this program reads version 1"
-        );
+        assert_eq!(error, "machine state of version 9, this program reads version 1");
         let error = state().sections.get("vcpu0/thing", 4).unwrap_err();
-        assert!(matches!(
-            error,
-            StateError::SectionVersion {
-                found: 3,
-                known: 4,
-                ..
-            }
-        ));
+        assert!(matches!(error, StateError::SectionVersion { found: 3, known: 4, .. }));
         let error = state().sections.get("vcpu1/thing", 4).unwrap_err();
         assert!(matches!(error, StateError::Missing { .. }));
     }

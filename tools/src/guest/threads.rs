@@ -135,12 +135,7 @@ impl Guest for ThreadsGuest {
             sections.put_json(&section_name(worker.vcpu), SECTION_VERSION, worker);
         }
         let progress = self.stopped.iter().map(Worker::progress).collect();
-        Ok(MachineState::new(
-            GuestKind::Threads,
-            self.spec.clone(),
-            progress,
-            sections,
-        ))
+        Ok(MachineState::new(GuestKind::Threads, self.spec.clone(), progress, sections))
     }
 
     fn spec(&self) -> &GuestSpec {
@@ -168,8 +163,7 @@ pub(crate) fn install_control_pages(ram: &GuestRam, spec: &GuestSpec) {
     for vcpu in 0..spec.vcpus() {
         ram.write_page(control::address(vcpu, 0), &[0; 512]);
         for (offset, value) in spec.control_words(vcpu) {
-            ram.word(control::address(vcpu, offset))
-                .store(value, Ordering::Relaxed);
+            ram.word(control::address(vcpu, offset)).store(value, Ordering::Relaxed);
         }
     }
 }
@@ -191,10 +185,7 @@ impl Worker {
     }
 
     fn progress(&self) -> VcpuProgress {
-        VcpuProgress {
-            operations: self.operations,
-            in_flight: false,
-        }
+        VcpuProgress { operations: self.operations, in_flight: false }
     }
 
     fn run(&mut self, ram: &GuestRam, spec: &GuestSpec, progress: &Progress, stop: &AtomicBool) {
@@ -283,10 +274,7 @@ impl Worker {
         if ram.word(address).load(Ordering::Relaxed) != tag_of(page) {
             let errors = ram.word(control::address(self.vcpu, control::ERRORS));
             errors.fetch_add(1, Ordering::Relaxed);
-            progress.fail(format!(
-                "vCPU {} read a wrong tag on page {page}",
-                self.vcpu
-            ));
+            progress.fail(format!("vCPU {} read a wrong tag on page {page}", self.vcpu));
         }
     }
 }

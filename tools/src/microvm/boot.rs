@@ -66,10 +66,7 @@ pub(super) fn set_initial_state(fd: &VcpuFd, vcpu: u32) -> Result<(), GuestError
     sregs.ss = segment(0x2b, 0x3);
     sregs.ss.db = 1;
     (sregs.ds, sregs.es, sregs.gs) = (sregs.ss, sregs.ss, sregs.ss);
-    sregs.fs = kvm_segment {
-        base: control_page,
-        ..sregs.ss
-    };
+    sregs.fs = kvm_segment { base: control_page, ..sregs.ss };
     sregs.ldt.unusable = 1;
     fd.set_sregs(&sregs).map_err(failed("sregs"))?;
     let regs = kvm_regs {
@@ -81,9 +78,7 @@ pub(super) fn set_initial_state(fd: &VcpuFd, vcpu: u32) -> Result<(), GuestError
     };
     fd.set_regs(&regs).map_err(failed("regs"))?;
     // All but vCPU 0 would wait for a start-up interrupt.
-    let runnable = kvm_mp_state {
-        mp_state: KVM_MP_STATE_RUNNABLE,
-    };
+    let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
     fd.set_mp_state(runnable).map_err(failed("MP state"))
 }
 

@@ -110,11 +110,7 @@ mod tests {
     use super::*;
 
     fn leaf(function: u32, ecx: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 {
-            function,
-            ecx,
-            ..kvm_cpuid_entry2::default()
-        }
+        kvm_cpuid_entry2 { function, ecx, ..kvm_cpuid_entry2::default() }
     }
 
     #[test]

@@ -264,8 +264,5 @@ pub(super) fn progress(workload: Workload, regs: &kvm_regs) -> VcpuProgress {
     // SAFETY: the assembly above defines the table, with an entry for each workload.
     let table = unsafe { ptr::read(&raw const afterimage_guest_in_flight) };
     let boundary = ADDRESS.0 + u64::from(table[workload.number() as usize]);
-    VcpuProgress {
-        operations: regs.r14,
-        in_flight: regs.rip == boundary,
-    }
+    VcpuProgress { operations: regs.r14, in_flight: regs.rip == boundary }
 }

@@ -82,10 +82,7 @@ impl ImmediateExit {
 /// Starts a thread for each vCPU. If one cannot be started, none runs in the end.
 pub(super) fn start(vcpus: &mut Vec<Vcpu>, exits: &Exits) -> Result<Running, GuestError> {
     install_kick_handler();
-    let mut running = Running {
-        stop: Arc::new(AtomicBool::new(false)),
-        threads: Vec::new(),
-    };
+    let mut running = Running { stop: Arc::new(AtomicBool::new(false)), threads: Vec::new() };
     for mut vcpu in mem::take(vcpus) {
         let id = vcpu.id;
         let immediate_exit = ImmediateExit::of(&mut vcpu.fd);
@@ -105,10 +102,7 @@ pub(super) fn start(vcpus: &mut Vec<Vcpu>, exits: &Exits) -> Result<Running, Gue
                 (vcpu, result)
             })
             .map_err(|source| GuestError::Thread { vcpu: id, source })?;
-        running.threads.push(Thread {
-            handle,
-            immediate_exit,
-        });
+        running.threads.push(Thread { handle, immediate_exit });
     }
     Ok(running)
 }
@@ -117,10 +111,7 @@ impl Running {
     /// Stops all vCPUs. Blocks while one waits for a page.
     pub(super) fn stop(mut self) -> Stopped {
         self.kick();
-        let mut stopped = Stopped {
-            vcpus: Vec::new(),
-            crash: None,
-        };
+        let mut stopped = Stopped { vcpus: Vec::new(), crash: None };
         for thread in self.threads.drain(..) {
             match thread.handle.join() {
                 Ok((vcpu, result)) => {

@@ -43,14 +43,7 @@ fn a_restored_vcpu_has_the_state_that_was_saved() {
     let again = restored(&state).unwrap().save().unwrap();
     assert_eq!(again.progress(), state.progress());
     let parts = ["cpuid", "cpuid_seen", "regs", "sregs", "xsave", "xcrs"];
-    let more = [
-        "debugregs",
-        "mp_state",
-        "tsc_khz",
-        "events",
-        "msrs",
-        "lapic",
-    ];
+    let more = ["debugregs", "mp_state", "tsc_khz", "events", "msrs", "lapic"];
     for vcpu in 0..2 {
         for part in parts.iter().chain(&more) {
             let name = format!("vcpu{vcpu}/{part}");
@@ -81,9 +74,6 @@ fn a_state_without_a_part_or_with_half_of_one_is_refused() {
         let missing = format!("machine state has no section {name:?}");
         assert_eq!(error.to_string(), missing);
         let error = restored(&state.clone().with_half_of(&name)).unwrap_err();
-        assert!(
-            matches!(error, GuestError::State(_) | GuestError::Incompatible(_)),
-            "{error}"
-        );
+        assert!(matches!(error, GuestError::State(_) | GuestError::Incompatible(_)), "{error}");
     }
 }

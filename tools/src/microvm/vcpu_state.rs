@@ -93,8 +93,7 @@ pub(super) fn restore(
     let xcrs: kvm_xcrs = from_bytes(part("xcrs")?)?;
     fd.set_xcrs(&xcrs).map_err(failed("XCRs"))?;
     let debug: kvm_debugregs = from_bytes(part("debugregs")?)?;
-    fd.set_debug_regs(&debug)
-        .map_err(failed("debug registers"))?;
+    fd.set_debug_regs(&debug).map_err(failed("debug registers"))?;
     let lapic: kvm_lapic_state = from_bytes(part("lapic")?)?;
     fd.set_lapic(&lapic).map_err(failed("LAPIC"))?;
     restore_msrs(vcpu, &list_from(part("msrs")?)?)?;
@@ -140,10 +139,7 @@ fn restore_msrs(vcpu: &Vcpu, saved: &[kvm_msr_entry]) -> Result<(), GuestError> 
 }
 
 fn msr(index: u32) -> kvm_msr_entry {
-    kvm_msr_entry {
-        index,
-        ..kvm_msr_entry::default()
-    }
+    kvm_msr_entry { index, ..kvm_msr_entry::default() }
 }
 
 fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, GuestError> {

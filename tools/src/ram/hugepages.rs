@@ -65,16 +65,11 @@ impl HugePages {
         fs::write(COUNT, (before + missing).to_string())
             .map_err(|source| HugePagesError::Raise { missing, source })?;
         // The kernel adds as many as it can and reports no error for the rest.
-        let reserved = Self {
-            added: read(COUNT)?.saturating_sub(before),
-        };
+        let reserved = Self { added: read(COUNT)?.saturating_sub(before) };
         let available = free()?;
         if available < pages {
             drop(guard); // `reserved` is dropped on return and takes the lock itself.
-            return Err(HugePagesError::Insufficient {
-                wanted: pages,
-                available,
-            });
+            return Err(HugePagesError::Insufficient { wanted: pages, available });
         }
         Ok(reserved)
     }

@@ -45,20 +45,10 @@ impl Mapping {
     fn aligned(length: usize, flags: libc::c_int, fd: libc::c_int, at: u64) -> io::Result<Self> {
         let alignment = HUGE_PAGE_BYTES as usize;
         let reserve_flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let reserved = length
-            .checked_add(alignment)
-            .ok_or(io::ErrorKind::InvalidInput)?;
+        let reserved = length.checked_add(alignment).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a new range at an address of the kernel's choice replaces nothing.
-        let start = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                reserved,
-                libc::PROT_NONE,
-                reserve_flags,
-                -1,
-                0,
-            )
-        };
+        let start =
+            unsafe { libc::mmap(ptr::null_mut(), reserved, libc::PROT_NONE, reserve_flags, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
@@ -67,14 +57,7 @@ impl Mapping {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: MAP_FIXED replaces only a part of what was just reserved.
         let mapped = unsafe {
-            libc::mmap(
-                base,
-                length,
-                access,
-                flags | libc::MAP_FIXED,
-                fd,
-                at.cast_signed(),
-            )
+            libc::mmap(base, length, access, flags | libc::MAP_FIXED, fd, at.cast_signed())
         };
         if mapped == libc::MAP_FAILED {
             let error = io::Error::last_os_error();

@@ -21,10 +21,7 @@ fn allocating_touches_no_page() {
     for backing in [Backing::Anonymous, Backing::Memfd] {
         let ram = GuestRam::allocate(64 * MIB, backing).unwrap();
         let region = &ram.regions()[0];
-        assert!(
-            (region.host_base().as_ptr() as u64).is_multiple_of(HUGE_PAGE_BYTES),
-            "aligned"
-        );
+        assert!((region.host_base().as_ptr() as u64).is_multiple_of(HUGE_PAGE_BYTES), "aligned");
         let mut resident = vec![1u8; (region.length() / PAGE_BYTES) as usize];
         // SAFETY: the vector has a byte for each page of the mapped range.
         let result = unsafe {
@@ -35,10 +32,7 @@ fn allocating_touches_no_page() {
             )
         };
         assert_eq!(result, 0);
-        assert!(
-            resident.iter().all(|page| page & 1 == 0),
-            "{backing:?} has resident pages"
-        );
+        assert!(resident.iter().all(|page| page & 1 == 0), "{backing:?} has resident pages");
     }
 }
 
@@ -62,16 +56,13 @@ fn a_second_mapping_of_the_files_shows_the_same_content() {
 
 #[test]
 fn hugetlb_ram_consists_of_two_mebibyte_pages() {
-    let _turn = hugepages::tests::TURN
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let _turn = hugepages::tests::TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(_pages) = require::hugetlb(4) else {
         return;
     };
     let ram = GuestRam::allocate(8 * MIB, Backing::Hugetlb).unwrap();
     assert_eq!(ram.regions()[0].page_bytes(), HUGE_PAGE_BYTES);
-    ram.byte(GuestAddress(8 * MIB - 1))
-        .store(9, Ordering::Relaxed);
+    ram.byte(GuestAddress(8 * MIB - 1)).store(9, Ordering::Relaxed);
     assert_eq!(ram.read_page(GuestAddress(8 * MIB - 4096))[511] >> 56, 9);
 }
 
