@@ -9,7 +9,7 @@ use afterimage_tools::guest::{
     Guest, GuestError, GuestKind, GuestSpec, MachineState, PatternError, SYSTEM_BYTES,
     ThreadsGuest, VerifyError, Workload, digest, init_ram, verify, verify_pattern,
 };
-use afterimage_tools::microvm::KvmGuest;
+use afterimage_tools::microvm::{KvmGuest, PreparedVm};
 use afterimage_tools::ram::{Backing, GuestAddress, GuestRam, HUGE_PAGE_BYTES, PAGE_BYTES};
 use afterimage_tools::require;
 
@@ -378,8 +378,13 @@ fn a_state_is_refused_where_it_does_not_fit() {
     let spec = GuestSpec::new(&ram, Workload::Pattern, 1).unwrap();
     let mut guest = fresh(GuestKind::Kvm, &ram, &spec).unwrap();
     let state = run(&mut *guest, 1000);
-    let error = ThreadsGuest::restore(ram, &state).unwrap_err();
+    let error = ThreadsGuest::restore(ram.clone(), &state).unwrap_err();
     assert!(matches!(error, GuestError::State(_)), "{error}");
+    let error = PreparedVm::new(ram, 2).unwrap().restore(&state).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "this machine cannot run the guest: it has 1 vCPUs, 2 were prepared"
+    );
     let small = GuestRam::allocate(RAM - HUGE_PAGE_BYTES, Backing::Anonymous).unwrap();
     let error = KvmGuest::restore(Arc::new(small), &state).unwrap_err();
     let pages = (RAM - SYSTEM_BYTES) / PAGE_BYTES;

@@ -23,7 +23,7 @@ mod vcpu_state;
 use std::io;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{kvm_cpuid_entry2, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::guest::{
@@ -38,6 +38,86 @@ pub(crate) const DOORBELL: u64 = 0xd000_0000;
 
 /// Pages of KVM's own, near the end of the MMIO hole, where VMMs usually have them.
 const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// A virtual machine without state: all that can be built before a state arrives, so
+/// that restoring one takes little time. Touches no page of guest RAM.
+#[derive(Debug)]
+pub struct PreparedVm {
+    vcpus: Vec<Vcpu>,
+    supported: Vec<kvm_cpuid_entry2>,
+    // Dropped after the vCPUs, and the mappings after the VM that refers to them.
+    vm: VmFd,
+    kvm: Kvm,
+    ram: Arc<GuestRam>,
+}
+
+impl PreparedVm {
+    /// Builds a machine of `vcpus` vCPUs with all of `ram`.
+    ///
+    /// # Errors
+    /// If KVM refuses something.
+    pub fn new(ram: Arc<GuestRam>, vcpus: u32) -> Result<Self, GuestError> {
+        Self::with_memory_up_to(ram, vcpus, GuestAddress(u64::MAX))
+    }
+
+    fn with_memory_up_to(
+        ram: Arc<GuestRam>,
+        vcpus: u32,
+        end: GuestAddress,
+    ) -> Result<Self, GuestError> {
+        let kvm = Kvm::new().map_err(refused("open /dev/kvm"))?;
+        let supported = cpuid::supported(&kvm)?;
+        let vm = kvm.create_vm().map_err(refused("create a VM"))?;
+        // Intel CPUs without unrestricted guests want three pages below 4 GiB; others
+        // ignore the call.
+        vm.set_tss_address(TSS_ADDRESS).map_err(refused("set the TSS address"))?;
+        vm.create_irq_chip().map_err(refused("create the interrupt controllers"))?;
+        map_ram(&vm, &ram, end)?;
+        let vcpus = (0..vcpus)
+            .map(|id| {
+                let fd = vm.create_vcpu(id.into());
+                let fd = fd.map_err(refused(format!("create vCPU {id}")))?;
+                let cpuid = Vec::new();
+                Ok(Vcpu { id, fd, cpuid })
+            })
+            .collect::<Result<Vec<_>, GuestError>>()?;
+        Ok(Self { vcpus, supported, vm, kvm, ram })
+    }
+
+    /// Turns the machine into a guest that goes on where `state` was taken.
+    ///
+    /// # Errors
+    /// If the state is of another kind, damaged, or of another size or number of
+    /// vCPUs, or this machine cannot offer the guest the CPU that it had.
+    pub fn restore(mut self, state: &MachineState) -> Result<KvmGuest, GuestError> {
+        state.expect_kind(GuestKind::Kvm)?;
+        let spec = state.spec();
+        spec.check(&self.ram)?;
+        if self.vcpus.len() != spec.vcpus() as usize {
+            return Err(GuestError::Incompatible(format!(
+                "it has {} vCPUs, {} were prepared",
+                spec.vcpus(),
+                self.vcpus.len()
+            )));
+        }
+        for vcpu in &mut self.vcpus {
+            vcpu_state::restore(&self.vm, vcpu, &self.supported, state.sections())?;
+        }
+        Ok(self.into_guest(spec.clone(), state.progress()))
+    }
+
+    fn into_guest(self, spec: GuestSpec, progress: &[VcpuProgress]) -> KvmGuest {
+        KvmGuest {
+            progress: Arc::new(Progress::new(&spec, progress)),
+            spec,
+            stopped: self.vcpus,
+            running: None,
+            vm: self.vm,
+            kvm: self.kvm,
+            ram: self.ram,
+        }
+    }
+}
 
 /// A guest on KVM. See [`Guest`].
 #[derive(Debug)]
@@ -76,67 +156,23 @@ impl KvmGuest {
         spec.check(&ram)?;
         install_control_pages(&ram, &spec);
         boot::install_system_area(&ram);
-        let nothing = VcpuProgress { operations: 0, in_flight: false };
-        let progress = vec![nothing; spec.vcpus() as usize];
-        let mut guest = Self::build(ram, spec, &progress, end)?;
-        let supported = cpuid::supported(&guest.kvm)?;
-        for vcpu in &mut guest.stopped {
-            vcpu.cpuid = cpuid::for_vcpu(&supported, vcpu.id);
+        let mut machine = PreparedVm::with_memory_up_to(ram, spec.vcpus(), end)?;
+        for vcpu in &mut machine.vcpus {
+            vcpu.cpuid = cpuid::for_vcpu(&machine.supported, vcpu.id);
             cpuid::set(&vcpu.fd, &vcpu.cpuid)?;
             boot::set_initial_state(&vcpu.fd, vcpu.id)?;
         }
-        Ok(guest)
+        let nothing = VcpuProgress { operations: 0, in_flight: false };
+        let progress = vec![nothing; spec.vcpus() as usize];
+        Ok(machine.into_guest(spec, &progress))
     }
 
     /// A guest that goes on where `state` was taken. Touches no page of `ram`.
     ///
     /// # Errors
-    /// If the state is of another kind or damaged, the RAM has another size, or this
-    /// machine cannot offer the guest the CPU that it had.
+    /// As [`PreparedVm::restore`].
     pub fn restore(ram: Arc<GuestRam>, state: &MachineState) -> Result<Self, GuestError> {
-        state.expect_kind(GuestKind::Kvm)?;
-        let spec = state.spec().clone();
-        spec.check(&ram)?;
-        let end = GuestAddress(u64::MAX);
-        let mut guest = Self::build(ram, spec, state.progress(), end)?;
-        let supported = cpuid::supported(&guest.kvm)?;
-        for vcpu in &mut guest.stopped {
-            vcpu_state::restore(&guest.vm, vcpu, &supported, state.sections())?;
-        }
-        Ok(guest)
-    }
-
-    /// A machine whose vCPUs have no state yet.
-    fn build(
-        ram: Arc<GuestRam>,
-        spec: GuestSpec,
-        progress: &[VcpuProgress],
-        end: GuestAddress,
-    ) -> Result<Self, GuestError> {
-        let kvm = Kvm::new().map_err(refused("open /dev/kvm"))?;
-        let vm = kvm.create_vm().map_err(refused("create a VM"))?;
-        // Intel CPUs without unrestricted guests want three pages below 4 GiB; others
-        // ignore the call.
-        vm.set_tss_address(TSS_ADDRESS).map_err(refused("set the TSS address"))?;
-        vm.create_irq_chip().map_err(refused("create the interrupt controllers"))?;
-        map_ram(&vm, &ram, end)?;
-        let stopped = (0..spec.vcpus())
-            .map(|id| {
-                let fd = vm.create_vcpu(id.into());
-                let fd = fd.map_err(refused(format!("create vCPU {id}")))?;
-                let cpuid = Vec::new();
-                Ok(Vcpu { id, fd, cpuid })
-            })
-            .collect::<Result<Vec<_>, GuestError>>()?;
-        Ok(Self {
-            progress: Arc::new(Progress::new(&spec, progress)),
-            spec,
-            stopped,
-            running: None,
-            vm,
-            kvm,
-            ram,
-        })
+        PreparedVm::new(ram, state.spec().vcpus())?.restore(state)
     }
 
     fn save(&self) -> Result<MachineState, GuestError> {
