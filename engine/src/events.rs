@@ -50,7 +50,8 @@ impl<T> EventSender<T> {
 }
 
 impl<T> Events<T> {
-    /// Waits for the next event. `None` once the sender is gone and all events are taken.
+    /// Waits for the next event. Blocks. `None` once the sender is gone and all events are taken.
+    #[must_use]
     pub fn next(&self) -> Option<T> {
         let event = self.receiver.recv().ok()?;
         self.taken();
@@ -58,6 +59,7 @@ impl<T> Events<T> {
     }
 
     /// The next event, if one is there.
+    #[must_use]
     pub fn try_next(&self) -> Option<T> {
         let event = self.receiver.try_recv().ok()?;
         self.taken();

@@ -1,9 +1,7 @@
 //! The control connection of either side's session thread, and when to make another.
 
 use crate::inbox::Outlet;
-use crate::transport::{
-    Acceptor, ControlConnection, ControlError, Dialer, Received, Stream,
-};
+use crate::transport::{Acceptor, ControlConnection, ControlError, Dialer, Received, Stream};
 use afterimage_protocol::wire::{ControlFrame, Hello, Refusal, RefuseCode, Stamp};
 use mio::{Events, Poll, Token};
 use std::io;
@@ -133,11 +131,6 @@ impl SessionLink {
         if let Some(connection) = &mut self.connection {
             connection.push(frame);
         }
-    }
-
-    /// Bytes queued and not sent.
-    pub(crate) fn queued(&self) -> usize {
-        self.connection.as_ref().map_or(0, ControlConnection::queued)
     }
 
     /// Sends what goes.

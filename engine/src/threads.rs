@@ -64,12 +64,13 @@ pub(crate) fn spawn(
     // Blocked here, so that there is no moment at which the new thread could get one.
     let mut before = SigSet::empty();
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))?;
-    let spawned = thread::Builder::new().name(format!("{}-{number}", role.name())).spawn(move || {
-        if let Some(hook) = &hook.0 {
-            hook(role, number);
-        }
-        body();
-    });
+    let spawned =
+        thread::Builder::new().name(format!("{}-{number}", role.name())).spawn(move || {
+            if let Some(hook) = &hook.0 {
+                hook(role, number);
+            }
+            body();
+        });
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None)?;
     spawned
 }

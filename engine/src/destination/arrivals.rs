@@ -78,9 +78,10 @@ impl Arrived {
     /// These pages are complete. The source is told soon; whoever calls does not wait.
     pub(super) fn acknowledge(&self, run: PageRange) {
         let mut acks = self.acks();
+        let has_room = acks.len() < MAX_WAITING_RUNS;
         match acks.last_mut() {
             Some(last) if last.end() == Some(run.start) => last.count += run.count,
-            _ if acks.len() < MAX_WAITING_RUNS => acks.push(run),
+            _ if has_room => acks.push(run),
             _ => self.has_lost_acks.store(true, Ordering::Release),
         }
         drop(acks);
@@ -91,9 +92,7 @@ impl Arrived {
 
     /// Those of a run that are complete; somebody else may still be busy with the rest.
     pub(super) fn acknowledge_complete(&self, run: PageRange) {
-        for complete in self.pages.planes().complete_in(run) {
-            self.acknowledge(complete);
-        }
+        self.pages.planes().complete_in(run, |complete| self.acknowledge(complete));
         self.note_progress();
     }
 
@@ -118,7 +117,8 @@ impl Arrived {
     /// Takes acknowledgements for one frame.
     pub(super) fn take_acks(&self) -> Vec<PageRange> {
         let mut acks = self.acks();
-        let rest = acks.split_off(acks.len().min(MAX_ACK_RUNS));
+        let most = acks.len().min(MAX_ACK_RUNS);
+        let rest = acks.split_off(most);
         self.has_acks.store(!rest.is_empty(), Ordering::Release);
         std::mem::replace(&mut acks, rest)
     }

@@ -18,6 +18,7 @@ use afterimage_protocol::wire::{Channel, DataFrame, Generation, HEADER_BYTES, He
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -134,7 +135,9 @@ impl FaultThread {
                     Order::Stop => return Ok(()),
                 }
             }
-            self.arrived.pages.read_events(&mut buffer, &mut self.faults)?;
+            for discarded in self.arrived.pages.read_events(&mut buffer, &mut self.faults)? {
+                self.arrived.acknowledge_complete(discarded);
+            }
             is_busy |= !self.faults.is_empty();
             self.answer_faults();
             self.place_held();
@@ -184,14 +187,11 @@ impl FaultThread {
 
     fn ask(&mut self, page: PageNumber) {
         let now = Instant::now();
-        if self.asked.insert(page, Asked { since: now, asked: now }).is_some_and(|known| {
-            // Another vCPU waits for the same page: it has been asked for already.
-            self.asked.insert(page, known);
-            true
-        }) {
-            return;
+        // Where another vCPU waits for the same page, it has been asked for already.
+        if let Entry::Vacant(vacant) = self.asked.entry(page) {
+            vacant.insert(Asked { since: now, asked: now });
+            self.push_request(page);
         }
-        self.push_request(page);
     }
 
     fn push_request(&mut self, page: PageNumber) {

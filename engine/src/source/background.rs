@@ -42,15 +42,7 @@ impl<'s> Streamer<'s> {
         // Streams begin apart; they meet when little is left.
         let pages = serving.layout.page_count();
         let cursor = PageNumber(pages / u64::from(streams.max(1)) * u64::from(slot));
-        Self {
-            serving,
-            stream,
-            generation,
-            underway,
-            cursor,
-            extent: None,
-            frames: Vec::new(),
-        }
+        Self { serving, stream, generation, underway, cursor, extent: None, frames: Vec::new() }
     }
 
     /// Sends until the connection ends.
@@ -108,9 +100,7 @@ impl<'s> Streamer<'s> {
             Some(extent) if extent.start >= run.offset + page_bytes => {
                 (true, extent.start / page_bytes * page_bytes)
             }
-            Some(extent) => {
-                (false, extent.end.min(run.offset + CHUNK_BYTES.max(page_bytes)))
-            }
+            Some(extent) => (false, extent.end.min(run.offset + CHUNK_BYTES.max(page_bytes))),
         };
         let pages = (end - run.offset).div_ceil(page_bytes).min(MAX_ZERO_PAGES);
         let taken = serving.book.take_in(PageRange::new(next, pages))?;

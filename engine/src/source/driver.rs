@@ -16,8 +16,8 @@ use afterimage_protocol::session::{
     Book, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Generation, Hello, MAX_SECTION_BYTES, Refusal,
-    RefuseCode, Role, Stamp,
+    Capabilities, Channel, ControlFrame, Generation, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode,
+    Role, Stamp,
 };
 use crossbeam_channel::Sender;
 use std::collections::BTreeMap;
@@ -78,6 +78,7 @@ pub(super) struct Driver {
 }
 
 impl Driver {
+    #[expect(clippy::too_many_arguments, reason = "the parts of one thread, put together once")]
     pub(super) fn new(
         session: SourceSession,
         link: SessionLink,
@@ -230,7 +231,7 @@ impl Driver {
                 SourceAction::Received { range, segment } => {
                     let book = self.shared.book();
                     if let (Some(book), Err(error)) =
-                        (book, segment.decode(range, |run| drop(self.shared.acknowledge(run))))
+                        (book, segment.decode(range, |run| self.shared.acknowledge(run)))
                     {
                         // The wire has decoded it once already.
                         tracing::error!(%error, pages = book.pages(), "a bitmap cannot be read");
@@ -315,10 +316,8 @@ impl Driver {
 
     fn open_channels(&mut self, stamp: Stamp, layout: afterimage_protocol::layout::GuestLayout) {
         let Some(book) = self.shared.book() else { return };
-        let options = ServingOptions {
-            checksums: self.link.checksums(),
-            polling: self.options.polling,
-        };
+        let options =
+            ServingOptions { checksums: self.link.checksums(), polling: self.options.polling };
         let serving = Arc::new(Serving::new(
             Arc::clone(&self.memory),
             layout,
@@ -447,7 +446,9 @@ impl Driver {
                 (ThreadRole::Background, slot)
             }
             Channel::Request(slot) => (ThreadRole::Request, slot),
-            Channel::Control => return Err(io::Error::other("a control channel is no data channel")),
+            Channel::Control => {
+                return Err(io::Error::other("a control channel is no data channel"));
+            }
         };
         threads::spawn(&self.options.threads, role, usize::from(slot), move || {
             let ended = if role == ThreadRole::Request {
@@ -472,9 +473,10 @@ impl Driver {
         let ended = if is_present {
             self.data.remove(&channel)
         } else {
-            let at = self.retired.iter().position(|(retired, it)| {
-                *retired == channel && it.generation == stamp.generation
-            });
+            let at = self
+                .retired
+                .iter()
+                .position(|(retired, it)| *retired == channel && it.generation == stamp.generation);
             at.map(|at| self.retired.swap_remove(at).1)
         };
         let Some(ended) = ended else { return };

@@ -19,8 +19,8 @@ use crate::threads::{self, ThreadHook, ThreadRole};
 use crate::transport::{Acceptor, Address, Dialer, Listener, Plaintext};
 use afterimage_protocol::layout::PageRange;
 use afterimage_protocol::session::{Book, NotNow, SourceConfig, SourceSession};
-use afterimage_protocol::wire::{Capabilities, Channel, SessionKind};
 pub use afterimage_protocol::session::{SourceOwnership, SourceRecord};
+use afterimage_protocol::wire::{Capabilities, Channel, SessionKind};
 pub use afterimage_protocol::wire::{Incarnation, SessionId};
 use driver::{Call, Driver, Input};
 use mio::Poll;
@@ -42,7 +42,10 @@ pub struct StateSection {
 }
 
 /// Makes a source's ownership record durable; called on the session thread, which waits.
-pub struct SourceLedger(pub(crate) Box<dyn FnMut(&SourceRecord) -> io::Result<()> + Send>);
+pub struct SourceLedger(pub(crate) Record<SourceRecord>);
+
+/// A callback that makes a record durable.
+pub(crate) type Record<R> = Box<dyn FnMut(&R) -> io::Result<()> + Send>;
 
 impl SourceLedger {
     /// A ledger that calls `function`, which must return only when the record would survive
@@ -242,7 +245,9 @@ impl Endpoint {
                 Line::Listens { _acceptor: acceptor }
             }
             Self::Connect(address) => {
-                let deliver = move |outcome| drop(outlet.send(dialed(outcome)));
+                let deliver = move |outcome| {
+                    outlet.send(dialed(outcome));
+                };
                 Line::Dials(Dialer::start(address, plaintext, hook, deliver)?)
             }
         })
@@ -324,7 +329,14 @@ impl Source {
             Input::Accepted,
             Input::Dialed,
         )?;
-        Ok(Self::run(memory, SessionKind::Migration, SessionLink::new(poll, line), inbox, outlet, options)?)
+        Ok(Self::run(
+            memory,
+            SessionKind::Migration,
+            SessionLink::new(poll, line),
+            inbox,
+            outlet,
+            options,
+        )?)
     }
 
     /// A session thread on a link that is there.

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 /// A shared mapping of a piece of a file, besides the one that the guest uses. Whole runs
-/// are written through it and then shown to the guest with UFFDIO_CONTINUE.
+/// are written through it and then shown to the guest with `UFFDIO_CONTINUE`.
 #[derive(Debug)]
 pub(crate) struct Alias {
     map: MmapRaw,
@@ -62,12 +62,6 @@ pub(crate) struct RawRun {
 }
 
 impl RawRun {
-    /// `length` bytes of it from `offset`.
-    pub(crate) fn part(&self, offset: usize, length: usize) -> Self {
-        assert!(offset.checked_add(length).is_some_and(|end| end <= self.length));
-        Self { start: self.start.wrapping_add(offset), length }
-    }
-
     /// Its bytes, for a checksum.
     ///
     /// # Safety
@@ -111,6 +105,8 @@ pub(crate) fn is_readable(run: RawRun) -> bool {
 /// # Safety
 /// The run must be readable and its start a multiple of 8.
 pub(crate) unsafe fn is_zero(run: RawRun) -> bool {
+    debug_assert!((run.start as usize).is_multiple_of(8));
+    #[expect(clippy::cast_ptr_alignment, reason = "the caller promises it")]
     let words = run.start.cast::<u64>();
     (0..run.length / 8).all(|index| {
         // SAFETY: in the run, aligned; volatile because somebody else may (wrongly) write it.

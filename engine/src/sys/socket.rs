@@ -40,9 +40,8 @@ pub(crate) unsafe fn receive_raw(
 ) -> io::Result<usize> {
     loop {
         // SAFETY: the caller's promise.
-        let got = unsafe {
-            libc::recv(fd.as_raw_fd(), into.start.cast(), into.length, wait.flag())
-        };
+        let got =
+            unsafe { libc::recv(fd.as_raw_fd(), into.start.cast(), into.length, wait.flag()) };
         if got >= 0 {
             return Ok(got as usize);
         }

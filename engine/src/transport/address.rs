@@ -82,7 +82,18 @@ mod tests {
 
     #[test]
     fn what_is_no_address_says_what_would_be() {
-        for text in ["", "tcp", "tcp:host", "tcp::1", "tcp:::1:5", "tcp:h:99999", "unix:", "fd:x", "fd:-1", "udp:a:1"] {
+        for text in [
+            "",
+            "tcp",
+            "tcp:host",
+            "tcp::1",
+            "tcp:::1:5",
+            "tcp:h:99999",
+            "unix:",
+            "fd:x",
+            "fd:-1",
+            "udp:a:1",
+        ] {
             let error = text.parse::<Address>().unwrap_err().to_string();
             assert!(error.contains("tcp:HOST:PORT"), "{text}: {error}");
         }

@@ -6,6 +6,11 @@ use afterimage_protocol::wire::Hello;
 use crossbeam_channel::Sender;
 use std::io;
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// After a failed attempt the next outcome is told only after a pause, which doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LAST_PAUSE: Duration = Duration::from_millis(500);
 
 /// The outcome of one attempt.
 #[derive(Debug)]
@@ -34,8 +39,16 @@ impl Dialer {
     ) -> io::Result<Self> {
         let (jobs, todo) = crossbeam_channel::unbounded::<Hello>();
         let thread = threads::spawn(hook, ThreadRole::Acceptor, 1, move || {
+            let mut pause = FIRST_PAUSE;
             for hello in todo {
                 let outcome = connect(&address, plaintext, hello);
+                if outcome.is_ok() {
+                    pause = FIRST_PAUSE;
+                } else {
+                    // Whoever asked will ask again.
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(LAST_PAUSE);
+                }
                 deliver(Dialed { hello, outcome });
             }
         })?;

@@ -109,7 +109,8 @@ fn is_tcp_listener(fd: &OwnedFd) -> io::Result<bool> {
     if !getsockopt(fd, sockopt::AcceptConn)? {
         return Err(io::Error::other("the descriptor is no listening socket"));
     }
-    let domain = nix::sys::socket::getsockname::<nix::sys::socket::SockaddrStorage>(fd.as_raw_fd())?;
+    let domain =
+        nix::sys::socket::getsockname::<nix::sys::socket::SockaddrStorage>(fd.as_raw_fd())?;
     Ok(domain.as_unix_addr().is_none())
 }
 

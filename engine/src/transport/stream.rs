@@ -71,12 +71,9 @@ impl Stream {
     pub(crate) unsafe fn receive_run(&self, run: RawRun) -> io::Result<()> {
         let mut got = 0;
         while got < run.length {
-            let rest =
-                RawRun { start: run.start.wrapping_add(got), length: run.length - got };
+            let rest = RawRun { start: run.start.wrapping_add(got), length: run.length - got };
             // SAFETY: the caller's promise.
-            got += not_the_end(unsafe {
-                socket::receive_raw(self.as_fd(), rest, Wait::Block)
-            }?)?;
+            got += not_the_end(unsafe { socket::receive_raw(self.as_fd(), rest, Wait::Block) }?)?;
         }
         Ok(())
     }

@@ -154,6 +154,15 @@ impl<W: Words> Bitmap<W> {
         (end > start).then(|| PageRange::new(PageNumber(start), end - start))
     }
 
+    /// The first run of set bits in a range.
+    #[must_use]
+    pub fn first_set_in(&self, range: PageRange) -> Option<PageRange> {
+        let stop = (range.start.0 + range.count).min(self.pages);
+        let start = self.find_within(range.start.0, stop, 0);
+        let end = self.find_within(start, stop, u64::MAX);
+        (end > start).then(|| PageRange::new(PageNumber(start), end - start))
+    }
+
     /// The runs of set bits, in order.
     pub fn runs(&self) -> impl Iterator<Item = PageRange> + '_ {
         let mut from = 0;

@@ -128,20 +128,19 @@ impl<W: Words> Planes<W> {
 
     /// Calls `missing` with each run of a range that is not complete.
     pub fn incomplete_in(&self, range: PageRange, mut missing: impl FnMut(PageRange)) {
-        let mut run = PageRange::new(range.start, 0);
-        for page in range.iter() {
-            if !self.complete.test(page) {
-                if run.is_empty() {
-                    run.start = page;
-                }
-                run.count += 1;
-            } else if !run.is_empty() {
-                missing(run);
-                run.count = 0;
-            }
-        }
-        if !run.is_empty() {
+        let mut rest = range;
+        while let Some(run) = self.complete.first_clear_in(rest) {
             missing(run);
+            rest = after(range, run);
+        }
+    }
+
+    /// Calls `there` with each run of a range that is complete.
+    pub fn complete_in(&self, range: PageRange, mut there: impl FnMut(PageRange)) {
+        let mut rest = range;
+        while let Some(run) = self.complete.first_set_in(rest) {
+            there(run);
+            rest = after(range, run);
         }
     }
 
@@ -166,4 +165,10 @@ impl<W: Words> Planes<W> {
             self.give_back(PageRange::new(start, count));
         }
     }
+}
+
+/// What of `range` comes after `run`.
+const fn after(range: PageRange, run: PageRange) -> PageRange {
+    let next = run.start.0 + run.count;
+    PageRange::new(PageNumber(next), range.start.0 + range.count - next)
 }
