@@ -1,8 +1,12 @@
 //! Frames on the control channel.
 
+use super::payload::{
+    bad_length, decode_ack, decode_attach, decode_offer, decode_received, decode_section,
+    encode_layout, encode_offer,
+};
 use super::{FLAG_LAST, Header, Kind, MAX_CONTROL_PAYLOAD, Refusal, Stamp, WireError};
-use crate::bitmap::{MAX_SEGMENT_PAGES, Segment};
-use crate::layout::{Backing, GuestAddress, GuestLayout, PageNumber, PageRange, PageSize, Region};
+use crate::bitmap::Segment;
+use crate::layout::{GuestLayout, PageRange};
 
 /// The most regions a layout may have to travel.
 pub const MAX_REGIONS: usize = 16_384;
@@ -12,7 +16,6 @@ pub const MAX_ACK_RUNS: usize = 4096;
 pub const MAX_SECTION_NAME: usize = 255;
 /// The most bytes of a section in one frame; a section of any size is sent in several.
 pub const MAX_SECTION_BYTES: usize = 512 << 10;
-const REGION_BYTES: usize = 24;
 
 /// What kind of session it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -269,177 +272,4 @@ impl ControlFrame {
         };
         Ok(Some(frame))
     }
-}
-
-fn bad_length(kind: Kind, payload: &[u8], expected: usize) -> WireError {
-    WireError::BadLength {
-        kind: kind as u16,
-        length: payload.len() as u64,
-        expected: expected as u64,
-    }
-}
-
-fn bad_value(kind: Kind, field: &'static str, value: impl Into<u64>) -> WireError {
-    WireError::BadValue { kind: kind as u16, field, value: value.into() }
-}
-
-fn encode_offer(offer: &Offer, bytes: &mut Vec<u8>) {
-    bytes.push(offer.kind as u8);
-    bytes.push(0);
-    bytes.extend_from_slice(&offer.streams.to_le_bytes());
-    bytes.extend_from_slice(&offer.shards.to_le_bytes());
-    bytes.extend_from_slice(&[0; 2]);
-    bytes.extend_from_slice(&offer.heartbeat_ms.to_le_bytes());
-    bytes.extend_from_slice(&offer.silence_ms.to_le_bytes());
-    encode_layout(&offer.layout, bytes);
-}
-
-fn decode_offer(payload: &[u8]) -> Result<Offer, WireError> {
-    let kind = Kind::Offer;
-    let (fixed, layout) =
-        payload.split_first_chunk::<16>().ok_or_else(|| bad_length(kind, payload, 16))?;
-    let session = match fixed[0] {
-        1 => SessionKind::Migration,
-        2 => SessionKind::Snapshot,
-        value => return Err(bad_value(kind, "session kind", value)),
-    };
-    let number = |at: usize| u16::from_le_bytes([fixed[at], fixed[at + 1]]);
-    let wide = |at: usize| u32::from(number(at)) | u32::from(number(at + 2)) << 16;
-    let (streams, shards) = (number(2), number(4));
-    if !(1..=16).contains(&streams) {
-        return Err(bad_value(kind, "background streams", streams));
-    }
-    if !(1..=64).contains(&shards) {
-        return Err(bad_value(kind, "request channels", shards));
-    }
-    let (heartbeat_ms, silence_ms) = (wide(8), wide(12));
-    if heartbeat_ms == 0 || silence_ms <= heartbeat_ms {
-        return Err(bad_value(kind, "silence time", silence_ms));
-    }
-    let layout = decode_layout(kind, layout)?;
-    Ok(Offer { kind: session, streams, shards, heartbeat_ms, silence_ms, layout })
-}
-
-fn decode_attach(payload: &[u8]) -> Result<Attach, WireError> {
-    let kind = Kind::Attach;
-    let (fixed, layout) =
-        payload.split_first_chunk::<8>().ok_or_else(|| bad_length(kind, payload, 8))?;
-    let phase = match fixed[0] {
-        1 => Phase::Fresh,
-        2 => Phase::Ready,
-        3 => Phase::Refused,
-        4 => Phase::Running,
-        5 => Phase::Complete,
-        value => return Err(bad_value(kind, "phase", value)),
-    };
-    Ok(Attach { phase, layout: decode_layout(kind, layout)? })
-}
-
-fn encode_layout(layout: &GuestLayout, bytes: &mut Vec<u8>) {
-    for region in layout.regions() {
-        bytes.extend_from_slice(&region.guest_address.0.to_le_bytes());
-        bytes.extend_from_slice(&region.length.to_le_bytes());
-        bytes.push(region.page_size.shift() as u8);
-        bytes.push(region.backing as u8);
-        bytes.extend_from_slice(&[0; 6]);
-    }
-}
-
-fn decode_layout(kind: Kind, bytes: &[u8]) -> Result<GuestLayout, WireError> {
-    if !bytes.len().is_multiple_of(REGION_BYTES) {
-        return Err(bad_length(kind, bytes, bytes.len().next_multiple_of(REGION_BYTES)));
-    }
-    let count = bytes.len() / REGION_BYTES;
-    if count > MAX_REGIONS {
-        return Err(bad_value(kind, "number of regions", count as u64));
-    }
-    let mut regions = Vec::with_capacity(count);
-    for raw in bytes.chunks_exact(REGION_BYTES) {
-        let number = |at: usize| {
-            raw[at..at + 8].iter().rev().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte))
-        };
-        let page_size = (raw[16] < 64)
-            .then(|| PageSize::from_bytes(1 << raw[16]))
-            .flatten()
-            .ok_or_else(|| bad_value(kind, "page size 2 to the power of", raw[16]))?;
-        let backing = match raw[17] {
-            1 => Backing::Anonymous,
-            2 => Backing::Shared,
-            3 => Backing::Hugetlb,
-            4 => Backing::Opaque,
-            value => return Err(bad_value(kind, "backing", value)),
-        };
-        regions.push(Region::new(GuestAddress(number(0)), number(8), page_size, backing));
-    }
-    Ok(GuestLayout::new(regions)?)
-}
-
-fn decode_received(header: &Header, payload: &[u8]) -> Result<ControlFrame, WireError> {
-    let kind = Kind::Received;
-    let range = PageRange::new(PageNumber(header.page()), u64::from(header.count()));
-    if !range.start.0.is_multiple_of(64) || range.end().is_none() {
-        return Err(bad_value(kind, "first page", range.start.0));
-    }
-    if range.count > MAX_SEGMENT_PAGES {
-        return Err(bad_value(kind, "page count", range.count));
-    }
-    let (form, bytes) = payload.split_first().ok_or_else(|| bad_length(kind, payload, 1))?;
-    let segment = match form {
-        1 => Segment::Runs(bytes.to_vec()),
-        2 => Segment::Raw(bytes.to_vec()),
-        value => return Err(bad_value(kind, "bitmap form", *value)),
-    };
-    // Decoded once here, so that whoever applies it cannot meet an error half way.
-    segment.decode(range, |_| ())?;
-    Ok(ControlFrame::Received { range, segment, last: header.is_last() })
-}
-
-fn decode_section(header: &Header, payload: &[u8]) -> Result<ControlFrame, WireError> {
-    let kind = Kind::Section;
-    let (&length, rest) = payload.split_first().ok_or_else(|| bad_length(kind, payload, 1))?;
-    let length = usize::from(length);
-    if length == 0 || rest.len() < length {
-        return Err(bad_value(kind, "name length", length as u64));
-    }
-    let (name, bytes) = rest.split_at(length);
-    if bytes.len() > MAX_SECTION_BYTES {
-        return Err(WireError::TooLong {
-            kind: kind as u16,
-            length: bytes.len() as u64,
-            limit: MAX_SECTION_BYTES as u64,
-        });
-    }
-    let name = std::str::from_utf8(name).map_err(|error| {
-        bad_value(kind, "name that is not UTF-8 from byte", error.valid_up_to() as u64)
-    })?;
-    Ok(ControlFrame::Section {
-        name: name.to_owned(),
-        version: header.count(),
-        last: header.is_last(),
-        bytes: bytes.to_vec(),
-    })
-}
-
-fn decode_ack(header: &Header, payload: &[u8]) -> Result<Vec<PageRange>, WireError> {
-    let kind = Kind::Ack;
-    let count = header.count() as usize;
-    if count > MAX_ACK_RUNS {
-        return Err(bad_value(kind, "number of runs", header.count()));
-    }
-    if payload.len() != count * 16 {
-        return Err(bad_length(kind, payload, count * 16));
-    }
-    payload
-        .chunks_exact(16)
-        .map(|raw| {
-            let number = |at: usize| {
-                raw[at..at + 8].iter().rev().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte))
-            };
-            let run = PageRange::new(PageNumber(number(0)), number(8));
-            if run.is_empty() || run.end().is_none() {
-                return Err(bad_value(kind, "empty or endless run at page", run.start.0));
-            }
-            Ok(run)
-        })
-        .collect()
 }

@@ -12,6 +12,7 @@ mod control;
 mod data;
 mod error;
 mod greeting;
+mod payload;
 
 pub use control::{
     Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTION_NAME, Offer,
