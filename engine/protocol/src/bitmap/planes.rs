@@ -90,7 +90,7 @@ impl<W: Words> Planes<W> {
     /// caller's. Returns how many pages these are.
     pub fn claim(&self, range: PageRange, mut won: impl FnMut(PageRange)) -> u64 {
         let mut pages = 0;
-        self.claimed.set(range, |run| {
+        self.claimed.set_unpublished(range, |run| {
             // A page can be complete without a claim: see `give_back`.
             self.incomplete_in(run, |run| {
                 pages += run.count;
@@ -122,8 +122,8 @@ impl<W: Words> Planes<W> {
     /// complete before. Returns how many pages these are.
     pub fn complete(&self, range: PageRange, newly: impl FnMut(PageRange)) -> u64 {
         // Claimed first: a page is never seen complete and free at once.
-        self.claimed.set(range, |_| ());
-        self.complete.set(range, newly)
+        self.claimed.set_unpublished(range, |_| ());
+        self.complete.set_unpublished(range, newly)
     }
 
     /// Calls `missing` with each run of a range that is not complete.

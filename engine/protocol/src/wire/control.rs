@@ -1,8 +1,9 @@
 //! Frames on the control channel.
 
 use super::payload::{
-    bad_length, decode_ack, decode_attach, decode_offer, decode_received, decode_section,
-    encode_layout, encode_offer,
+    bad_length, check_ack, check_layout, check_offer, check_received, check_section, decode_ack,
+    decode_attach, decode_offer, decode_received, decode_section, encode_layout, encode_offer,
+    misplaced, payload_limit,
 };
 use super::{FLAG_LAST, Header, Kind, MAX_CONTROL_PAYLOAD, Refusal, Stamp, WireError};
 use crate::bitmap::Segment;
@@ -16,6 +17,11 @@ pub const MAX_ACK_RUNS: usize = 4096;
 pub const MAX_SECTION_NAME: usize = 255;
 /// The most bytes of a section in one frame; a section of any size is sent in several.
 pub const MAX_SECTION_BYTES: usize = 512 << 10;
+
+/// The most background streams an offer may ask for.
+pub const MAX_STREAMS: u16 = 16;
+/// The most request channels an offer may ask for.
+pub const MAX_SHARDS: u16 = 64;
 
 /// What kind of session it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -161,9 +167,34 @@ impl ControlFrame {
         }
     }
 
+    /// Whether it can travel: the very checks that the receiver makes. Frames with values
+    /// that come from outside, such as the names of sections, are to be checked before they
+    /// are encoded.
+    ///
+    /// # Errors
+    /// What [`decode`](Self::decode) would say of it.
+    pub fn check(&self) -> Result<(), WireError> {
+        match self {
+            Self::Offer(offer) => check_offer(offer),
+            Self::Attach(attach) => check_layout(Kind::Attach, &attach.layout),
+            Self::Received { range, segment, .. } => check_received(*range, segment),
+            Self::Section { name, bytes, .. } => check_section(name, bytes),
+            Self::Ack(runs) => check_ack(runs),
+            _ => Ok(()),
+        }
+    }
+
     /// Header and payload in one piece, with a checksum if asked for.
+    ///
+    /// # Panics
+    /// If [`check`](Self::check) refuses it: a frame that says something else than its value
+    /// never leaves.
     #[must_use]
     pub fn encode(&self, stamp: Stamp, checksums: bool) -> Vec<u8> {
+        if let Err(error) = self.check() {
+            panic!("a frame that cannot travel: {error}");
+        }
+        // No cast below loses anything: `check` has bounded what is cast.
         let (mut page, mut count, mut flags) = (0, 0, 0);
         let mut payload = Vec::new();
         match self {
@@ -217,24 +248,23 @@ impl ControlFrame {
     /// How many payload bytes to read after a header, before anything is allocated.
     ///
     /// # Errors
-    /// An unknown frame that is not optional, or a payload that is too long.
+    /// An unknown frame that is not optional, one that does not belong here, or a payload
+    /// longer than this frame may have.
     pub fn payload_length(header: &Header) -> Result<usize, WireError> {
-        let kind = match header.kind() {
-            Ok(kind) => kind as u16,
-            Err(kind) if header.is_optional() => kind,
+        let (kind, limit) = match header.kind() {
+            Ok(kind) => (kind as u16, payload_limit(kind)?),
+            Err(kind) if header.is_optional() => (kind, MAX_CONTROL_PAYLOAD as usize),
             Err(kind) => return Err(WireError::UnknownKind { kind }),
         };
-        if header.length() > MAX_CONTROL_PAYLOAD {
-            return Err(WireError::TooLong {
-                kind,
-                length: header.length().into(),
-                limit: MAX_CONTROL_PAYLOAD.into(),
-            });
+        let length = header.length() as usize;
+        if length > limit {
+            return Err(WireError::TooLong { kind, length: length as u64, limit: limit as u64 });
         }
-        Ok(header.length() as usize)
+        Ok(length)
     }
 
-    /// The frame, or `None` for an unknown one that may be skipped.
+    /// The frame, or `None` for an unknown one that may be skipped. Whether its pages exist
+    /// is left to the session, which knows the layout.
     ///
     /// # Errors
     /// Everything that can be wrong with a payload; see [`WireError`].
@@ -244,15 +274,14 @@ impl ControlFrame {
             Err(_) if header.is_optional() => return Ok(None),
             Err(kind) => return Err(WireError::UnknownKind { kind }),
         };
+        payload_limit(kind)?;
         let frame = match kind {
             Kind::Offer => Self::Offer(decode_offer(payload)?),
             Kind::Attach => Self::Attach(decode_attach(payload)?),
             Kind::Received => decode_received(header, payload)?,
             Kind::Section => decode_section(header, payload)?,
             Kind::Ack => Self::Ack(decode_ack(header, payload)?),
-            Kind::Refuse => {
-                Self::Refuse(Refusal::decode(payload).ok_or_else(|| bad_length(kind, payload, 2))?)
-            }
+            Kind::Refuse => Self::Refuse(Refusal::decode(kind as u16, payload)?),
             _ if !payload.is_empty() => return Err(bad_length(kind, payload, 0)),
             Kind::Begin => Self::Begin,
             Kind::StateEnd => Self::StateEnd { sections: header.count() },
@@ -267,9 +296,10 @@ impl ControlFrame {
             Kind::TakeBackAgreed => Self::TakeBackAgreed,
             Kind::TakeBackDenied => Self::TakeBackDenied,
             Kind::PageRequest | Kind::PageContent | Kind::PageZero | Kind::PageUnreadable => {
-                return Err(WireError::Misplaced { kind: kind as u16, channel: "control" });
+                return Err(misplaced(kind));
             }
         };
+        frame.check()?;
         Ok(Some(frame))
     }
 }

@@ -15,10 +15,10 @@ mod greeting;
 mod payload;
 
 pub use control::{
-    Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTION_NAME, Offer,
-    Phase, SessionKind,
+    Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTION_NAME,
+    MAX_SHARDS, MAX_STREAMS, Offer, Phase, SessionKind,
 };
-pub use data::{DataFrame, MAX_CONTENT_BYTES, MAX_REQUEST_PAGES};
+pub use data::{DataFrame, MAX_CONTENT_BYTES, MAX_FRAME_PAGES, MAX_REQUEST_PAGES};
 pub use error::{Refusal, RefuseCode, WireError};
 pub use greeting::{
     Announced, Capabilities, Channel, GREETING_PREFIX, Greeting, Hello, Incarnation, MAGIC, Role,

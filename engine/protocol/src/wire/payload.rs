@@ -1,14 +1,114 @@
 //! The payloads of control frames: what lies behind their headers.
 
 use super::control::{
-    Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, Offer, Phase, SessionKind,
+    Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTION_NAME,
+    MAX_SHARDS, MAX_STREAMS, Offer, Phase, SessionKind,
 };
-use super::{Header, Kind, WireError};
+use super::{Header, Kind, Refusal, WireError};
 use crate::bitmap::{MAX_SEGMENT_PAGES, Segment};
 use crate::layout::{Backing, GuestAddress, GuestLayout, PageNumber, PageRange, PageSize, Region};
 
+/// Bytes before the regions of an offer.
+const OFFER_BYTES: usize = 16;
+/// Bytes before the regions of an attach.
+const ATTACH_BYTES: usize = 8;
 /// Bytes of one region.
 const REGION_BYTES: usize = 24;
+/// Bytes of one run of an ack.
+const RUN_BYTES: usize = 16;
+
+/// The longest payload of a frame on the control channel.
+pub(super) fn payload_limit(kind: Kind) -> Result<usize, WireError> {
+    Ok(match kind {
+        Kind::Offer => OFFER_BYTES + MAX_REGIONS * REGION_BYTES,
+        Kind::Attach => ATTACH_BYTES + MAX_REGIONS * REGION_BYTES,
+        // By runs is only chosen where it is smaller than raw.
+        Kind::Received => 1 + MAX_SEGMENT_PAGES as usize / 8,
+        Kind::Section => 1 + MAX_SECTION_NAME + MAX_SECTION_BYTES,
+        Kind::Ack => MAX_ACK_RUNS * RUN_BYTES,
+        Kind::Refuse => 2 + Refusal::MAX_REASON,
+        Kind::PageRequest | Kind::PageContent | Kind::PageZero | Kind::PageUnreadable => {
+            return Err(misplaced(kind));
+        }
+        _ => 0,
+    })
+}
+
+pub(super) fn misplaced(kind: Kind) -> WireError {
+    WireError::Misplaced { kind: kind as u16, channel: "control" }
+}
+
+pub(super) fn check_offer(offer: &Offer) -> Result<(), WireError> {
+    let kind = Kind::Offer;
+    if !(1..=MAX_STREAMS).contains(&offer.streams) {
+        return Err(bad_value(kind, "background streams", offer.streams));
+    }
+    if !(1..=MAX_SHARDS).contains(&offer.shards) {
+        return Err(bad_value(kind, "request channels", offer.shards));
+    }
+    if offer.heartbeat_ms == 0 {
+        return Err(bad_value(kind, "heartbeat time", offer.heartbeat_ms));
+    }
+    if offer.silence_ms <= offer.heartbeat_ms {
+        return Err(bad_value(kind, "silence time", offer.silence_ms));
+    }
+    check_layout(kind, &offer.layout)
+}
+
+pub(super) fn check_layout(kind: Kind, layout: &GuestLayout) -> Result<(), WireError> {
+    check_region_count(kind, layout.regions().len())
+}
+
+fn check_region_count(kind: Kind, count: usize) -> Result<(), WireError> {
+    if count > MAX_REGIONS {
+        return Err(bad_value(kind, "number of regions", count as u64));
+    }
+    Ok(())
+}
+
+pub(super) fn check_received(range: PageRange, segment: &Segment) -> Result<(), WireError> {
+    let kind = Kind::Received;
+    if !range.start.0.is_multiple_of(64) || range.end().is_none() {
+        return Err(bad_value(kind, "first page", range.start.0));
+    }
+    if range.count > MAX_SEGMENT_PAGES {
+        return Err(bad_value(kind, "page count", range.count));
+    }
+    let (Segment::Runs(bytes) | Segment::Raw(bytes)) = segment;
+    let limit = payload_limit(kind)?;
+    if 1 + bytes.len() > limit {
+        let length = 1 + bytes.len() as u64;
+        return Err(WireError::TooLong { kind: kind as u16, length, limit: limit as u64 });
+    }
+    // Decoded once here, so that whoever applies it cannot meet an error half way.
+    Ok(segment.decode(range, |_| ())?)
+}
+
+pub(super) fn check_section(name: &str, bytes: &[u8]) -> Result<(), WireError> {
+    let kind = Kind::Section;
+    if name.is_empty() || name.len() > MAX_SECTION_NAME {
+        return Err(bad_value(kind, "name length", name.len() as u64));
+    }
+    if bytes.len() > MAX_SECTION_BYTES {
+        return Err(WireError::TooLong {
+            kind: kind as u16,
+            length: bytes.len() as u64,
+            limit: MAX_SECTION_BYTES as u64,
+        });
+    }
+    Ok(())
+}
+
+pub(super) fn check_ack(runs: &[PageRange]) -> Result<(), WireError> {
+    let kind = Kind::Ack;
+    if runs.len() > MAX_ACK_RUNS {
+        return Err(bad_value(kind, "number of runs", runs.len() as u64));
+    }
+    match runs.iter().find(|run| run.is_empty() || run.end().is_none()) {
+        Some(run) => Err(bad_value(kind, "empty or endless run at page", run.start.0)),
+        None => Ok(()),
+    }
+}
 
 pub(super) fn bad_length(kind: Kind, payload: &[u8], expected: usize) -> WireError {
     WireError::BadLength {
@@ -35,8 +135,9 @@ pub(super) fn encode_offer(offer: &Offer, bytes: &mut Vec<u8>) {
 
 pub(super) fn decode_offer(payload: &[u8]) -> Result<Offer, WireError> {
     let kind = Kind::Offer;
-    let (fixed, layout) =
-        payload.split_first_chunk::<16>().ok_or_else(|| bad_length(kind, payload, 16))?;
+    let (fixed, layout) = payload
+        .split_first_chunk::<OFFER_BYTES>()
+        .ok_or_else(|| bad_length(kind, payload, OFFER_BYTES))?;
     let session = match fixed[0] {
         1 => SessionKind::Migration,
         2 => SessionKind::Snapshot,
@@ -45,24 +146,16 @@ pub(super) fn decode_offer(payload: &[u8]) -> Result<Offer, WireError> {
     let number = |at: usize| u16::from_le_bytes([fixed[at], fixed[at + 1]]);
     let wide = |at: usize| u32::from(number(at)) | u32::from(number(at + 2)) << 16;
     let (streams, shards) = (number(2), number(4));
-    if !(1..=16).contains(&streams) {
-        return Err(bad_value(kind, "background streams", streams));
-    }
-    if !(1..=64).contains(&shards) {
-        return Err(bad_value(kind, "request channels", shards));
-    }
     let (heartbeat_ms, silence_ms) = (wide(8), wide(12));
-    if heartbeat_ms == 0 || silence_ms <= heartbeat_ms {
-        return Err(bad_value(kind, "silence time", silence_ms));
-    }
     let layout = decode_layout(kind, layout)?;
     Ok(Offer { kind: session, streams, shards, heartbeat_ms, silence_ms, layout })
 }
 
 pub(super) fn decode_attach(payload: &[u8]) -> Result<Attach, WireError> {
     let kind = Kind::Attach;
-    let (fixed, layout) =
-        payload.split_first_chunk::<8>().ok_or_else(|| bad_length(kind, payload, 8))?;
+    let (fixed, layout) = payload
+        .split_first_chunk::<ATTACH_BYTES>()
+        .ok_or_else(|| bad_length(kind, payload, ATTACH_BYTES))?;
     let phase = match fixed[0] {
         1 => Phase::Fresh,
         2 => Phase::Ready,
@@ -89,9 +182,7 @@ fn decode_layout(kind: Kind, bytes: &[u8]) -> Result<GuestLayout, WireError> {
         return Err(bad_length(kind, bytes, bytes.len().next_multiple_of(REGION_BYTES)));
     }
     let count = bytes.len() / REGION_BYTES;
-    if count > MAX_REGIONS {
-        return Err(bad_value(kind, "number of regions", count as u64));
-    }
+    check_region_count(kind, count)?;
     let mut regions = Vec::with_capacity(count);
     for raw in bytes.chunks_exact(REGION_BYTES) {
         let number = |at: usize| {
@@ -116,20 +207,12 @@ fn decode_layout(kind: Kind, bytes: &[u8]) -> Result<GuestLayout, WireError> {
 pub(super) fn decode_received(header: &Header, payload: &[u8]) -> Result<ControlFrame, WireError> {
     let kind = Kind::Received;
     let range = PageRange::new(PageNumber(header.page()), u64::from(header.count()));
-    if !range.start.0.is_multiple_of(64) || range.end().is_none() {
-        return Err(bad_value(kind, "first page", range.start.0));
-    }
-    if range.count > MAX_SEGMENT_PAGES {
-        return Err(bad_value(kind, "page count", range.count));
-    }
     let (form, bytes) = payload.split_first().ok_or_else(|| bad_length(kind, payload, 1))?;
     let segment = match form {
         1 => Segment::Runs(bytes.to_vec()),
         2 => Segment::Raw(bytes.to_vec()),
         value => return Err(bad_value(kind, "bitmap form", *value)),
     };
-    // Decoded once here, so that whoever applies it cannot meet an error half way.
-    segment.decode(range, |_| ())?;
     Ok(ControlFrame::Received { range, segment, last: header.is_last() })
 }
 
@@ -141,13 +224,6 @@ pub(super) fn decode_section(header: &Header, payload: &[u8]) -> Result<ControlF
         return Err(bad_value(kind, "name length", length as u64));
     }
     let (name, bytes) = rest.split_at(length);
-    if bytes.len() > MAX_SECTION_BYTES {
-        return Err(WireError::TooLong {
-            kind: kind as u16,
-            length: bytes.len() as u64,
-            limit: MAX_SECTION_BYTES as u64,
-        });
-    }
     let name = std::str::from_utf8(name).map_err(|error| {
         bad_value(kind, "name that is not UTF-8 from byte", error.valid_up_to() as u64)
     })?;
@@ -165,20 +241,14 @@ pub(super) fn decode_ack(header: &Header, payload: &[u8]) -> Result<Vec<PageRang
     if count > MAX_ACK_RUNS {
         return Err(bad_value(kind, "number of runs", header.count()));
     }
-    if payload.len() != count * 16 {
-        return Err(bad_length(kind, payload, count * 16));
+    if payload.len() != count * RUN_BYTES {
+        return Err(bad_length(kind, payload, count * RUN_BYTES));
     }
-    payload
-        .chunks_exact(16)
-        .map(|raw| {
-            let number = |at: usize| {
-                raw[at..at + 8].iter().rev().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte))
-            };
-            let run = PageRange::new(PageNumber(number(0)), number(8));
-            if run.is_empty() || run.end().is_none() {
-                return Err(bad_value(kind, "empty or endless run at page", run.start.0));
-            }
-            Ok(run)
-        })
-        .collect()
+    let runs = payload.chunks_exact(RUN_BYTES).map(|raw| {
+        let number = |at: usize| {
+            raw[at..at + 8].iter().rev().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte))
+        };
+        PageRange::new(PageNumber(number(0)), number(8))
+    });
+    Ok(runs.collect())
 }
