@@ -269,12 +269,11 @@ impl ControlFrame {
     /// # Errors
     /// Everything that can be wrong with a payload; see [`WireError`].
     pub fn decode(header: &Header, payload: &[u8]) -> Result<Option<Self>, WireError> {
-        let kind = match header.kind() {
-            Ok(kind) => kind,
-            Err(_) if header.is_optional() => return Ok(None),
-            Err(kind) => return Err(WireError::UnknownKind { kind }),
-        };
-        payload_limit(kind)?;
+        let length = Self::payload_length(header)?;
+        let Ok(kind) = header.kind() else { return Ok(None) };
+        if payload.len() != length {
+            return Err(bad_length(kind, payload, length));
+        }
         let frame = match kind {
             Kind::Offer => Self::Offer(decode_offer(payload)?),
             Kind::Attach => Self::Attach(decode_attach(payload)?),

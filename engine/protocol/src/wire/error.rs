@@ -196,7 +196,9 @@ impl Refusal {
             return Err(WireError::TooLong { kind, length, limit: 2 + Self::MAX_REASON as u64 });
         }
         // The text is shown to people: what a peer sends must not steer their terminal.
-        let reason = String::from_utf8_lossy(reason).replace(char::is_control, " ");
+        let mut reason = String::from_utf8_lossy(reason).replace(char::is_control, " ");
+        // What is no UTF-8 became longer.
+        reason.truncate(reason.floor_char_boundary(Self::MAX_REASON));
         Ok(Self { code: RefuseCode::from_number(u16::from_le_bytes(*code)), reason })
     }
 }

@@ -226,7 +226,8 @@ fn directory() -> PathBuf {
 
 fn read(name: &str) -> Vec<u8> {
     let path = directory().join(format!("{name}.hex"));
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path:?}: {error}"));
+    let text = std::fs::read_to_string(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let words = text.lines().flat_map(|line| line.split('#').next().unwrap().split_whitespace());
     words
         .flat_map(|word| {

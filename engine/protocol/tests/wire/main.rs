@@ -1,13 +1,14 @@
 //! The wire format: its golden bytes, what is refused, and what holds for any bytes.
 
 mod golden;
+mod greetings;
 mod properties;
 mod refusals;
 
 use afterimage_protocol::layout::{
     Backing, GuestAddress, GuestLayout, PageNumber, PageRange, PageSize, Region,
 };
-use afterimage_protocol::wire::{Epoch, Generation, HEADER_BYTES, Header, Stamp};
+use afterimage_protocol::wire::{Epoch, Generation, HEADER_BYTES, Header, Stamp, WireError};
 
 /// The stamp of every frame of these tests.
 const STAMP: Stamp = Stamp { epoch: Epoch(7), generation: Generation(3) };
@@ -28,4 +29,8 @@ fn layout_of(regions: Vec<Region>) -> GuestLayout {
 fn split(bytes: &[u8]) -> (Header, &[u8]) {
     let (header, payload) = bytes.split_first_chunk::<HEADER_BYTES>().unwrap();
     (Header::from_bytes(*header), payload)
+}
+
+fn is_bad_value(error: &WireError, expected: &str) -> bool {
+    matches!(error, WireError::BadValue { field, .. } if *field == expected)
 }
