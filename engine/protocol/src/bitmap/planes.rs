@@ -23,10 +23,14 @@ pub enum PageState {
 /// - of all calls of [`claim`](Self::claim) between two give-backs of a page, one wins;
 /// - a page becomes complete once: [`complete`](Self::complete) says for which pages this
 ///   call did it;
-/// - whoever sees a page complete sees everything its claimer wrote before.
+/// - whoever sees a page complete sees everything its claimer wrote before;
+/// - whoever claims a page that was given back sees what was written by those before;
+/// - a page stays complete, and a claim that begins after somebody saw it so is lost.
 ///
 /// Where the kernel itself decides which copy of a page stays (`UFFDIO_COPY`), a page may
-/// go from free to complete without a claim.
+/// go from free to complete without a claim. Then a claim won before, or at the same time,
+/// may be of a page that is complete by now: its copy fails with `EEXIST`. So where an
+/// alias is written, every installer has to claim.
 ///
 /// All methods may be called from any thread.
 ///

@@ -76,6 +76,20 @@ pub struct Attach {
 }
 
 /// A frame on the control channel.
+///
+/// ```
+/// use afterimage_protocol::wire::{ControlFrame, HEADER_BYTES, Header, Stamp};
+///
+/// let sent = ControlFrame::StateEnd { sections: 3 }.encode(Stamp::default(), true);
+///
+/// let (header, rest) = sent.split_first_chunk::<HEADER_BYTES>().expect("a header");
+/// let header = Header::from_bytes(*header);
+/// let payload = &rest[..ControlFrame::payload_length(&header)?];
+/// header.verify([payload])?;
+/// let frame = ControlFrame::decode(&header, payload)?;
+/// assert_eq!(frame, Some(ControlFrame::StateEnd { sections: 3 }));
+/// # Ok::<(), afterimage_protocol::wire::WireError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ControlFrame {
     /// Source → destination.

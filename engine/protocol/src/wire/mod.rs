@@ -7,6 +7,9 @@
 //!
 //! Nothing is allocated for a length before it has been bounded, and a frame that says
 //! more than it may is an error that names the frame and the value.
+//!
+//! `docs/protocol.md` describes the bytes for whoever writes a peer; `tests/wire_golden`
+//! keeps them.
 
 mod control;
 mod data;
