@@ -47,7 +47,7 @@ proptest! {
     #[test]
     fn a_range_of_a_bitmap_is_counted_and_searched(
         (pages, (bits, range, from, limit)) in sized(|pages| (
-            vec(any::<bool>(), pages as usize), range_in(pages), 0..=pages + 1, 0..=pages + 1,
+            patterned(pages), range_in(pages), 0..=pages + 1, prop_oneof![0..5_u64, 0..=pages + 1],
         )),
     ) {
         let bitmap = bitmap_of(&bits);
@@ -163,6 +163,10 @@ fn a_segment_refuses_what_is_wrong_with_its_bytes() {
     assert_eq!(refused(runs(&[]), too_long), SegmentError::TooLong { pages: too_long });
     assert_eq!(refused(runs(&[1, 0x80]), 9), SegmentError::BadNumber { offset: 1 });
     assert_eq!(refused(runs(&[0x80; 9]), 9), SegmentError::BadNumber { offset: 0 });
+    // Five bytes hold every number that can be, six are refused.
+    assert_eq!(runs(&[0x80, 0x80, 0x80, 0x80, 0]).decode(whole(9), |_| ()), Ok(()));
+    let six = refused(runs(&[0x80, 0x80, 0x80, 0x80, 0x80, 0]), 9);
+    assert_eq!(six, SegmentError::BadNumber { offset: 0 });
     assert_eq!(refused(runs(&[5, 5]), 9), SegmentError::Beyond { reached: 10, pages: 9 });
     assert_eq!(refused(raw(&[0; 7]), 9), SegmentError::BadRaw { bytes: 7, pages: 9 });
     assert_eq!(refused(raw(&[0; 16]), 64), SegmentError::BadRaw { bytes: 16, pages: 64 });
