@@ -1,1 +1,4 @@
-//! x
+//! Postcopy memory for virtual machines.
+#![allow(dead_code)]
+mod destination;
+mod sys;

@@ -61,6 +61,17 @@ proptest! {
             bitmap.next_set(PageNumber(from), limit),
             next.filter(|run| !run.is_empty())
         );
+        let next = runs_of(&bits, false, rest).first().map(|run| {
+            PageRange::new(run.start, run.count.min(limit))
+        });
+        prop_assert_eq!(
+            bitmap.next_clear(PageNumber(from), limit),
+            next.filter(|run| !run.is_empty())
+        );
+        prop_assert_eq!(
+            bitmap.first_clear_in(range),
+            runs_of(&bits, false, range).first().copied()
+        );
     }
 
     #[test]

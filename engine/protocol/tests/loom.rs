@@ -327,6 +327,30 @@ fn the_next_set_page_is_found_while_one_before_it_is_cleared() {
     CLEARED.assert_met();
 }
 
+/// The same for clear bits: a source that looks for what is not acknowledged, or not sent.
+#[test]
+fn the_next_clear_page_is_found_while_one_before_it_is_set() {
+    static SET: Outcome = Outcome::new();
+    fn look(find: fn(&Bitmap) -> Option<PageRange>) {
+        loom::model(move || {
+            let bitmap = Arc::new(Bitmap::new(3));
+            bitmap.set(range(1, 1), |_| ());
+            let marker = Arc::clone(&bitmap);
+            let marker = loom::thread::spawn(move || assert!(marker.set_one(PAGE)));
+            let seeker = Arc::clone(&bitmap);
+            let seeker = loom::thread::spawn(move || find(&seeker));
+            marker.join().unwrap();
+            let found = seeker.join().unwrap();
+            assert!(found == Some(range(0, 1)) || found == Some(range(2, 1)), "{found:?}");
+            SET.met_if(found == Some(range(2, 1)));
+        });
+        SET.assert_met();
+    }
+    look(|bitmap| bitmap.next_clear(PAGE, 1));
+    look(|bitmap| bitmap.next_clear(PAGE, u64::MAX));
+    look(|bitmap| bitmap.first_clear_in(range(0, 3)));
+}
+
 /// Runs the threads on what `make` makes, started in every order, and `check` after them
 /// with what each returned, in the order of the list.
 fn explore<S, R, const N: usize>(make: fn() -> S, threads: [fn(&S) -> R; N], check: fn(&S, [R; N]))

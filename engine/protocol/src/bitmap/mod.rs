@@ -177,12 +177,53 @@ impl<W: Words> Bitmap<W> {
         loop {
             let start = self.find(from, 0)?;
             let stop = start.saturating_add(limit).min(self.pages);
-            let end = self.find(start, u64::MAX).unwrap_or(self.pages).min(stop);
+            let end = self.find_within(start, stop, u64::MAX);
             if end > start {
                 return Some(PageRange::new(PageNumber(start), end - start));
             }
             // Another thread cleared the first bit between the two looks; later ones may
             // still be set.
+            from = start + 1;
+        }
+    }
+
+    /// The first run of clear bits at or after `from`, at most `limit` pages long; `None` if
+    /// no bit there is clear, or the limit is 0.
+    #[must_use]
+    pub fn next_clear(&self, from: PageNumber, limit: u64) -> Option<PageRange> {
+        if limit == 0 {
+            return None;
+        }
+        let mut from = from.0;
+        loop {
+            let start = self.find(from, u64::MAX)?;
+            let stop = start.saturating_add(limit).min(self.pages);
+            let run = self.first_clear_in(PageRange::new(PageNumber(start), stop - start));
+            if run.is_some() {
+                return run;
+            }
+            // Another thread set all of them between the two looks; later ones may still
+            // be clear.
+            from = stop;
+        }
+    }
+
+    /// The first run of clear bits in a range.
+    #[must_use]
+    pub fn first_clear_in(&self, range: PageRange) -> Option<PageRange> {
+        let stop = range.start.0.saturating_add(range.count).min(self.pages);
+        let mut from = range.start.0;
+        loop {
+            let start = self.find_within(from, stop, u64::MAX);
+            if start >= stop {
+                return None;
+            }
+            let end = self.find_within(start, stop, 0);
+            if end > start {
+                return Some(PageRange::new(PageNumber(start), end - start));
+            }
+            // Another thread set the first bit between the two looks; later ones may still
+            // be clear.
             from = start + 1;
         }
     }
@@ -201,21 +242,26 @@ impl<W: Words> Bitmap<W> {
     /// The first page at or after `from` whose bit differs from that of `all`, which is 0
     /// (find a set bit) or all ones (find a clear one).
     fn find(&self, from: u64, all: u64) -> Option<u64> {
-        if from >= self.pages {
-            return None;
+        let page = self.find_within(from, self.pages, all);
+        (page < self.pages).then_some(page)
+    }
+
+    /// The same up to `stop`, which is returned if there is none before it.
+    fn find_within(&self, from: u64, stop: u64, all: u64) -> u64 {
+        if from >= stop {
+            return stop;
         }
         let words = self.words.as_ref();
         let mut index = (from / 64) as usize;
         let mut differ = (words[index].load(Ordering::Acquire) ^ all) & (u64::MAX << (from % 64));
         while differ == 0 {
             index += 1;
-            if index >= words_for(self.pages) {
-                return None;
+            if index >= words_for(stop) {
+                return stop;
             }
             differ = words[index].load(Ordering::Acquire) ^ all;
         }
-        let page = index as u64 * 64 + u64::from(differ.trailing_zeros());
-        (page < self.pages).then_some(page)
+        (index as u64 * 64 + u64::from(differ.trailing_zeros())).min(stop)
     }
 
     /// The raw word that holds pages `64 × index` and following.

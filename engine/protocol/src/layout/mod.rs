@@ -216,8 +216,8 @@ impl GuestLayout {
             .then(|| PageNumber(self.first_pages[region] + (offset >> found.page_size.shift())))
     }
 
-    /// The pages that lie wholly or partly in `length` bytes from a registered address;
-    /// a range that spans several regions gives several runs.
+    /// The pages that lie wholly in `length` bytes from a registered address; a range that
+    /// spans several regions gives several runs.
     pub fn pages_at_registered(
         &self,
         address: RegisteredAddress,
@@ -227,7 +227,7 @@ impl GuestLayout {
         self.by_registered.iter().filter_map(move |&index| {
             let region = &self.regions[index];
             let start = region.registered?.0;
-            self.overlap(index, address.0.max(start) - start, end.saturating_sub(start))
+            self.whole_pages(index, address.0.max(start) - start, end.saturating_sub(start))
         })
     }
 
@@ -240,21 +240,18 @@ impl GuestLayout {
         let end = address.0.saturating_add(length);
         self.regions.iter().enumerate().filter_map(move |(index, region)| {
             let start = region.guest_address.0;
-            self.overlap(index, address.0.max(start) - start, end.saturating_sub(start))
+            self.whole_pages(index, address.0.max(start) - start, end.saturating_sub(start))
         })
     }
 
-    /// The run of pages that byte offsets `from..to` of a region touch.
-    fn overlap(&self, index: usize, from: u64, to: u64) -> Option<RegionRun> {
+    /// The run of whole pages between byte offsets `from..to` of a region.
+    fn whole_pages(&self, index: usize, from: u64, to: u64) -> Option<RegionRun> {
         let region = &self.regions[index];
-        let to = to.min(region.length);
-        if from >= to {
-            return None;
-        }
         let shift = region.page_size.shift();
-        let (first, last) = (from >> shift, (to - 1) >> shift);
-        let pages = PageRange::new(PageNumber(self.first_pages[index] + first), last - first + 1);
-        Some(self.run(index, pages))
+        let first = from.div_ceil(region.page_size.bytes());
+        let end = to.min(region.length) >> shift;
+        let start = PageNumber(self.first_pages[index] + first);
+        (first < end).then(|| self.run(index, PageRange::new(start, end - first)))
     }
 
     /// Cuts a range of pages at the borders of regions. Pages that do not exist are left

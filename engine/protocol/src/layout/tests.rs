@@ -45,14 +45,18 @@ fn a_run_never_crosses_a_region_even_where_two_touch_in_host_memory() {
 }
 
 #[test]
-fn bytes_inside_a_page_touch_the_whole_page() {
+fn a_range_of_bytes_means_the_pages_that_lie_wholly_in_it() {
     let layout = GuestLayout::new(vec![region(0, MIB)]).unwrap();
-    let runs: Vec<_> = layout.pages_at_guest(GuestAddress(4095), 2).collect();
-    assert_eq!(runs.len(), 1);
-    assert_eq!(runs[0].pages, PageRange::new(PageNumber(0), 2));
-    assert_eq!(layout.pages_at_guest(GuestAddress(0), 0).count(), 0);
-    let to_the_end: Vec<_> = layout.pages_at_guest(GuestAddress(0), u64::MAX).collect();
-    assert_eq!(to_the_end[0].pages, layout.all_pages());
+    let pages = |address, length| {
+        let runs: Vec<_> = layout.pages_at_guest(GuestAddress(address), length).collect();
+        runs.first().map(|run| run.pages)
+    };
+    assert_eq!(pages(4095, 4098), Some(PageRange::one(PageNumber(1))));
+    assert_eq!(pages(4095, 4096), None);
+    assert_eq!(pages(0, 0), None);
+    assert_eq!(pages(1, 4096), None);
+    assert_eq!(pages(0, u64::MAX), Some(layout.all_pages()));
+    assert_eq!(pages(2 * MIB, MIB), None);
 }
 
 #[test]

@@ -1,0 +1,354 @@
+//! Who puts which page of a destination in place, and how.
+//!
+//! Every thread that brings a page goes through [`Pages`]: background receivers through
+//! [`Claim`], the fault thread through [`Pages::urgent`] and [`Pages::zero_urgent`], discards through
+//! [`Pages::discard`]. The planes decide between them. Three rules keep invariants I1 (once)
+//! and I8 (gone):
+//!
+//! - where pages are copied (anonymous, handed-over), the kernel arbitrates: a page may be
+//!   copied by whoever has it first, and `complete` is set after the copy;
+//! - where an alias is written, only the claimer writes, and `complete` is set before the
+//!   page is shown with CONTINUE;
+//! - looking at the planes and placing a page is one step under the gate, which a discard
+//!   takes alone: after a discard no copy that looked before it can still arrive.
+
+mod claim;
+mod fault;
+
+pub(crate) use claim::{Claim, Target};
+pub(crate) use fault::{FaultAnswer, MissingPage};
+
+use super::memory::{DestinationMemory, RegionFile};
+use crate::sys::fill::{self, Fill, Stopped};
+use crate::sys::words::LazyWords;
+use afterimage_protocol::bitmap::Planes;
+use afterimage_protocol::layout::{
+    GuestLayout, PageNumber, PageRange, RegionRun, RegisteredAddress,
+};
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// The alias gives its page tables back after this many bytes were written through it.
+const ALIAS_WINDOW: u64 = 32 << 20;
+
+/// Why a page could not be put in place. The fault stays unanswered: the guest waits rather
+/// than read something wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InstallError {
+    /// The memory is not registered, or not mapped, where the layout says.
+    #[error(
+        "page {page} cannot be placed at {address}: the memory is not mapped or not registered \
+         there any more"
+    )]
+    NotRegistered {
+        /// The page.
+        page: PageNumber,
+        /// Its address.
+        address: RegisteredAddress,
+    },
+    /// The process that runs the guest has ended.
+    #[error("the process that runs the guest has ended")]
+    ProcessGone,
+    /// The kernel refuses for another reason.
+    #[error("page {page} cannot be placed at {address}: {errno}")]
+    Kernel {
+        /// The page.
+        page: PageNumber,
+        /// Its address.
+        address: RegisteredAddress,
+        /// What the kernel said.
+        errno: io::ErrorKind,
+    },
+}
+
+/// What became of an urgent copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Urgent {
+    /// It is in place now.
+    Installed,
+    /// The page had arrived by another way; the copy was dropped.
+    Late,
+    /// Somebody else is writing it this moment and will wake whoever waits; dropped.
+    BeingWritten,
+    /// An event must be read first; the caller keeps the copy and tries again.
+    EventPending,
+}
+
+/// Pages by how they came to be. Relaxed counters: exact once all threads have stopped.
+#[derive(Debug, Default)]
+pub(crate) struct PageCounters {
+    pub(crate) urgent: AtomicU64,
+    pub(crate) background: AtomicU64,
+    pub(crate) zero: AtomicU64,
+    pub(crate) discarded: AtomicU64,
+    pub(crate) duplicate: AtomicU64,
+}
+
+/// Pages that were discarded while somebody was writing them through an alias.
+type DiscardedInFlight = BTreeSet<PageNumber>;
+
+/// All pages of a destination, shared by its threads.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    memory: DestinationMemory,
+    planes: Planes<LazyWords>,
+    gate: RwLock<DiscardedInFlight>,
+    remaining: AtomicU64,
+    alias_written: AtomicU64,
+    pub(crate) counters: PageCounters,
+}
+
+impl Pages {
+    /// All pages free.
+    pub(crate) fn new(memory: DestinationMemory) -> io::Result<Self> {
+        let pages = memory.layout.page_count();
+        Ok(Self {
+            planes: Planes::over(LazyWords::new(pages)?, LazyWords::new(pages)?, pages),
+            gate: RwLock::default(),
+            remaining: AtomicU64::new(pages),
+            alias_written: AtomicU64::new(0),
+            counters: PageCounters::default(),
+            memory,
+        })
+    }
+
+    pub(crate) fn layout(&self) -> &GuestLayout {
+        &self.memory.layout
+    }
+
+    pub(crate) fn planes(&self) -> &Planes<LazyWords> {
+        &self.planes
+    }
+
+    pub(crate) fn memory(&self) -> &DestinationMemory {
+        &self.memory
+    }
+
+    pub(crate) fn into_memory(self) -> DestinationMemory {
+        self.memory
+    }
+
+    /// Pages that are not complete. Zero once, and then for good.
+    pub(crate) fn remaining(&self) -> u64 {
+        self.remaining.load(Ordering::Acquire)
+    }
+
+    fn installing(&self) -> RwLockReadGuard<'_, DiscardedInFlight> {
+        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn discarding(&self) -> RwLockWriteGuard<'_, DiscardedInFlight> {
+        self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The one run that a range inside one region is.
+    fn run_of(&self, pages: PageRange) -> RegionRun {
+        self.layout().split(pages).next().expect("a page of this layout")
+    }
+
+    fn address_of(&self, run: &RegionRun) -> RegisteredAddress {
+        let region = &self.layout().regions()[run.region];
+        RegisteredAddress(region.registered.unwrap_or_default().0 + run.offset)
+    }
+
+    fn file_of(&self, run: &RegionRun) -> Option<&RegionFile> {
+        self.memory.files[run.region].as_ref()
+    }
+
+    fn page_bytes(&self, run: &RegionRun) -> u64 {
+        self.layout().regions()[run.region].page_size.bytes()
+    }
+
+    /// Marks pages complete and counts those that were not before.
+    fn mark_complete(&self, pages: PageRange, newly: impl FnMut(PageRange)) -> u64 {
+        let count = self.planes.complete(pages, newly);
+        self.remaining.fetch_sub(count, Ordering::AcqRel);
+        count
+    }
+
+    fn wake(&self, run: &RegionRun) {
+        self.memory.wake(self.address_of(run), run.length);
+    }
+
+    fn fill(&self, fill: Fill<'_>, run: &RegionRun) -> fill::Filled {
+        fill::run(self.memory.uffd(), fill, self.address_of(run), run.length, self.page_bytes(run))
+    }
+
+    fn install_error(&self, run: &RegionRun, reached: u64, stopped: Stopped) -> InstallError {
+        let page = PageNumber(run.pages.start.0 + reached / self.page_bytes(run));
+        let address = RegisteredAddress(self.address_of(run).0 + reached);
+        match stopped {
+            Stopped::ProcessGone => InstallError::ProcessGone,
+            Stopped::NotRegistered => InstallError::NotRegistered { page, address },
+            Stopped::EventPending => {
+                InstallError::Kernel { page, address, errno: io::ErrorKind::WouldBlock }
+            }
+            Stopped::Failed(errno) => {
+                InstallError::Kernel { page, address, errno: io::Error::from(errno).kind() }
+            }
+        }
+    }
+
+    /// Puts a page in place that was asked for. `content` is the whole page.
+    pub(crate) fn urgent(&self, page: PageNumber, content: &[u8]) -> Result<Urgent, InstallError> {
+        let run = self.run_of(PageRange::one(page));
+        let outcome = match self.file_of(&run) {
+            Some(file) => self.urgent_through_alias(&run, file, content),
+            None => self.urgent_by_copy(&run, content)?,
+        };
+        match outcome {
+            Urgent::Installed => self.counters.urgent.fetch_add(1, Ordering::Relaxed),
+            Urgent::Late | Urgent::BeingWritten => {
+                self.counters.duplicate.fetch_add(1, Ordering::Relaxed)
+            }
+            Urgent::EventPending => 0,
+        };
+        Ok(outcome)
+    }
+
+    fn urgent_by_copy(&self, run: &RegionRun, content: &[u8]) -> Result<Urgent, InstallError> {
+        let gate = self.installing();
+        if self.planes.is_complete(run.pages.start) {
+            drop(gate);
+            self.wake(run);
+            return Ok(Urgent::Late);
+        }
+        let filled = self.fill(Fill::Copy(content), run);
+        match filled.stopped {
+            Some(Stopped::EventPending) => return Ok(Urgent::EventPending),
+            Some(stopped) => return Err(self.install_error(run, filled.reached(), stopped)),
+            None => {}
+        }
+        let is_first = self.mark_complete(run.pages, |_| ()) == 1;
+        drop(gate);
+        if filled.present > 0 {
+            self.wake(run);
+        }
+        Ok(if is_first { Urgent::Installed } else { Urgent::Late })
+    }
+
+    fn urgent_through_alias(&self, run: &RegionRun, file: &RegionFile, content: &[u8]) -> Urgent {
+        let page = run.pages.start;
+        if !self.planes.claim_one(page) {
+            if !self.planes.is_complete(page) {
+                // Whoever has claimed it wakes the waiting thread when it has finished or
+                // given up; in the second case the thread faults again and is asked for.
+                return Urgent::BeingWritten;
+            }
+            self.wake(run);
+            return Urgent::Late;
+        }
+        // SAFETY: the page is claimed by this thread, so nobody else writes its alias.
+        unsafe { file.alias.run(run.offset, run.length).write(content) };
+        self.show(run, file);
+        Urgent::Installed
+    }
+
+    /// Shows a claimed run that has been written through the alias: complete first, then
+    /// CONTINUE. Returns how many pages were discarded meanwhile and are zero instead.
+    fn show(&self, run: &RegionRun, file: &RegionFile) -> u64 {
+        let gate = self.installing();
+        let gone: Vec<PageNumber> = if gate.is_empty() {
+            Vec::new()
+        } else {
+            run.pages.iter().filter(|page| gate.contains(page)).collect()
+        };
+        for &page in &gone {
+            self.empty_file_pages(PageRange::one(page), file);
+        }
+        self.mark_complete(run.pages, |_| ());
+        let filled = self.fill(Fill::Continue, run);
+        drop(gate);
+        // The pages are complete: a thread that still waits for one looks again, faults
+        // again, and is answered from the planes. That is right whatever stopped the run,
+        // and for pages that hold nothing (discarded) or that somebody else has shown.
+        if filled.stopped.is_some() || filled.holes > 0 || filled.present > 0 {
+            self.wake(run);
+        }
+        if !gone.is_empty() {
+            let mut gate = self.discarding();
+            for page in &gone {
+                gate.remove(page);
+            }
+        }
+        self.note_alias_written(run.length);
+        gone.len() as u64
+    }
+
+    /// Makes pages of a file read as zeros, whatever was written through the alias.
+    fn empty_file_pages(&self, pages: PageRange, file: &RegionFile) {
+        let run = self.run_of(pages);
+        if let Err(error) =
+            crate::sys::mapping::punch_hole(&file.file, file.offset + run.offset, run.length)
+        {
+            // A file system without holes: write the zeros.
+            tracing::debug!(%error, "no hole punched, zeros written instead");
+            let zeros = vec![0; run.length as usize];
+            // SAFETY: the caller has claimed the pages, so nobody else writes their alias.
+            unsafe { file.alias.run(run.offset, run.length).write(&zeros) };
+        }
+    }
+
+    fn note_alias_written(&self, bytes: u64) {
+        let before = self.alias_written.fetch_add(bytes, Ordering::Relaxed);
+        if before / ALIAS_WINDOW != (before + bytes) / ALIAS_WINDOW {
+            for file in self.memory.files.iter().flatten() {
+                file.alias.drop_page_tables();
+            }
+        }
+    }
+
+    /// Marks pages complete that are zero at the source. Those that somebody has claimed
+    /// are left to him. Returns how many were marked.
+    pub(crate) fn zero(&self, pages: PageRange) -> u64 {
+        let mut marked = 0;
+        let won = self.planes.claim(pages, |run| marked += self.mark_complete(run, |_| ()));
+        debug_assert!(marked <= won);
+        self.counters.zero.fetch_add(marked, Ordering::Relaxed);
+        self.counters.duplicate.fetch_add(pages.count - marked, Ordering::Relaxed);
+        marked
+    }
+
+    /// The same for pages that are waited for: who waits looks again.
+    pub(crate) fn zero_urgent(&self, pages: PageRange) -> u64 {
+        let marked = self.zero(pages);
+        for run in self.layout().split(pages) {
+            self.wake(&run);
+        }
+        marked
+    }
+
+    /// Forgets pages that the guest has given up: those that have not arrived are zero from
+    /// now on, whatever is still under way. When it returns, no copy of them will be placed
+    /// by the engine any more; a page that is being written through its alias this moment is
+    /// emptied by its writer before anybody can see it.
+    pub(crate) fn discard(&self, pages: PageRange) {
+        let mut gate = self.discarding();
+        self.discard_locked(pages, &mut gate);
+        drop(gate);
+        for run in self.layout().split(pages) {
+            self.wake(&run);
+        }
+    }
+
+    fn discard_locked(&self, pages: PageRange, gate: &mut DiscardedInFlight) {
+        let mut discarded = 0;
+        for run in self.layout().split(pages) {
+            if self.file_of(&run).is_none() {
+                // Whoever has claimed one of these looks again, under the gate, before he
+                // copies it.
+                discarded += self.mark_complete(run.pages, |_| ());
+                continue;
+            }
+            self.planes.claim(run.pages, |free| discarded += self.mark_complete(free, |_| ()));
+            self.planes.incomplete_in(run.pages, |claimed| {
+                discarded += claimed.count;
+                gate.extend(claimed.iter());
+            });
+        }
+        self.counters.discarded.fetch_add(discarded, Ordering::Relaxed);
+    }
+}

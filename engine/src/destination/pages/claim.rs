@@ -1,0 +1,191 @@
+//! Background pieces: claimed before they are received, placed after, given back if the
+//! channel breaks in between.
+
+use super::{InstallError, Pages};
+use crate::destination::memory::RegionFile;
+use crate::sys::fill::{Fill, Stopped};
+use crate::sys::mapping::RawRun;
+use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How long a copy waits before it looks again whether an event has been read.
+const EVENT_WAIT: Duration = Duration::from_micros(50);
+
+/// Pages that one thread has claimed and is about to receive. Dropped without
+/// [`finish`](Self::finish), it gives them back; it must not be dropped while anything still
+/// writes to its [`targets`](Self::targets).
+#[derive(Debug)]
+#[must_use = "a claim that is dropped at once was claimed for nothing"]
+pub(crate) struct Claim<'p> {
+    pages: &'p Pages,
+    run: RegionRun,
+    /// The runs that this claim won, in order; the rest of the piece belongs to others.
+    won: Vec<PageRange>,
+}
+
+/// Where the bytes of a piece go, in the order in which they arrive.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Target {
+    /// Straight into memory, claimed by this claim.
+    Memory(RawRun),
+    /// Nowhere: somebody else brings these pages.
+    Nowhere(u64),
+}
+
+impl Pages {
+    /// Claims what is free of a piece inside one region.
+    pub(crate) fn claim(&self, piece: PageRange) -> Claim<'_> {
+        let run = self.run_of(piece);
+        debug_assert_eq!(run.pages, piece, "a piece lies in one region");
+        let mut won = Vec::new();
+        let count = self.planes.claim(piece, |run| won.push(run));
+        self.counters.duplicate.fetch_add(piece.count - count, Ordering::Relaxed);
+        Claim { pages: self, run, won }
+    }
+}
+
+impl Claim<'_> {
+    /// Where to receive the piece: `None` if it shall be received into staging, as a whole.
+    pub(crate) fn targets(&self) -> Option<Vec<Target>> {
+        let file = self.pages.file_of(&self.run)?;
+        let page_bytes = self.pages.page_bytes(&self.run);
+        let mut targets = Vec::with_capacity(2 * self.won.len() + 1);
+        let mut at = 0;
+        for won in &self.won {
+            let offset = self.offset_in_piece(won);
+            if offset > at {
+                targets.push(Target::Nowhere(offset - at));
+            }
+            let length = won.count * page_bytes;
+            file.alias.populate(self.run.offset + offset, length);
+            targets.push(Target::Memory(file.alias.run(self.run.offset + offset, length)));
+            at = offset + length;
+        }
+        if at < self.run.length {
+            targets.push(Target::Nowhere(self.run.length - at));
+        }
+        Some(targets)
+    }
+
+    fn offset_in_piece(&self, won: &PageRange) -> u64 {
+        (won.start.0 - self.run.pages.start.0) * self.pages.page_bytes(&self.run)
+    }
+
+    /// Puts the piece in place, all of whose bytes have arrived: in its targets, or in
+    /// `staging`. Calls `complete` with the runs that this made complete; they may be
+    /// acknowledged. May wait for the fault thread to read an event.
+    ///
+    /// # Errors
+    /// [`InstallError`]; pages that were not placed are given back.
+    pub(crate) fn finish(
+        mut self,
+        staging: &[u8],
+        mut complete: impl FnMut(PageRange),
+    ) -> Result<(), InstallError> {
+        while let Some(&won) = self.won.first() {
+            let run = self.pages.run_of(won);
+            match self.pages.file_of(&run) {
+                Some(file) => self.finish_alias(&run, file, &mut complete),
+                None => {
+                    let from = self.offset_in_piece(&won) as usize;
+                    let content = &staging[from..from + run.length as usize];
+                    self.finish_copy(&run, content, &mut complete)?;
+                }
+            }
+            self.won.remove(0);
+        }
+        Ok(())
+    }
+
+    fn finish_alias(
+        &self,
+        run: &RegionRun,
+        file: &RegionFile,
+        complete: &mut impl FnMut(PageRange),
+    ) {
+        let gone = self.pages.show(run, file);
+        self.pages.counters.background.fetch_add(run.pages.count - gone, Ordering::Relaxed);
+        complete(run.pages);
+    }
+
+    fn finish_copy(
+        &self,
+        run: &RegionRun,
+        content: &[u8],
+        complete: &mut impl FnMut(PageRange),
+    ) -> Result<(), InstallError> {
+        let pages = self.pages;
+        let page_bytes = pages.page_bytes(run);
+        let mut next = run.pages.start;
+        let end = PageNumber(run.pages.start.0 + run.pages.count);
+        while next < end {
+            let gate = pages.installing();
+            // An urgent copy or a discard may have been quicker, and may be at every look.
+            let Some(missing) = first_incomplete(pages, next, end) else { break };
+            let part = pages.run_of(missing);
+            let from = ((missing.start.0 - run.pages.start.0) * page_bytes) as usize;
+            let filled = pages.fill(Fill::Copy(&content[from..from + part.length as usize]), &part);
+            let reached = filled.reached() / page_bytes;
+            if reached > 0 {
+                let mut first = 0;
+                pages.mark_complete(PageRange::new(missing.start, reached), |newly| {
+                    first += newly.count;
+                    complete(newly);
+                });
+                pages.counters.background.fetch_add(first, Ordering::Relaxed);
+                pages.counters.duplicate.fetch_add(reached - first, Ordering::Relaxed);
+            }
+            drop(gate);
+            next = PageNumber(missing.start.0 + reached);
+            match filled.stopped {
+                None => {}
+                // Only the fault thread reads events. A timer rather than a wake-up: an
+                // event can be read between the refusal and our going to sleep.
+                Some(Stopped::EventPending) => std::thread::sleep(EVENT_WAIT),
+                Some(stopped) => return Err(pages.install_error(&part, filled.reached(), stopped)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn first_incomplete(pages: &Pages, from: PageNumber, end: PageNumber) -> Option<PageRange> {
+    let mut found = None;
+    let whole = PageRange::new(from, end.0 - from.0);
+    pages.planes.incomplete_in(whole, |run| {
+        found.get_or_insert(run);
+    });
+    found
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        for &won in &self.won {
+            let run = self.pages.run_of(won);
+            if let Some(file) = self.pages.file_of(&run) {
+                // Half a page may have been written; it must not be found there later by
+                // whoever learns that the page is zero.
+                self.pages.give_back_file_pages(won, file);
+            } else {
+                self.pages.planes.give_back(won);
+            }
+            self.pages.wake(&run);
+        }
+    }
+}
+
+impl Pages {
+    /// Gives back pages of a file: emptied, and complete where they were discarded while
+    /// they were claimed.
+    fn give_back_file_pages(&self, pages: PageRange, file: &RegionFile) {
+        self.empty_file_pages(pages, file);
+        let mut gate = self.discarding();
+        for page in pages.iter() {
+            if gate.remove(&page) {
+                self.mark_complete(PageRange::one(page), |_| ());
+            }
+        }
+        self.planes.give_back(pages);
+    }
+}

@@ -1,0 +1,146 @@
+//! Putting pages in place (`UFFDIO_COPY`, `UFFDIO_ZEROPAGE`, `UFFDIO_CONTINUE`) over runs,
+//! with exact results.
+//!
+//! The kernel stops a run at the first page it cannot place and says how far it came;
+//! [`run`] steps over pages that are there already and goes on. It never retries what
+//! only time or another thread can change; it returns instead, saying where it stands.
+
+use afterimage_protocol::layout::RegisteredAddress;
+use nix::errno::Errno;
+use std::os::fd::AsRawFd;
+use userfaultfd::Uffd;
+
+/// How the pages of a run come to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fill<'a> {
+    /// From these bytes, as long as the run. They should be resident: for others the
+    /// kernel drops its locks and starts again.
+    Copy(&'a [u8]),
+    /// As zeros. Not on hugetlbfs.
+    Zero,
+    /// From the page cache, where the content already is.
+    Continue,
+}
+
+/// What became of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Filled {
+    /// Bytes that this call put in place.
+    pub(crate) installed: u64,
+    /// Bytes that were there already.
+    pub(crate) present: u64,
+    /// Bytes without content behind them: a hole where CONTINUE was asked for.
+    pub(crate) holes: u64,
+    /// Why it ended early, if it did; the bytes above say where.
+    pub(crate) stopped: Option<Stopped>,
+}
+
+impl Filled {
+    /// Bytes dealt with from the start of the run.
+    pub(crate) const fn reached(&self) -> u64 {
+        self.installed + self.present + self.holes
+    }
+}
+
+/// Why a run ended before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// An event (discard, unmap, fork) waits to be read; until then nothing can be placed.
+    EventPending,
+    /// The range is not registered or not mapped there any more.
+    NotRegistered,
+    /// The process whose memory it is has ended.
+    ProcessGone,
+    /// Something else.
+    Failed(Errno),
+}
+
+#[repr(C)]
+struct CopyArgument {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+/// The argument of ZEROPAGE and of CONTINUE, which agree in layout.
+#[repr(C)]
+struct RangeArgument {
+    start: u64,
+    len: u64,
+    mode: u64,
+    done: i64,
+}
+
+const _: () = assert!(size_of::<CopyArgument>() == 40 && size_of::<RangeArgument>() == 32);
+
+nix::ioctl_readwrite!(uffdio_copy, 0xAA, 0x03, CopyArgument);
+nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, RangeArgument);
+nix::ioctl_readwrite!(uffdio_continue, 0xAA, 0x07, RangeArgument);
+
+/// Places `length` bytes from `start`, whole pages of `page_size` bytes, and wakes whoever
+/// waits for a page that this call placed. Who waits for a page that was there already is
+/// left to the caller to wake.
+pub(crate) fn run(
+    uffd: &Uffd,
+    fill: Fill<'_>,
+    start: RegisteredAddress,
+    length: u64,
+    page_size: u64,
+) -> Filled {
+    let mut filled = Filled::default();
+    while filled.reached() < length {
+        let at = filled.reached();
+        let (placed, result) = once(uffd, fill, start.0 + at, at, length - at);
+        filled.installed += placed;
+        match result {
+            // Fewer than asked for, and some: the next call says what is in the way.
+            Ok(()) => {}
+            Err(Errno::EAGAIN) if placed > 0 => {}
+            Err(Errno::EEXIST) => filled.present += page_size,
+            Err(Errno::EFAULT) if matches!(fill, Fill::Continue) => filled.holes += page_size,
+            Err(errno) => {
+                filled.stopped = Some(match errno {
+                    Errno::EAGAIN => Stopped::EventPending,
+                    Errno::ENOENT | Errno::EINVAL => Stopped::NotRegistered,
+                    Errno::ESRCH => Stopped::ProcessGone,
+                    other => Stopped::Failed(other),
+                });
+                return filled;
+            }
+        }
+    }
+    filled
+}
+
+/// One call: how many bytes it placed, and what it said.
+fn once(uffd: &Uffd, fill: Fill<'_>, start: u64, at: u64, len: u64) -> (u64, Result<(), Errno>) {
+    let fd = uffd.as_raw_fd();
+    let mut range = RangeArgument { start, len, mode: 0, done: 0 };
+    let (done, result) = match fill {
+        Fill::Copy(content) => {
+            let content = &content[at as usize..];
+            assert!(content.len() as u64 >= len, "content shorter than its pages");
+            let src = content.as_ptr() as u64;
+            let mut copy = CopyArgument { dst: start, src, len, mode: 0, copy: 0 };
+            // SAFETY: the argument has the kernel's layout and lives through the call;
+            // `content` is readable for `len` bytes; the kernel writes only to pages that
+            // are registered with this descriptor and were missing.
+            let result = unsafe { uffdio_copy(fd, &raw mut copy) };
+            (copy.copy, result)
+        }
+        Fill::Zero => {
+            // SAFETY: as above; no memory of ours is read.
+            let result = unsafe { uffdio_zeropage(fd, &raw mut range) };
+            (range.done, result)
+        }
+        Fill::Continue => {
+            // SAFETY: as above; no memory of ours is read.
+            let result = unsafe { uffdio_continue(fd, &raw mut range) };
+            (range.done, result)
+        }
+    };
+    // A negative count repeats the error; kernels differ in whether they write one.
+    (u64::try_from(done).unwrap_or(0), result.map(drop))
+}

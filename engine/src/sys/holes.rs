@@ -1,0 +1,201 @@
+//! Where memory has content and where it has holes, found without touching it.
+//!
+//! A file says it itself (`SEEK_DATA`); for private memory `/proc/self/pagemap` does.
+//! Reading a hole through a mapping would allocate it, so a source asks first.
+
+use nix::unistd::{Whence, lseek};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// A piece of memory in bytes from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+}
+
+/// The next piece of a file with content at or after `from`, before `end`, in whole pages
+/// of the file system.
+pub(crate) fn next_data(file: impl AsFd, from: u64, end: u64) -> io::Result<Option<Extent>> {
+    if from >= end {
+        return Ok(None);
+    }
+    let start = match lseek(&file, from as i64, Whence::SeekData) {
+        Ok(start) if (start as u64) < end => start as u64,
+        Ok(_) | Err(nix::errno::Errno::ENXIO) => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    };
+    let hole = match lseek(&file, start as i64, Whence::SeekHole) {
+        Ok(hole) => hole as u64,
+        Err(nix::errno::Errno::ENXIO) => end,
+        Err(errno) => return Err(errno.into()),
+    };
+    Ok(Some(Extent { start, end: hole.min(end) }))
+}
+
+/// The page maps of this process.
+#[derive(Debug)]
+pub(crate) struct Pagemap {
+    file: File,
+}
+
+/// The kernel's answer for one run of PAGEMAP_SCAN.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+#[repr(C)]
+struct ScanArgument {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+const _: () = assert!(size_of::<ScanArgument>() == 96);
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+
+nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArgument);
+
+impl Pagemap {
+    pub(crate) fn of_this_process() -> io::Result<Self> {
+        Ok(Self { file: File::open("/proc/self/pagemap")? })
+    }
+
+    /// The next run of private memory at or after `from`, before `end`, that has pages of
+    /// its own, present or swapped out. Addresses are multiples of 4 KiB.
+    pub(crate) fn next_present(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
+        if from >= end {
+            return Ok(None);
+        }
+        match self.scan(from, end) {
+            // PAGEMAP_SCAN came with Linux 6.7.
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.read_on(from, end),
+            other => other,
+        }
+    }
+
+    fn scan(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
+        let mut found = PageRegion::default();
+        let mut argument = ScanArgument {
+            size: size_of::<ScanArgument>() as u64,
+            flags: 0,
+            start: from,
+            end,
+            walk_end: 0,
+            vec: &raw mut found as u64,
+            vec_len: 1,
+            max_pages: 0,
+            category_inverted: 0,
+            category_mask: 0,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            // No difference between present and swapped: one run where they alternate.
+            return_mask: 0,
+        };
+        // SAFETY: the argument has the kernel's layout; `found` is the vector of one region
+        // that it points to; both live through the call.
+        let regions = unsafe { pagemap_scan(self.file.as_raw_fd(), &raw mut argument) }?;
+        Ok((regions > 0).then_some(Extent { start: found.start, end: found.end }))
+    }
+
+    /// The same by reading one entry of 8 bytes a page.
+    fn read_on(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
+        use std::os::unix::fs::FileExt;
+        let mut buffer = [0_u8; 8 * 512];
+        let (mut at, mut start) = (from, None);
+        while at < end {
+            let pages = ((end - at) / 4096).min(512) as usize;
+            self.file.read_exact_at(&mut buffer[..pages * 8], at / 4096 * 8)?;
+            for entry in buffer[..pages * 8].chunks_exact(8) {
+                // Bits 63 and 62: present, swapped; little-endian puts them in the last byte.
+                let has_page = entry[7] & 0xc0 != 0;
+                match (has_page, start) {
+                    (true, None) => start = Some(at),
+                    (false, Some(start)) => return Ok(Some(Extent { start, end: at })),
+                    _ => {}
+                }
+                at += 4096;
+            }
+        }
+        Ok(start.map(|start| Extent { start, end }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    const PAGE: u64 = 4096;
+
+    #[test]
+    fn holes_of_a_file_are_found_without_allocating_them() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(100 * PAGE).unwrap();
+        assert_eq!(next_data(&file, 0, 100 * PAGE).unwrap(), None);
+        file.write_all_at(&[1], 10 * PAGE).unwrap();
+        file.write_all_at(&[1; 8192], 50 * PAGE).unwrap();
+        let first = next_data(&file, 0, 100 * PAGE).unwrap().unwrap();
+        assert_eq!(first, Extent { start: 10 * PAGE, end: 11 * PAGE });
+        let cut = next_data(&file, first.end, 51 * PAGE).unwrap().unwrap();
+        assert_eq!(cut, Extent { start: 50 * PAGE, end: 51 * PAGE });
+        assert_eq!(next_data(&file, 52 * PAGE, 100 * PAGE).unwrap(), None);
+        assert_eq!(next_data(&file, 100 * PAGE, 100 * PAGE).unwrap(), None);
+    }
+
+    #[test]
+    fn present_pages_of_private_memory_are_found_both_ways() {
+        let mut map = MmapMutAligned::new(1000);
+        map.touch(10);
+        map.touch(700);
+        map.touch(701);
+        let start = map.start();
+        let pagemap = Pagemap::of_this_process().unwrap();
+        type Way = fn(&Pagemap, u64, u64) -> io::Result<Option<Extent>>;
+        let ways: [Way; 2] = [Pagemap::next_present, Pagemap::read_on];
+        for way in ways {
+            let mut found = Vec::new();
+            let mut from = start;
+            while let Some(extent) = way(&pagemap, from, start + 1000 * PAGE).unwrap() {
+                found.push(((extent.start - start) / PAGE, (extent.end - start) / PAGE));
+                from = extent.end;
+            }
+            assert_eq!(found, [(10, 11), (700, 702)]);
+        }
+    }
+
+    struct MmapMutAligned(memmap2::MmapMut);
+
+    impl MmapMutAligned {
+        fn new(pages: usize) -> Self {
+            let map = memmap2::MmapMut::map_anon(pages * PAGE as usize).unwrap();
+            // SAFETY: advice on our own mapping; a huge page would make neighbours present.
+            unsafe {
+                libc::madvise(map.as_ptr() as *mut _, map.len(), libc::MADV_NOHUGEPAGE);
+            }
+            Self(map)
+        }
+
+        fn touch(&mut self, page: usize) {
+            self.0[page * PAGE as usize] = 1;
+        }
+
+        fn start(&self) -> u64 {
+            self.0.as_ptr() as u64
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! Memory of a guest as this process sees it: raw, because the guest or another thread may
+//! write it at any time, so that no Rust reference to it may exist.
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::libc::off_t;
+use std::io;
+use std::os::fd::AsFd;
+
+/// A shared mapping of a piece of a file, besides the one that the guest uses. Whole runs
+/// are written through it and then shown to the guest with UFFDIO_CONTINUE.
+#[derive(Debug)]
+pub(crate) struct Alias {
+    map: MmapRaw,
+}
+
+impl Alias {
+    /// Maps `length` bytes of `file` from `offset`, readable and writable. Touches nothing.
+    pub(crate) fn new(file: impl AsFd, offset: u64, length: u64) -> io::Result<Self> {
+        use std::os::fd::AsRawFd;
+        let fd = file.as_fd().as_raw_fd();
+        let map =
+            MmapOptions::new().offset(offset).len(length as usize).no_reserve_swap().map_raw(fd)?;
+        // A child of this process has no business with guest memory, and a fork would
+        // copy its page tables.
+        map.advise(memmap2::Advice::DontFork)?;
+        Ok(Self { map })
+    }
+
+    /// Where a run lies.
+    ///
+    /// # Panics
+    /// If it does not lie in the mapping.
+    pub(crate) fn run(&self, offset: u64, length: u64) -> RawRun {
+        assert!(offset.checked_add(length).is_some_and(|end| end <= self.map.len() as u64));
+        RawRun {
+            start: self.map.as_mut_ptr().wrapping_add(offset as usize),
+            length: length as usize,
+        }
+    }
+
+    /// Gives back the page tables of the whole mapping; the content stays in the file.
+    pub(crate) fn drop_page_tables(&self) {
+        // SAFETY: on a shared mapping MADV_DONTNEED keeps the content: the next access maps
+        // it again. Nobody holds a reference into the mapping.
+        let result = unsafe {
+            libc::madvise(self.map.as_mut_ptr().cast(), self.map.len(), libc::MADV_DONTNEED)
+        };
+        if result != 0 {
+            tracing::debug!(error = %io::Error::last_os_error(), "alias keeps its page tables");
+        }
+    }
+
+    /// Fills the page tables of a run and allocates its pages in one call, far cheaper than
+    /// a fault for each.
+    pub(crate) fn populate(&self, offset: u64, length: u64) {
+        let run = self.run(offset, length);
+        // SAFETY: the range lies in the mapping; populating changes no content. A failure
+        // only means that the pages are faulted in one by one.
+        unsafe { libc::madvise(run.start.cast(), run.length, libc::MADV_POPULATE_WRITE) };
+    }
+}
+
+/// A run of bytes in guest memory, valid as long as the mapping it came from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawRun {
+    pub(crate) start: *mut u8,
+    pub(crate) length: usize,
+}
+
+impl RawRun {
+    /// Writes `content` to the start of the run.
+    ///
+    /// # Safety
+    /// The mapping must still be there, and nobody else may write these bytes meanwhile.
+    pub(crate) unsafe fn write(&self, content: &[u8]) {
+        assert!(content.len() <= self.length);
+        // SAFETY: the run is mapped writable (the caller's promise), `content` is not part of
+        // it because no reference into guest memory exists.
+        unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), self.start, content.len()) }
+    }
+}
+
+/// Frees the pages of a file in a range: they read as zeros afterwards, through every
+/// mapping. Raises no userfaultfd event.
+pub(crate) fn punch_hole(file: impl AsFd, offset: u64, length: u64) -> io::Result<()> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(file, flags, offset as off_t, length as off_t).map_err(io::Error::from)
+}
+
+/// Drops the pages of a private mapping: they are missing afterwards.
+///
+/// # Safety
+/// The range must be a private anonymous mapping of this process whose content nobody needs.
+pub(crate) unsafe fn empty_private(start: u64, length: u64) -> io::Result<()> {
+    // SAFETY: the caller's promise.
+    let result = unsafe { libc::madvise(start as *mut _, length as usize, libc::MADV_DONTNEED) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
