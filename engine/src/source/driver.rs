@@ -176,9 +176,9 @@ impl Driver {
         match self.session.admits(&accepted.hello) {
             Err(refusal) => refuse(&accepted.stream, refusal),
             Ok(()) => {
+                self.arriving = Some(accepted);
                 self.session.open();
                 self.act();
-                self.arriving = Some(accepted);
             }
         }
     }
