@@ -9,7 +9,7 @@ use super::{DestinationEvent, DestinationOptions};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::session_link::SessionLink;
-use crate::source::StateSection;
+use crate::source::{MAX_STATE_BYTES, StateSection, state_cost};
 use crate::threads::{self, ThreadRole};
 use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::{MAX_SEGMENT_PAGES, Segment};
@@ -30,8 +30,6 @@ use std::time::Duration;
 
 /// How long acknowledgements may wait for company.
 const ACK_PAUSE: Duration = Duration::from_millis(5);
-/// The most device state that is kept for the VMM.
-const MAX_STATE_BYTES: usize = 1 << 30;
 
 /// What comes to the session thread.
 #[derive(Debug)]
@@ -156,6 +154,10 @@ impl Driver {
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the destination was shut down")));
         if self.arrived.pages.remaining() > 0 {
             self.events.send(DestinationEvent::Abandoned);
+        } else {
+            // The news that the last page has arrived may still be in the inbox: without
+            // this, nobody would answer a fault on what has arrived and was never touched.
+            self.arrived.pages.memory().unregister();
         }
     }
 
@@ -519,7 +521,7 @@ impl Driver {
     }
 
     fn take_section(&mut self, name: String, version: u32, last: bool, bytes: &[u8]) {
-        self.state_bytes += bytes.len();
+        self.state_bytes += state_cost(&name, bytes.len());
         if self.state_bytes > MAX_STATE_BYTES {
             let reason = format!("more than {MAX_STATE_BYTES} bytes of device state");
             self.session.disconnected();

@@ -4,7 +4,7 @@ use super::background::Streamer;
 use super::memory::SourceMemory;
 use super::request::Responder;
 use super::serving::{Serving, ServingOptions, Underway};
-use super::{SourceEvent, SourceOptions, SourceShared, StateSection};
+use super::{MAX_STATE_BYTES, SourceEvent, SourceOptions, SourceShared, StateSection, state_cost};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::session_link::SessionLink;
@@ -16,8 +16,8 @@ use afterimage_protocol::session::{
     Book, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Generation, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode,
-    Role, Stamp,
+    Capabilities, Channel, ControlFrame, Generation, Hello, MAX_SECTION_BYTES, MAX_SECTION_NAME,
+    Refusal, RefuseCode, Role, Stamp,
 };
 use crossbeam_channel::Sender;
 use std::collections::BTreeMap;
@@ -160,6 +160,7 @@ impl Driver {
     fn call(&mut self, call: Call) -> Result<(), NotNow> {
         match call {
             Call::SwitchOver(sections) => {
+                check_state(&sections)?;
                 self.session.freeze()?;
                 self.state = Some(sections);
                 if let Some(serving) = &self.serving {
@@ -548,7 +549,12 @@ impl Driver {
             Said::Running => SourceEvent::Running,
             Said::Reclaimed => SourceEvent::Reclaimed,
             Said::ReclaimDenied => SourceEvent::ReclaimDenied,
-            Said::Finished => SourceEvent::Finished,
+            Said::Finished => {
+                // The destination says so of every page; the last acknowledgements may have
+                // been overtaken by that.
+                self.shared.acknowledge(self.session.served().all_pages());
+                SourceEvent::Finished
+            }
             Said::PersistFailed => SourceEvent::PersistFailed,
             other => {
                 tracing::error!(?other, "an event of a newer protocol");
@@ -557,4 +563,17 @@ impl Driver {
         };
         self.events.send(event);
     }
+}
+
+/// Whether device state can travel, and be kept at the destination.
+fn check_state(sections: &[StateSection]) -> Result<(), NotNow> {
+    let call = "switch over";
+    if sections.iter().any(|it| it.name.is_empty() || it.name.len() > MAX_SECTION_NAME) {
+        return Err(NotNow { call, reason: "the name of a section must have 1 to 255 bytes" });
+    }
+    let cost = |section: &StateSection| state_cost(&section.name, section.bytes.len());
+    if sections.iter().map(cost).sum::<usize>() > MAX_STATE_BYTES {
+        return Err(NotNow { call, reason: "device state may have 1 GiB" });
+    }
+    Ok(())
 }

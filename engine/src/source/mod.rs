@@ -41,6 +41,14 @@ pub struct StateSection {
     pub bytes: Vec<u8>,
 }
 
+/// The most device state that is sent, and that is kept for the VMM.
+pub(crate) const MAX_STATE_BYTES: usize = 1 << 30;
+
+/// What a piece of device state counts: sections of no bytes take memory too.
+pub(crate) const fn state_cost(name: &str, bytes: usize) -> usize {
+    size_of::<StateSection>() + name.len() + bytes
+}
+
 /// Makes a source's ownership record durable; called on the session thread, which waits.
 pub struct SourceLedger(pub(crate) Record<SourceRecord>);
 
@@ -377,7 +385,8 @@ impl Source {
     /// guest may run on this side again only after [`SourceEvent::Reclaimed`].
     ///
     /// # Errors
-    /// [`CallError`] if it has been called before, or the session is over.
+    /// [`CallError`] if it has been called before, or the session is over, or a section's
+    /// name is empty or too long, or all of them have more than 1 GiB.
     pub fn switch_over(&self, state: Vec<StateSection>) -> Result<(), CallError> {
         self.call(Call::SwitchOver(state))
     }
