@@ -121,6 +121,7 @@ pub use source::{
     SourceRecord, SourceRegion, StartError, StateSection,
 };
 pub use stats::{DestinationStats, FaultLatency, SourceStats};
+pub use sys::maps::MappingError;
 pub use sys::uffd::{FaultScope, UffdError};
 pub use threads::{ThreadHook, ThreadRole};
 pub use transport::{Address, AddressError, Listener, Plaintext};
