@@ -30,6 +30,23 @@ pub struct SourceConfig {
     pub capabilities: Capabilities,
 }
 
+impl SourceConfig {
+    /// The offer that it makes. Whoever takes a configuration from outside checks it
+    /// ([`ControlFrame::check`]) before a session is made of it.
+    #[must_use]
+    pub fn offer(&self) -> ControlFrame {
+        let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+        ControlFrame::Offer(Offer {
+            kind: self.kind,
+            streams: self.streams,
+            shards: self.shards,
+            heartbeat_ms: millis(self.heartbeat),
+            silence_ms: millis(self.silence),
+            layout: self.layout.clone(),
+        })
+    }
+}
+
 /// What a driver has to do, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -324,15 +341,7 @@ impl SourceSession {
         }
         self.pulse = Some(Pulse::new(self.config.heartbeat, self.config.silence, now));
         self.link = Link::Offered;
-        let offer = Offer {
-            kind: self.config.kind,
-            streams: self.config.streams,
-            shards: self.config.shards,
-            heartbeat_ms: self.config.heartbeat.as_millis() as u32,
-            silence_ms: self.config.silence.as_millis() as u32,
-            layout: self.config.layout.clone(),
-        };
-        self.send(ControlFrame::Offer(offer));
+        self.send(self.config.offer());
         Ok(())
     }
 
