@@ -77,7 +77,7 @@ impl SourceRegion {
     /// `start` must be a mapping of `length` readable bytes that stays in place as long as the
     /// source lives. From the switchover on nobody may write it.
     #[must_use]
-    pub unsafe fn mapped(guest: GuestAddress, start: NonNull<u8>, length: u64) -> Self {
+    pub unsafe fn anonymous(guest: GuestAddress, start: NonNull<u8>, length: u64) -> Self {
         let local = LocalAddress(start.as_ptr() as u64);
         let region =
             Region::new(guest, length, PageSize::KIB_4, Backing::Anonymous).local_at(local);
