@@ -144,3 +144,6 @@ fn once(uffd: &Uffd, fill: Fill<'_>, start: u64, at: u64, len: u64) -> (u64, Res
     // A negative count repeats the error; kernels differ in whether they write one.
     (u64::try_from(done).unwrap_or(0), result.map(drop))
 }
+
+#[cfg(test)]
+mod tests;

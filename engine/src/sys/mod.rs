@@ -6,5 +6,7 @@
 pub(crate) mod fill;
 pub(crate) mod holes;
 pub(crate) mod mapping;
+#[cfg(test)]
+pub(crate) mod testing;
 pub(crate) mod uffd;
 pub(crate) mod words;
