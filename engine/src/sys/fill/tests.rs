@@ -241,3 +241,22 @@ fn a_process_that_has_ended_is_told_from_memory_that_is_not_registered() {
         assert_eq!(filled, Filled { stopped: Some(Stopped::ProcessGone), ..Filled::default() });
     }
 }
+
+#[test]
+fn a_run_over_several_mappings_is_placed_whole() {
+    let Some(memory) = Registered::new(Kind::Anonymous, 16) else { return };
+    // Advice about a part of the memory makes the kernel cut its mapping in three.
+    memory.area.advise(5 * 4096, 3 * 4096, libc::MADV_DONTFORK).unwrap();
+    assert_eq!(memory.fill(How::Copy, 0, 12), memory.pages(12, 0, 0));
+    assert_eq!(memory.fill(How::Zero, 0, 16), memory.pages(4, 12, 0));
+    let words: Vec<u64> = (0..16).map(|page| memory.first_word(page)).collect();
+    assert_eq!(words, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0, 0, 0, 0]);
+}
+
+#[test]
+fn a_run_that_loses_its_registration_half_way_says_where() {
+    let Some(memory) = Registered::new(Kind::Anonymous, 16) else { return };
+    memory.uffd.unregister((memory.area.address() + 11 * 4096) as *mut _, 4096).unwrap();
+    let expected = Filled { stopped: Some(Stopped::NotRegistered), ..memory.pages(11, 0, 0) };
+    assert_eq!(memory.fill(How::Copy, 0, 16), expected);
+}
