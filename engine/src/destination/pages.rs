@@ -14,6 +14,9 @@
 
 mod claim;
 mod fault;
+mod hold;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use claim::{Claim, Target};
 pub(crate) use fault::{FaultAnswer, MissingPage};
@@ -25,6 +28,7 @@ use afterimage_protocol::bitmap::Planes;
 use afterimage_protocol::layout::{
     GuestLayout, PageNumber, PageRange, RegionRun, RegisteredAddress,
 };
+use hold::{Place, pass};
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -216,12 +220,14 @@ impl Pages {
             self.wake(run);
             return Ok(Urgent::Late);
         }
+        pass(Place::Looked);
         let filled = self.fill(Fill::Copy(content), run);
         match filled.stopped {
             Some(Stopped::EventPending) => return Ok(Urgent::EventPending),
             Some(stopped) => return Err(self.install_error(run, filled.reached(), stopped)),
             None => {}
         }
+        pass(Place::Copied);
         let is_first = self.mark_complete(run.pages, |_| ()) == 1;
         drop(gate);
         if filled.present > 0 {
@@ -243,6 +249,7 @@ impl Pages {
         }
         // SAFETY: the page is claimed by this thread, so nobody else writes its alias.
         unsafe { file.alias.run(run.offset, run.length).write(content) };
+        pass(Place::Written);
         self.show(run, file);
         Urgent::Installed
     }
@@ -260,6 +267,7 @@ impl Pages {
             self.empty_file_pages(PageRange::one(page), file);
         }
         self.mark_complete(run.pages, |_| ());
+        pass(Place::Completed);
         let filled = self.fill(Fill::Continue, run);
         drop(gate);
         // The pages are complete: a thread that still waits for one looks again, faults
@@ -305,8 +313,10 @@ impl Pages {
     /// are left to him. Returns how many were marked.
     pub(crate) fn zero(&self, pages: PageRange) -> u64 {
         let mut marked = 0;
-        let won = self.planes.claim(pages, |run| marked += self.mark_complete(run, |_| ()));
-        debug_assert!(marked <= won);
+        self.planes.claim(pages, |run| {
+            pass(Place::ZeroClaimed);
+            marked += self.mark_complete(run, |_| ());
+        });
         self.counters.zero.fetch_add(marked, Ordering::Relaxed);
         self.counters.duplicate.fetch_add(pages.count - marked, Ordering::Relaxed);
         marked

@@ -1,6 +1,7 @@
 //! Background pieces: claimed before they are received, placed after, given back if the
 //! channel breaks in between.
 
+use super::hold::{Place, pass};
 use super::{InstallError, Pages};
 use crate::destination::memory::RegionFile;
 use crate::sys::fill::{Fill, Stopped};
@@ -125,9 +126,11 @@ impl Claim<'_> {
             let Some(missing) = first_incomplete(pages, next, end) else { break };
             let part = pages.run_of(missing);
             let from = ((missing.start.0 - run.pages.start.0) * page_bytes) as usize;
+            pass(Place::Looked);
             let filled = pages.fill(Fill::Copy(&content[from..from + part.length as usize]), &part);
             let reached = filled.reached() / page_bytes;
             if reached > 0 {
+                pass(Place::Copied);
                 let mut first = 0;
                 pages.mark_complete(PageRange::new(missing.start, reached), |newly| {
                     first += newly.count;
@@ -180,6 +183,7 @@ impl Pages {
     /// they were claimed.
     fn give_back_file_pages(&self, pages: PageRange, file: &RegionFile) {
         self.empty_file_pages(pages, file);
+        pass(Place::Emptied);
         let mut gate = self.discarding();
         for page in pages.iter() {
             if gate.remove(&page) {

@@ -1,6 +1,7 @@
 //! Faults: reading events, and answering those whose page has arrived.
 
 use super::Pages;
+use super::hold::{Place, pass};
 use crate::destination::memory::keep_forever;
 use crate::sys::fill::{Fill, Stopped};
 use afterimage_protocol::bitmap::PageState;
@@ -14,7 +15,7 @@ pub(crate) struct MissingPage {
     pub(crate) page: PageNumber,
     /// Whether the page cache has something at this place. Whether it is the page's content
     /// is said by the planes alone.
-    is_minor: bool,
+    pub(super) is_minor: bool,
 }
 
 /// What is to be done about a fault.
@@ -52,6 +53,7 @@ impl Pages {
                 None
             };
             let events = self.memory.uffd().read_events(buffer).map_err(read_error)?;
+            pass(Place::EventsRead);
             for event in events {
                 match event.map_err(read_error)? {
                     Event::Pagefault { kind, addr, .. } => self.push_fault(kind, addr, faults),

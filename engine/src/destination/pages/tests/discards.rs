@@ -1,0 +1,161 @@
+//! What the guest gives up before it has arrived is gone for good (I8).
+
+use super::*;
+
+/// How the guest gives pages up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// The VMM calls the engine, then frees the pages.
+    Call,
+    /// By `madvise`, which raises an event.
+    Event,
+}
+
+impl Way {
+    const BOTH: [Self; 2] = [Self::Call, Self::Event];
+
+    const fn notice(self) -> DiscardNotice {
+        match self {
+            Self::Call => DiscardNotice::Called,
+            Self::Event => DiscardNotice::Events,
+        }
+    }
+}
+
+impl Guest {
+    /// Gives up pages and waits until that is done.
+    fn give_up(&self, way: Way, first: u64, count: u64) {
+        let (start, length) = (first * self.page_bytes(), count * self.page_bytes());
+        let advice = if self.has_file() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        match (way, &self.area.file) {
+            (Way::Call, Some(file)) => {
+                self.pages.discard(range(first, count));
+                crate::sys::mapping::punch_hole(file, start, length).unwrap();
+            }
+            (Way::Call, None) => {
+                self.pages.discard(range(first, count));
+                self.area.advise(start, length, advice).unwrap();
+            }
+            (Way::Event, _) => {
+                let area = Arc::clone(&self.area);
+                let (sender, done) = channel();
+                std::thread::spawn(move || sender.send(area.advise(start, length, advice)));
+                self.answer_until(&done, first).unwrap();
+            }
+        }
+    }
+
+    fn each_way(pages: u64) -> impl Iterator<Item = (Way, Self)> {
+        let with = move |way: Way| Self::each(pages, way.notice()).map(move |guest| (way, guest));
+        Way::BOTH.into_iter().flat_map(with)
+    }
+}
+
+#[test]
+fn pages_that_were_free_are_zero_and_every_copy_is_late() {
+    for (way, guest) in Guest::each_way(8) {
+        guest.give_up(way, 2, 4);
+        assert_eq!(guest.pages.remaining(), 4, "{way:?} {:?}", guest.area.kind);
+        assert_eq!(guest.urgent(3, 7), Urgent::Late);
+        assert_eq!(guest.bring(0, 8, 7), [range(0, 2), range(6, 2)]);
+        let words: Vec<u64> = (0..8).map(|page| guest.read_answered(page).1).collect();
+        assert_eq!(words, [7, 7, 0, 0, 0, 0, 7, 7], "{way:?} {:?}", guest.area.kind);
+        assert_eq!(guest.counted(), ([0, 4, 0, 4], 5));
+        guest.assert_books_balance();
+    }
+}
+
+#[test]
+fn pages_being_written_and_given_back_are_zero_once_discarded() {
+    for (way, guest) in Guest::each_way(8).filter(|(_, guest)| guest.has_file()) {
+        let claim = guest.pages.claim(range(0, 4));
+        guest.receive(&claim, 7, 2);
+        guest.give_up(way, 1, 2);
+        drop(claim);
+        assert_eq!(guest.pages.remaining(), 6);
+        assert_eq!(guest.bring(0, 8, 5), [range(0, 1), range(3, 5)]);
+        let words: Vec<u64> = (0..8).map(|page| guest.read_answered(page).1).collect();
+        assert_eq!(words, [5, 0, 0, 5, 5, 5, 5, 5], "{way:?} {:?}", guest.area.kind);
+        guest.assert_books_balance();
+    }
+}
+
+#[test]
+fn a_discard_between_emptying_and_giving_back_counts() {
+    for (way, guest) in Guest::each_way(4).filter(|(_, guest)| guest.has_file()) {
+        let claim = guest.pages.claim(range(0, 4));
+        guest.receive(&claim, 7, 4);
+        let other = guest.clone();
+        at(Place::Emptied, move || other.give_up(way, 1, 2));
+        drop(claim);
+        assert_eq!(guest.pages.remaining(), 2);
+        assert_eq!(guest.read_answered(1), (0, 0));
+        guest.assert_books_balance();
+    }
+}
+
+#[test]
+fn pages_that_have_arrived_go_as_the_guest_says() {
+    for (way, guest) in Guest::each_way(4) {
+        guest.bring(0, 4, 7);
+        guest.give_up(way, 1, 2);
+        let words: Vec<u64> = (0..4).map(|page| guest.read_answered(page).0).collect();
+        assert_eq!(words, [7, 0, 0, 7], "{way:?} {:?}", guest.area.kind);
+        guest.area.word(guest.page_bytes()).store(99, Ordering::Relaxed);
+        assert_eq!(guest.urgent(1, 7), Urgent::Late);
+        assert_eq!(guest.read(1), (99, 0));
+        assert_eq!(guest.counted(), ([0, 4, 0, 0], 1));
+        guest.assert_books_balance();
+    }
+}
+
+#[test]
+fn what_shared_memory_holds_survives_advice_that_it_is_not_needed() {
+    for guest in Guest::each(4, DiscardNotice::Events).filter(Guest::has_file) {
+        guest.bring(0, 1, 7);
+        let (area, length) = (Arc::clone(&guest.area), guest.page_bytes() * 2);
+        let (sender, done) = channel();
+        std::thread::spawn(move || sender.send(area.advise(0, length, libc::MADV_DONTNEED)));
+        guest.answer_until(&done, 0).unwrap();
+        assert_eq!(guest.read_answered(0), (7, 7), "it had arrived: {:?}", guest.area.kind);
+        assert_eq!(guest.read_answered(1), (0, 0), "it had not: {:?}", guest.area.kind);
+        guest.assert_books_balance();
+    }
+}
+
+#[test]
+fn a_discard_waits_for_a_copy_that_has_looked() {
+    for way in Way::BOTH {
+        for urgent in [true, false] {
+            let Some(guest) = Guest::new(Kind::Anonymous, 4, way.notice()) else { return };
+            let other = guest.clone();
+            let (sender, discarded) = channel();
+            at(Place::Looked, move || {
+                let (told, begun) = channel();
+                std::thread::spawn(move || {
+                    if way == Way::Call {
+                        told.send(()).unwrap();
+                    } else {
+                        drop(told);
+                    }
+                    other.give_up(way, 1, 1);
+                    sender.send(()).unwrap();
+                });
+                let _ = begun.recv();
+                // Whether it waits cannot be awaited; give it every chance not to.
+                for _ in 0..200 {
+                    std::thread::yield_now();
+                }
+            });
+            if urgent {
+                // With events, the kernel may refuse first.
+                while guest.urgent(1, 7) == Urgent::EventPending {}
+            } else {
+                guest.bring(1, 1, 7);
+            }
+            testing::await_message(&discarded, "the discard");
+            assert_eq!(guest.read_answered(1), (0, 0), "{way:?} urgent {urgent}");
+            guest.assert_books_balance();
+        }
+    }
+}
