@@ -309,20 +309,25 @@ impl Pages {
         }
     }
 
-    /// Marks pages complete that are zero at the source. Those that somebody has claimed
-    /// are left to him. Returns how many were marked.
+    /// Marks pages complete that are zero at the source, and wakes whoever waits for them.
+    /// Those that somebody has claimed are left to him. Returns how many were marked.
     pub(crate) fn zero(&self, pages: PageRange) -> u64 {
         let mut marked = 0;
         self.planes.claim(pages, |run| {
             pass(Place::ZeroClaimed);
             marked += self.mark_complete(run, |_| ());
+            // A fault or an urgent copy may have seen the claim and relied on its owner.
+            for run in self.layout().split(run) {
+                self.wake(&run);
+            }
         });
         self.counters.zero.fetch_add(marked, Ordering::Relaxed);
         self.counters.duplicate.fetch_add(pages.count - marked, Ordering::Relaxed);
         marked
     }
 
-    /// The same for pages that are waited for: who waits looks again.
+    /// The same where pages were asked for: wakes whoever waits for any of them, also for
+    /// one that had arrived by another way.
     pub(crate) fn zero_urgent(&self, pages: PageRange) -> u64 {
         let marked = self.zero(pages);
         for run in self.layout().split(pages) {

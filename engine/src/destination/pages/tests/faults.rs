@@ -93,3 +93,19 @@ fn a_fault_that_was_read_and_forgotten_comes_again_after_a_wake_up() {
         assert_eq!(testing::await_message(&waiting, "the page asked for"), (3, 3));
     }
 }
+
+#[test]
+fn a_zero_run_of_the_background_wakes_whom_an_urgent_copy_left_to_it() {
+    for guest in Guest::each(4, DiscardNotice::Called).filter(Guest::has_file) {
+        let waiting = guest.touch(1);
+        let faults = guest.faults();
+        assert_eq!(guest.pages.answer(faults[0]), FaultAnswer::Ask);
+        // The answer comes while another thread has claimed the page for a zero run.
+        let other = guest.clone();
+        at(Place::ZeroClaimed, move || {
+            assert_eq!(other.urgent(1, 0), Urgent::BeingWritten);
+        });
+        assert_eq!(guest.pages.zero(range(0, 4)), 4);
+        assert_eq!(guest.answer_until(&waiting, 1), (0, 0));
+    }
+}
