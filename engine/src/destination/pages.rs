@@ -313,6 +313,9 @@ impl Pages {
     /// Those that somebody has claimed are left to him. Returns how many were marked.
     pub(crate) fn zero(&self, pages: PageRange) -> u64 {
         let mut marked = 0;
+        // A discard that saw the claim and not yet its end would wait for a writer to empty
+        // the page, and there is none.
+        let gate = self.installing();
         self.planes.claim(pages, |run| {
             pass(Place::ZeroClaimed);
             marked += self.mark_complete(run, |_| ());
@@ -321,6 +324,7 @@ impl Pages {
                 self.wake(&run);
             }
         });
+        drop(gate);
         self.counters.zero.fetch_add(marked, Ordering::Relaxed);
         self.counters.duplicate.fetch_add(pages.count - marked, Ordering::Relaxed);
         marked

@@ -159,3 +159,24 @@ fn a_discard_waits_for_a_copy_that_has_looked() {
         }
     }
 }
+
+#[test]
+fn a_page_that_is_just_becoming_zero_is_not_remembered_as_discarded() {
+    for guest in Guest::each(4, DiscardNotice::Called).filter(Guest::has_file) {
+        let other = guest.clone();
+        let (sender, discarded) = channel();
+        at(Place::ZeroClaimed, move || {
+            std::thread::spawn(move || {
+                other.pages.discard(range(0, 4));
+                sender.send(()).unwrap();
+            });
+            for _ in 0..200 {
+                std::thread::yield_now();
+            }
+        });
+        guest.pages.zero(range(1, 1));
+        testing::await_message(&discarded, "the discard");
+        assert_eq!(guest.counted(), ([0, 0, 1, 3], 0));
+        guest.assert_books_balance();
+    }
+}
