@@ -73,7 +73,7 @@ pub enum InstallError {
 pub(crate) enum Urgent {
     /// It is in place now.
     Installed,
-    /// The page had arrived by another way; the copy was dropped.
+    /// The page had arrived by another way, or was discarded; the copy was dropped.
     Late,
     /// Somebody else is writing it this moment and will wake whoever waits; dropped.
     BeingWritten,
@@ -250,8 +250,7 @@ impl Pages {
         // SAFETY: the page is claimed by this thread, so nobody else writes its alias.
         unsafe { file.alias.run(run.offset, run.length).write(content) };
         pass(Place::Written);
-        self.show(run, file);
-        Urgent::Installed
+        if self.show(run, file) == 0 { Urgent::Installed } else { Urgent::Late }
     }
 
     /// Shows a claimed run that has been written through the alias: complete first, then
