@@ -107,6 +107,7 @@ impl Claim<'_> {
     ) {
         let gone = self.pages.show(run, file);
         self.pages.counters.background.fetch_add(run.pages.count - gone, Ordering::Relaxed);
+        self.pages.counters.duplicate.fetch_add(gone, Ordering::Relaxed);
         complete(run.pages);
     }
 

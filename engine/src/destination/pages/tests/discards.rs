@@ -192,3 +192,22 @@ fn an_urgent_page_that_is_discarded_while_it_is_written_is_zero() {
         guest.assert_books_balance();
     }
 }
+
+#[test]
+fn pages_being_written_are_emptied_before_they_are_seen() {
+    for (way, guest) in Guest::each_way(8).filter(|(_, guest)| guest.has_file()) {
+        let claim = guest.pages.claim(range(0, 8));
+        guest.receive(&claim, 7, 4);
+        guest.give_up(way, 2, 4);
+        guest.give_up(way, 3, 1);
+        let waiting = guest.touch(3);
+        let faults = guest.faults();
+        assert_eq!(guest.pages.answer(faults[0]), FaultAnswer::BeingWritten);
+        assert_eq!(guest.finish(claim, 7, 8), [range(0, 8)]);
+        assert_eq!(guest.answer_until(&waiting, 3), (0, 0));
+        let words: Vec<u64> = (0..8).map(|page| guest.read_answered(page).1).collect();
+        assert_eq!(words, [7, 7, 0, 0, 0, 0, 7, 7], "{way:?} {:?}", guest.area.kind);
+        assert_eq!(guest.counted(), ([0, 4, 0, 4], 4), "{way:?} {:?}", guest.area.kind);
+        guest.assert_books_balance();
+    }
+}
