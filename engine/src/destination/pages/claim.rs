@@ -119,7 +119,7 @@ impl Claim<'_> {
     ) -> Result<(), InstallError> {
         let pages = self.pages;
         let page_bytes = pages.page_bytes(run);
-        let mut next = run.pages.start;
+        let (mut next, mut placed) = (run.pages.start, 0);
         let end = PageNumber(run.pages.start.0 + run.pages.count);
         while next < end {
             let gate = pages.installing();
@@ -130,26 +130,29 @@ impl Claim<'_> {
             pass(Place::Looked);
             let filled = pages.fill(Fill::Copy(&content[from..from + part.length as usize]), &part);
             let reached = filled.reached() / page_bytes;
+            let mut newly = Vec::new();
             if reached > 0 {
                 pass(Place::Copied);
-                let mut first = 0;
-                pages.mark_complete(PageRange::new(missing.start, reached), |newly| {
-                    first += newly.count;
-                    complete(newly);
-                });
-                pages.counters.background.fetch_add(first, Ordering::Relaxed);
-                pages.counters.duplicate.fetch_add(reached - first, Ordering::Relaxed);
+                let reached = PageRange::new(missing.start, reached);
+                placed += pages.mark_complete(reached, |run| newly.push(run));
             }
             drop(gate);
+            // Not under the gate: who is told may have to wait, and reading events with it.
+            newly.into_iter().for_each(&mut *complete);
             next = PageNumber(missing.start.0 + reached);
             match filled.stopped {
                 None => {}
                 // Only the fault thread reads events. A timer rather than a wake-up: an
                 // event can be read between the refusal and our going to sleep.
                 Some(Stopped::EventPending) => std::thread::sleep(EVENT_WAIT),
-                Some(stopped) => return Err(pages.install_error(&part, filled.reached(), stopped)),
+                Some(stopped) => {
+                    pages.counters.background.fetch_add(placed, Ordering::Relaxed);
+                    return Err(pages.install_error(&part, filled.reached(), stopped));
+                }
             }
         }
+        pages.counters.background.fetch_add(placed, Ordering::Relaxed);
+        pages.counters.duplicate.fetch_add(run.pages.count - placed, Ordering::Relaxed);
         Ok(())
     }
 }

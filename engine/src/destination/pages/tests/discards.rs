@@ -211,3 +211,17 @@ fn pages_being_written_are_emptied_before_they_are_seen() {
         guest.assert_books_balance();
     }
 }
+
+#[test]
+fn pages_in_staging_are_not_copied_any_more() {
+    for way in Way::BOTH {
+        let Some(guest) = Guest::new(Kind::Anonymous, 8, way.notice()) else { return };
+        let claim = guest.pages.claim(range(0, 8));
+        guest.give_up(way, 2, 4);
+        assert_eq!(guest.finish(claim, 7, 8), [range(0, 2), range(6, 2)]);
+        let words: Vec<u64> = (0..8).map(|page| guest.read_answered(page).1).collect();
+        assert_eq!(words, [7, 7, 0, 0, 0, 0, 7, 7], "{way:?}");
+        assert_eq!(guest.counted(), ([0, 4, 0, 4], 4));
+        guest.assert_books_balance();
+    }
+}

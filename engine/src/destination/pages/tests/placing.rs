@@ -169,3 +169,32 @@ fn pages_become_complete_before_they_are_shown_and_after_they_are_copied() {
         }
     }
 }
+
+#[test]
+fn an_urgent_copy_overtakes_a_piece_in_staging_and_stays() {
+    let Some(guest) = Guest::new(Kind::Anonymous, 4, DiscardNotice::Called) else { return };
+    let claim = guest.pages.claim(range(0, 4));
+    assert_eq!(guest.urgent(2, 5), Urgent::Installed);
+    guest.area.word(2 * 4096).store(99, Ordering::Relaxed);
+    assert_eq!(guest.finish(claim, 7, 4), [range(0, 2), range(3, 1)]);
+    assert_eq!(guest.read(2), (99, 5));
+    assert_eq!(guest.counted(), ([1, 3, 0, 0], 1));
+    guest.assert_books_balance();
+}
+
+#[test]
+fn an_acknowledgement_may_lead_to_a_discard() {
+    for guest in Guest::each(4, DiscardNotice::Called) {
+        let (sender, finished) = channel();
+        std::thread::spawn(move || {
+            let claim = guest.pages.claim(range(0, 4));
+            let staging = guest.page_of(7).repeat(4);
+            if guest.has_file() {
+                guest.receive(&claim, 7, 4);
+            }
+            claim.finish(&staging, |run| guest.pages.discard(run)).unwrap();
+            sender.send(()).unwrap();
+        });
+        testing::await_message(&finished, "a piece that is discarded when it is acknowledged");
+    }
+}
