@@ -130,8 +130,14 @@ impl Pages {
                 }
                 continues = true;
             }
-            let fill = if continues { Fill::Continue } else { Fill::Zero };
-            let filled = self.fill(fill, run);
+            let filled = match (continues, backing) {
+                (true, _) => self.fill(Fill::Continue, run),
+                // It may be hugetlbfs, which knows no ZEROPAGE.
+                (false, Backing::Opaque) if self.page_bytes(run) > 4096 => {
+                    self.fill(Fill::Copy(&vec![0; run.length as usize]), run)
+                }
+                (false, _) => self.fill(Fill::Zero, run),
+            };
             match filled.stopped {
                 Some(Stopped::EventPending) => return FaultAnswer::EventPending,
                 Some(stopped) => {

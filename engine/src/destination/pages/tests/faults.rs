@@ -1,6 +1,8 @@
 //! Answers to faults, and who is woken.
 
 use super::*;
+use crate::destination::memory::DestinationRegion;
+use afterimage_protocol::layout::{GuestAddress, RegisteredAddress};
 
 #[test]
 fn a_page_that_has_not_come_must_be_asked_for() {
@@ -107,5 +109,36 @@ fn a_zero_run_of_the_background_wakes_whom_an_urgent_copy_left_to_it() {
         });
         assert_eq!(guest.pages.zero(range(0, 4)), 4);
         assert_eq!(guest.answer_until(&waiting, 1), (0, 0));
+    }
+}
+
+#[test]
+fn zero_pages_of_memory_without_a_file_are_answered_whatever_their_size() {
+    use crate::sys::uffd::Features;
+    use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+    use userfaultfd::RegisterMode;
+    for kind in [Kind::Anonymous, Kind::Memfd, Kind::Hugetlb] {
+        let features = Features::MISSING_HUGETLBFS.with(Features::MISSING_SHMEM);
+        let Some(uffd) = testing::userfaultfd(features) else { return };
+        let Some(area) = Area::new(kind, 2) else { continue };
+        let start = area.address() as *mut _;
+        let missing = RegisterMode::MISSING;
+        uffd.register_with_mode(start, area.length as usize, missing).unwrap();
+        let region = DestinationRegion::handed_over(
+            GuestAddress(0),
+            RegisteredAddress(area.address()),
+            area.length,
+            kind.page_size(),
+            None,
+        );
+        // SAFETY: a userfaultfd of ours, whose ownership moves.
+        let descriptor = unsafe { OwnedFd::from_raw_fd(uffd.into_raw_fd()) };
+        let memory = DestinationMemory::attach(descriptor, vec![region]).unwrap();
+        let pages = Arc::new(Pages::new(memory).unwrap());
+        let guest = Guest { pages, area: Arc::new(area) };
+        assert_eq!(guest.pages.zero(range(0, 1)), 1);
+        assert_eq!(guest.read_answered(0), (0, 0), "{kind:?}");
+        assert_eq!(guest.urgent(1, 4), Urgent::Installed);
+        assert_eq!(guest.read(1), (4, 4), "{kind:?}");
     }
 }
