@@ -1,6 +1,6 @@
 //! Memory of each backing, as a VMM would have it.
 
-use super::skip;
+use super::{DEADLINE, skip};
 use crate::destination::memory::DestinationRegion;
 use afterimage_protocol::layout::{GuestAddress, PageSize};
 use nix::fcntl::OFlag;
@@ -13,6 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Condvar, Mutex, PoisonError};
 
 /// What kind of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +42,8 @@ impl Kind {
     }
 }
 
-/// A mapping that is never unmapped, because a test that failed may leave threads behind
-/// that wait for its pages. It holds no memory until somebody touches it.
+/// A mapping. Threads that touch it hold it alive, so that those which a failed test leaves
+/// behind, waiting for a page, keep it.
 #[derive(Debug)]
 pub(crate) struct Area {
     pub(crate) kind: Kind,
@@ -54,9 +55,12 @@ pub(crate) struct Area {
 const ALIGNMENT: u64 = 2 << 20;
 
 impl Area {
-    /// `pages` pages, or `None` (said aloud) where the machine has no such memory.
+    /// `pages` pages, at most 32 of huge ones, or `None` (said aloud) where the machine has no such memory.
     pub(crate) fn new(kind: Kind, pages: u64) -> Option<Self> {
         let length = pages * kind.page_bytes();
+        if kind == Kind::Hugetlb {
+            HUGE_PAGES.take(pages);
+        }
         let file = match kind {
             Kind::Anonymous => None,
             Kind::Memfd => Some(memfd(0, length)),
@@ -72,6 +76,7 @@ impl Area {
         match map(length, file.as_ref()) {
             Ok(start) => Some(Self { kind, start, length, file }),
             Err(error) if kind == Kind::Hugetlb => {
+                HUGE_PAGES.give(pages);
                 skip("hugetlb", format_args!("cannot map {pages} huge pages: {error}"));
                 None
             }
@@ -92,7 +97,8 @@ impl Area {
         let start = NonNull::new(self.start as *mut u8).unwrap();
         let guest = GuestAddress(0);
         let file = self.file.as_ref().map(|file| file.try_clone().unwrap().into());
-        // SAFETY: an area is never unmapped, and there are no references into it.
+        // SAFETY: a test holds the area as long as the destination; it gives out no
+        // references but atomics.
         unsafe {
             match (self.kind, file) {
                 (Kind::Hugetlb, Some(file)) => {
@@ -105,9 +111,9 @@ impl Area {
     }
 
     /// A word of it. Reading or writing it may fault, and wait for the page.
-    pub(crate) fn word(&self, offset: u64) -> &'static AtomicU64 {
+    pub(crate) fn word(&self, offset: u64) -> &AtomicU64 {
         assert!(offset.is_multiple_of(8) && offset < self.length);
-        // SAFETY: inside the mapping, which stays; only atomics and the kernel reach it.
+        // SAFETY: inside the mapping; only atomics and the kernel reach it.
         unsafe { AtomicU64::from_ptr((self.start + offset) as *mut u64) }
     }
 
@@ -120,6 +126,40 @@ impl Area {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, whose last user has gone. Nothing is registered for the
+        // event that would make this wait.
+        unsafe { libc::munmap(self.start as *mut _, self.length as usize) };
+        if self.kind == Kind::Hugetlb {
+            HUGE_PAGES.give(self.length / self.page_bytes());
+        }
+    }
+}
+
+/// Huge pages that tests of this process may hold at one time: 64 MiB.
+static HUGE_PAGES: Budget = Budget { left: Mutex::new(32), given: Condvar::new() };
+
+struct Budget {
+    left: Mutex<u64>,
+    given: Condvar,
+}
+
+impl Budget {
+    fn take(&self, pages: u64) {
+        let left = self.left.lock().unwrap();
+        let lacks = |left: &mut u64| *left < pages;
+        let (mut left, waited) = self.given.wait_timeout_while(left, 3 * DEADLINE, lacks).unwrap();
+        assert!(!waited.timed_out(), "waited in vain for {pages} huge pages of other tests");
+        *left -= pages;
+    }
+
+    fn give(&self, pages: u64) {
+        *self.left.lock().unwrap_or_else(PoisonError::into_inner) += pages;
+        self.given.notify_all();
     }
 }
 

@@ -115,7 +115,7 @@ fn a_zero_run_of_the_background_wakes_whom_an_urgent_copy_left_to_it() {
 #[test]
 fn zero_pages_of_memory_without_a_file_are_answered_whatever_their_size() {
     use crate::sys::uffd::Features;
-    use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+    use std::os::fd::AsFd;
     use userfaultfd::RegisterMode;
     for kind in [Kind::Anonymous, Kind::Memfd, Kind::Hugetlb] {
         let features = Features::MISSING_HUGETLBFS.with(Features::MISSING_SHMEM);
@@ -131,8 +131,8 @@ fn zero_pages_of_memory_without_a_file_are_answered_whatever_their_size() {
             kind.page_size(),
             None,
         );
-        // SAFETY: a userfaultfd of ours, whose ownership moves.
-        let descriptor = unsafe { OwnedFd::from_raw_fd(uffd.into_raw_fd()) };
+        // Not `into_raw_fd`, which closes the descriptor that it returns (userfaultfd 0.9).
+        let descriptor = uffd.as_fd().try_clone_to_owned().unwrap();
         let memory = DestinationMemory::attach(descriptor, vec![region]).unwrap();
         let pages = Arc::new(Pages::new(memory).unwrap());
         let guest = Guest { pages, area: Arc::new(area) };
