@@ -3,6 +3,7 @@
 mod discards;
 mod faults;
 mod placing;
+mod stress;
 
 use super::hold::{Place, held};
 use super::{Claim, FaultAnswer, MissingPage, Pages, Target, Urgent};
