@@ -188,7 +188,12 @@ impl DestinationMemory {
         // The engine's own zaps come before registration: nobody reads events yet.
         memory.empty()?;
         for region in memory.layout.regions() {
-            memory.register_region(region)?;
+            if let Err(error) = memory.register_region(region) {
+                // Nothing has been asked of the userfaultfd yet, and the memory is empty:
+                // it goes back to the VMM, which may try again.
+                memory.unregister();
+                return Err(error);
+            }
         }
         Ok(memory)
     }
@@ -335,3 +340,6 @@ fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
