@@ -1,6 +1,7 @@
 //! What the guest gives up before it has arrived is gone for good (I8).
 
 use super::*;
+use std::sync::mpsc::Sender;
 
 /// How the guest gives pages up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,35 +129,38 @@ fn a_discard_waits_for_a_copy_that_has_looked() {
     for way in Way::BOTH {
         for urgent in [true, false] {
             let Some(guest) = Guest::new(Kind::Anonymous, 4, way.notice()) else { return };
-            let other = guest.clone();
             let (sender, discarded) = channel();
-            at(Place::Looked, move || {
-                let (told, begun) = channel();
-                std::thread::spawn(move || {
-                    if way == Way::Call {
-                        told.send(()).unwrap();
-                    } else {
-                        drop(told);
-                    }
-                    other.give_up(way, 1, 1);
-                    sender.send(()).unwrap();
-                });
-                let _ = begun.recv();
-                // Whether it waits cannot be awaited; give it every chance not to.
-                for _ in 0..200 {
-                    std::thread::yield_now();
+            let (told, copied) = channel();
+            let (copier, other) = (guest.clone(), guest.clone());
+            std::thread::spawn(move || {
+                at(Place::Looked, move || discard_meanwhile(other, way, sender));
+                if urgent {
+                    // With events, the kernel may refuse first.
+                    while copier.urgent(1, 7) == Urgent::EventPending {}
+                } else {
+                    copier.bring(1, 1, 7);
                 }
+                told.send(()).unwrap();
             });
-            if urgent {
-                // With events, the kernel may refuse first.
-                while guest.urgent(1, 7) == Urgent::EventPending {}
-            } else {
-                guest.bring(1, 1, 7);
-            }
+            testing::await_message(&copied, "the copy");
             testing::await_message(&discarded, "the discard");
             assert_eq!(guest.read_answered(1), (0, 0), "{way:?} urgent {urgent}");
             guest.assert_books_balance();
         }
+    }
+}
+
+/// Another thread begins to discard, and has every chance to end if nothing holds it.
+fn discard_meanwhile(guest: Guest, way: Way, done: Sender<()>) {
+    let (told, begun) = channel();
+    std::thread::spawn(move || {
+        told.send(()).unwrap();
+        guest.give_up(way, 1, 1);
+        done.send(()).unwrap();
+    });
+    begun.recv().unwrap();
+    for _ in 0..200 {
+        std::thread::yield_now();
     }
 }
 
