@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use userfaultfd::{RegisterMode, Uffd};
 
 /// A piece of guest memory for a destination.
@@ -164,9 +165,9 @@ pub struct DestinationMemory {
     pub(crate) layout: GuestLayout,
     /// In the order of the layout's regions.
     pub(crate) files: Vec<Option<RegionFile>>,
-    /// `None` only while it is taken apart.
-    uffd: Option<Uffd>,
+    uffd: Uffd,
     pub(crate) has_events: bool,
+    is_unregistered: AtomicBool,
 }
 
 impl DestinationMemory {
@@ -212,7 +213,7 @@ impl DestinationMemory {
     ) -> Result<Self, MemoryError> {
         // SAFETY: whether it is a userfaultfd shows at the first call; ownership moves.
         let uffd = unsafe { Uffd::from_raw_fd(descriptor.into_raw_fd()) };
-        set_nonblocking(&uffd)
+        crate::sys::set_nonblocking(&uffd)
             .map_err(|error| UffdError::system("make the userfaultfd non-blocking", error))?;
         // Which events the other process asked for cannot be told from the descriptor.
         let memory = Self::assemble(regions, uffd, true)?;
@@ -240,7 +241,7 @@ impl DestinationMemory {
             })?;
             files.push(Some(RegionFile { file, offset, alias }));
         }
-        Ok(Self { layout, files, uffd: Some(uffd), has_events })
+        Ok(Self { layout, files, uffd, has_events, is_unregistered: AtomicBool::new(false) })
     }
 
     fn empty(&self) -> Result<(), MemoryError> {
@@ -277,8 +278,8 @@ impl DestinationMemory {
     }
 
     /// The userfaultfd.
-    pub(crate) fn uffd(&self) -> &Uffd {
-        self.uffd.as_ref().expect("present until the memory is dropped")
+    pub(crate) const fn uffd(&self) -> &Uffd {
+        &self.uffd
     }
 
     /// Wakes whoever waits for a page of this range; they look again, and fault again if it
@@ -299,32 +300,41 @@ impl DestinationMemory {
     }
 
     /// Ends the serving of memory that is complete: the kernel answers faults by itself from
-    /// here, with what is there, and with zeros where nothing is.
-    pub(crate) fn unregister(mut self) {
+    /// here, with what is there, and with zeros where nothing is. Events must go on being
+    /// read until this returns.
+    pub(crate) fn unregister(&self) {
         for region in self.layout.regions() {
             let start = region.registered.unwrap_or_default().0 as *mut _;
-            if let Err(error) = self.uffd().unregister(start, region.length as usize) {
+            if let Err(error) = self.uffd.unregister(start, region.length as usize) {
                 tracing::debug!(%error, address = %region.guest_address, "could not unregister");
             }
         }
-        drop(self.uffd.take());
+        self.is_unregistered.store(true, Ordering::Release);
     }
 }
 
 impl Drop for DestinationMemory {
     fn drop(&mut self) {
-        if let Some(uffd) = self.uffd.take() {
-            keep_forever(uffd);
+        if !self.is_unregistered.load(Ordering::Acquire) {
+            // A duplicate keeps the userfaultfd alive; this one may be closed.
+            match self.uffd.as_fd().try_clone_to_owned() {
+                Ok(uffd) => keep_forever(uffd),
+                // Out of descriptors: better a guest that ends than one that reads zeros.
+                Err(error) => {
+                    tracing::error!(%error, "a userfaultfd with missing pages cannot be kept");
+                    std::process::abort();
+                }
+            }
         }
     }
 }
 
 /// Userfaultfds whose memory has not all arrived.
-static KEPT: Mutex<Vec<Uffd>> = Mutex::new(Vec::new());
+static KEPT: Mutex<Vec<OwnedFd>> = Mutex::new(Vec::new());
 
 /// Holds a userfaultfd open until the process ends, with nobody serving it: who touches a
 /// missing page then waits instead of reading zeros.
-pub(crate) fn keep_forever(uffd: Uffd) {
+pub(crate) fn keep_forever(uffd: OwnedFd) {
     KEPT.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(uffd);
 }
 
@@ -338,13 +348,6 @@ fn needed_features(regions: &[DestinationRegion], has_events: bool) -> Features 
         });
     }
     if has_events { features.with(Features::EVENT_REMOVE) } else { features }
-}
-
-fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,7 +1,273 @@
 //! The side that gets the memory.
 //!
-//! [`DestinationMemory`] says which memory it is and registers it; [`Pages`](pages::Pages)
-//! decides who puts which page in place, and does it.
+//! [`DestinationMemory`] says which memory it is and registers it; `Pages` decides who puts
+//! which page in place, and does it; the fault thread, the receivers and the session thread
+//! bring the pages and tell the source what has arrived.
 
-pub(crate) mod memory;
-pub(crate) mod pages;
+mod arrivals;
+pub(crate) mod driver;
+mod faults;
+mod memory;
+mod pages;
+mod receive;
+
+pub use afterimage_protocol::session::{DestinationOwnership, DestinationRecord};
+pub use memory::{DestinationMemory, DestinationRegion, DiscardNotice, MemoryError};
+
+use crate::events::{self, Events};
+use crate::inbox::{Inbox, Outlet};
+use crate::session_link::{INBOX, SessionLink};
+use crate::source::{
+    CallError, Checksums, Endpoint, Incarnation, Record, SessionId, StartError, StateSection,
+};
+use crate::stats::DestinationStats;
+use crate::threads::{self, ThreadHook, ThreadRole};
+use crate::transport::Plaintext;
+use afterimage_protocol::layout::{GuestAddress, RegisteredAddress};
+use afterimage_protocol::session::{DestinationConfig, DestinationSession};
+use afterimage_protocol::wire::{Capabilities, Epoch};
+use arrivals::Arrived;
+use driver::{Driver, Input};
+use faults::{FaultThread, Order};
+use mio::Poll;
+use pages::Pages;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Makes a destination's ownership record durable; called on the session thread, which
+/// waits.
+pub struct DestinationLedger(pub(crate) Record<DestinationRecord>);
+
+impl DestinationLedger {
+    /// A ledger that calls `function`, which must return only when the record would survive
+    /// a power failure.
+    pub fn new(
+        function: impl FnMut(&DestinationRecord) -> io::Result<()> + Send + 'static,
+    ) -> Self {
+        Self(Box::new(function))
+    }
+
+    /// Remembers nothing. For a destination whose process takes the guest with it when it
+    /// dies.
+    #[must_use]
+    pub fn volatile() -> Self {
+        Self::new(|_| Ok(()))
+    }
+}
+
+impl std::fmt::Debug for DestinationLedger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("DestinationLedger")
+    }
+}
+
+/// How a destination gets its memory.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct DestinationOptions {
+    /// How long the fault thread polls before it blocks; zero never polls.
+    pub polling: Duration,
+    /// How long the source may be silent before it has said how often it speaks.
+    pub silence: Duration,
+    /// Whether frames carry checksums, if the source can do it too.
+    pub checksums: Checksums,
+    /// Whether memory may travel unencrypted beyond this machine.
+    pub plaintext: Plaintext,
+    /// What to continue after a restart; any session with a new incarnation otherwise.
+    pub record: DestinationRecord,
+    /// Where the ownership record goes.
+    pub ledger: DestinationLedger,
+    /// Called on every thread of the engine.
+    pub threads: ThreadHook,
+}
+
+impl Default for DestinationOptions {
+    fn default() -> Self {
+        Self {
+            polling: Duration::from_micros(50),
+            silence: Duration::from_secs(5),
+            checksums: Checksums::Off,
+            plaintext: Plaintext::LoopbackOnly,
+            record: DestinationRecord {
+                session: SessionId::UNKNOWN,
+                incarnation: Incarnation(crate::sys::random_id()),
+                epoch: Epoch::default(),
+                ownership: DestinationOwnership::Waiting,
+            },
+            ledger: DestinationLedger::volatile(),
+            threads: ThreadHook::default(),
+        }
+    }
+}
+
+impl DestinationOptions {
+    pub(crate) fn capabilities(&self) -> Capabilities {
+        match self.checksums {
+            Checksums::Off => Capabilities::default(),
+            Checksums::On => Capabilities::CHECKSUMS,
+        }
+    }
+}
+
+/// What happens to a destination, as told to the VMM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DestinationEvent {
+    /// A source is connected.
+    Attached(SessionId),
+    /// The connection is gone. What has arrived stays; whoever needs another page waits.
+    Disconnected,
+    /// All device state is there. Restore it, then call [`Destination::ready`].
+    State(Vec<StateSection>),
+    /// The guest may run from now on. Past the point of no return.
+    Run,
+    /// The guest must not run here: the source has taken it back, by agreement.
+    Refused,
+    /// The guest must not run here, or not any more: an operator declared this side dead.
+    Fenced,
+    /// The source has ended the session, with its reason. What has not arrived never will;
+    /// whoever needs it waits.
+    Ended(String),
+    /// Every page is in place. Faults are the kernel's from here.
+    AllArrived,
+    /// The source knows that every page is in place: the session is over.
+    Finished,
+    /// The source cannot read these pages (a file cut short, poisoned memory). Whoever
+    /// touches one waits.
+    Unreadable {
+        /// The first, by its number in the layout.
+        first_page: u64,
+        /// How many.
+        pages: u64,
+    },
+    /// Something failed that this side cannot mend; faults it cannot answer wait.
+    Failed(String),
+    /// The ownership record could not be made durable; the guest does not run here.
+    PersistFailed,
+    /// The destination was dropped before every page had arrived. Its userfaultfd is kept
+    /// open: whoever touches a missing page waits for ever, rather than read zeros.
+    Abandoned,
+}
+
+/// A destination of one session: serves the faults of registered memory until every page has
+/// arrived.
+///
+/// Dropping it joins its threads but never closes a userfaultfd with missing pages; see
+/// [`DestinationEvent::Abandoned`]. All methods may be called from any thread.
+#[derive(Debug)]
+pub struct Destination {
+    outlet: Outlet<Input>,
+    arrived: Arc<Arrived>,
+    faults: Outlet<Order>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Destination {
+    /// Starts serving. From here a fault on `memory` is answered as soon as the source has
+    /// switched over and is connected.
+    ///
+    /// # Errors
+    /// [`StartError`]. The memory is kept registered then, so that nobody reads zeros.
+    pub fn start(
+        memory: DestinationMemory,
+        endpoint: Endpoint,
+        options: DestinationOptions,
+    ) -> Result<(Self, Events<DestinationEvent>), StartError> {
+        let poll = Poll::new()?;
+        let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
+        let (sender, events) = events::channel()?;
+        let config = DestinationConfig {
+            layout: memory.layout.clone(),
+            capabilities: options.capabilities(),
+            silence: options.silence,
+        };
+        let session = DestinationSession::new(config, options.record);
+        // Events that another handler has read come again.
+        memory.wake_all();
+        let arrived = Arc::new(Arrived::new(Pages::new(memory)?, outlet.clone()));
+        let (fault_thread, faults) =
+            FaultThread::new(Arc::clone(&arrived), options.polling, outlet.clone())?;
+        let line = endpoint.line(
+            &outlet,
+            options.plaintext,
+            &options.threads,
+            Input::Accepted,
+            Input::Dialed,
+        )?;
+        let hook = options.threads.clone();
+        let mut destination = Self { outlet: outlet.clone(), arrived, faults, threads: Vec::new() };
+        let thread = threads::spawn(&hook, ThreadRole::Fault, 0, move || fault_thread.run())?;
+        destination.threads.push(thread);
+        let driver = Driver::new(
+            session,
+            SessionLink::new(poll, line),
+            inbox,
+            outlet,
+            Arc::clone(&destination.arrived),
+            destination.faults.clone(),
+            options,
+            sender,
+        );
+        let thread = threads::spawn(&hook, ThreadRole::Control, 0, move || driver.run())?;
+        destination.threads.push(thread);
+        Ok((destination, events))
+    }
+
+    /// The device state is restored and the guest could run. [`DestinationEvent::Run`]
+    /// follows when the source has given it away; vCPUs must not run before.
+    ///
+    /// # Errors
+    /// [`CallError`] before [`DestinationEvent::State`], or if the guest will not run here.
+    pub fn ready(&self) -> Result<(), CallError> {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        if !self.outlet.send(Input::Ready(reply)) {
+            return Err(CallError::ShutDown);
+        }
+        Ok(answer.recv().map_err(|_| CallError::ShutDown)??)
+    }
+
+    /// The guest gives up the whole pages in `length` bytes from `start` (balloon, free page
+    /// reporting): those that have not arrived are zero from now on, and nothing that is
+    /// under way brings them back. Pages that have arrived are left as they are; to drop
+    /// them is the VMM's affair, before or after.
+    ///
+    /// Waits for copies of background pieces under way, some microseconds.
+    pub fn discard(&self, start: GuestAddress, length: u64) {
+        let pages = &self.arrived.pages;
+        for run in pages.layout().pages_at_guest(start, length) {
+            pages.discard(run.pages);
+            self.arrived.acknowledge_complete(run.pages);
+        }
+    }
+
+    /// The same by registered address.
+    pub fn discard_registered(&self, start: RegisteredAddress, length: u64) {
+        let pages = &self.arrived.pages;
+        for run in pages.layout().pages_at_registered(start, length) {
+            pages.discard(run.pages);
+            self.arrived.acknowledge_complete(run.pages);
+        }
+    }
+
+    /// What has been done so far.
+    #[must_use]
+    pub fn stats(&self) -> DestinationStats {
+        self.arrived.stats()
+    }
+}
+
+impl Drop for Destination {
+    fn drop(&mut self) {
+        self.outlet.send(Input::Stop);
+        // The session thread first: it still gives orders to the fault thread.
+        if let Some(control) = (self.threads.len() > 1).then(|| self.threads.pop()).flatten() {
+            threads::join(control);
+        }
+        self.faults.send(Order::Stop);
+        for thread in self.threads.drain(..) {
+            threads::join(thread);
+        }
+    }
+}

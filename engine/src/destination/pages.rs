@@ -18,7 +18,7 @@ mod hold;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use claim::{Claim, Target};
+pub(crate) use claim::Target;
 pub(crate) use fault::{FaultAnswer, MissingPage};
 
 use super::memory::{DestinationMemory, RegionFile};
@@ -40,8 +40,7 @@ const ALIAS_WINDOW: u64 = 32 << 20;
 /// Why a page could not be put in place. The fault stays unanswered: the guest waits rather
 /// than read something wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum InstallError {
+pub(crate) enum InstallError {
     /// The memory is not registered, or not mapped, where the layout says.
     #[error(
         "page {page} cannot be placed at {address}: the memory is not mapped or not registered \
@@ -129,10 +128,6 @@ impl Pages {
 
     pub(crate) fn memory(&self) -> &DestinationMemory {
         &self.memory
-    }
-
-    pub(crate) fn into_memory(self) -> DestinationMemory {
-        self.memory
     }
 
     /// Pages that are not complete. Zero once, and then for good.

@@ -40,7 +40,7 @@ pub(crate) struct Pagemap {
     file: File,
 }
 
-/// The kernel's answer for one run of PAGEMAP_SCAN.
+/// The kernel's answer for one run of `PAGEMAP_SCAN`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct PageRegion {
@@ -165,7 +165,6 @@ mod tests {
         map.touch(701);
         let start = map.start();
         let pagemap = Pagemap::of_this_process().unwrap();
-        type Way = fn(&Pagemap, u64, u64) -> io::Result<Option<Extent>>;
         let ways: [Way; 2] = [Pagemap::next_present, Pagemap::read_on];
         for way in ways {
             let mut found = Vec::new();
@@ -177,6 +176,8 @@ mod tests {
             assert_eq!(found, [(10, 11), (700, 702)]);
         }
     }
+
+    type Way = fn(&Pagemap, u64, u64) -> io::Result<Option<Extent>>;
 
     struct MmapMutAligned(memmap2::MmapMut);
 

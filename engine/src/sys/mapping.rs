@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 /// A shared mapping of a piece of a file, besides the one that the guest uses. Whole runs
-/// are written through it and then shown to the guest with UFFDIO_CONTINUE.
+/// are written through it and then shown to the guest with `UFFDIO_CONTINUE`.
 #[derive(Debug)]
 pub(crate) struct Alias {
     map: MmapRaw,
@@ -41,14 +41,7 @@ impl Alias {
 
     /// Gives back the page tables of the whole mapping; the content stays in the file.
     pub(crate) fn drop_page_tables(&self) {
-        // SAFETY: on a shared mapping MADV_DONTNEED keeps the content: the next access maps
-        // it again. Nobody holds a reference into the mapping.
-        let result = unsafe {
-            libc::madvise(self.map.as_mut_ptr().cast(), self.map.len(), libc::MADV_DONTNEED)
-        };
-        if result != 0 {
-            tracing::debug!(error = %io::Error::last_os_error(), "alias keeps its page tables");
-        }
+        drop_page_tables(&self.map);
     }
 
     /// Fills the page tables of a run and allocates its pages in one call, far cheaper than
@@ -69,6 +62,15 @@ pub(crate) struct RawRun {
 }
 
 impl RawRun {
+    /// Its bytes, for a checksum.
+    ///
+    /// # Safety
+    /// The mapping must still be there, and its content final.
+    pub(crate) unsafe fn bytes<'a>(&self) -> &'a [u8] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.start, self.length) }
+    }
+
     /// Writes `content` to the start of the run.
     ///
     /// # Safety
@@ -79,6 +81,37 @@ impl RawRun {
         // it because no reference into guest memory exists.
         unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), self.start, content.len()) }
     }
+}
+
+/// Gives back the page tables of a shared mapping of a file; the content stays in the file.
+pub(crate) fn drop_page_tables(map: &MmapRaw) {
+    // SAFETY: on a shared mapping MADV_DONTNEED keeps the content: the next access maps it
+    // again. Nobody holds a reference into the mapping.
+    let result = unsafe { libc::madvise(map.as_mut_ptr().cast(), map.len(), libc::MADV_DONTNEED) };
+    if result != 0 {
+        tracing::debug!(error = %io::Error::last_os_error(), "a mapping keeps its page tables");
+    }
+}
+
+/// Whether every byte of a run can be read. Brings them in, as reading would.
+pub(crate) fn is_readable(run: RawRun) -> bool {
+    // SAFETY: populating for reading changes no content; where it cannot be done, the call
+    // says so instead of killing the process.
+    unsafe { libc::madvise(run.start.cast(), run.length, libc::MADV_POPULATE_READ) == 0 }
+}
+
+/// Whether a run of whole words is all zeros.
+///
+/// # Safety
+/// The run must be readable and its start a multiple of 8.
+pub(crate) unsafe fn is_zero(run: RawRun) -> bool {
+    debug_assert!((run.start as usize).is_multiple_of(8));
+    #[expect(clippy::cast_ptr_alignment, reason = "the caller promises it")]
+    let words = run.start.cast::<u64>();
+    (0..run.length / 8).all(|index| {
+        // SAFETY: in the run, aligned; volatile because somebody else may (wrongly) write it.
+        unsafe { words.add(index).read_volatile() == 0 }
+    })
 }
 
 /// Frees the pages of a file in a range: they read as zeros afterwards, through every

@@ -87,13 +87,13 @@ const UFFD_API: u64 = 0xAA;
 const UFFD_USER_MODE_ONLY: i32 = 1;
 
 #[repr(C)]
-struct Api {
-    api: u64,
+struct ApiArgument {
+    version: u64,
     features: u64,
     ioctls: u64,
 }
 
-nix::ioctl_readwrite!(uffdio_api, 0xAA, 0x3F, Api);
+nix::ioctl_readwrite!(uffdio_api, 0xAA, 0x3F, ApiArgument);
 nix::ioctl_write_int_bad!(new_from_device, nix::request_code_none!(0xAA, 0x00));
 
 /// Makes a userfaultfd that is close-on-exec and non-blocking, with these features.
@@ -114,7 +114,7 @@ pub(crate) fn available_features(scope: FaultScope) -> Result<Features, UffdErro
 }
 
 fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, UffdError> {
-    let mut api = Api { api: UFFD_API, features: features.0, ioctls: 0 };
+    let mut api = ApiArgument { version: UFFD_API, features: features.0, ioctls: 0 };
     // SAFETY: `api` has the layout of `struct uffdio_api` and lives through the call.
     unsafe { uffdio_api(fd.as_raw_fd(), &raw mut api) }
         .map_err(|errno| UffdError::system("agree with the kernel on userfaultfd", errno))?;

@@ -71,22 +71,57 @@ impl<W: Words> Bitmap<W> {
     }
 
     /// Sets the bits of a range and calls `changed` with each run that was clear before.
-    /// Returns how many pages that are.
-    pub fn set(&self, range: PageRange, mut changed: impl FnMut(PageRange)) -> u64 {
+    /// Returns how many pages that are. Whoever clears a bit sees what was written before
+    /// any call that set it, or the bit is set again: no mark is lost.
+    ///
+    /// # Panics
+    /// If the bitmap does not have all the pages.
+    pub fn set(&self, range: PageRange, changed: impl FnMut(PageRange)) -> u64 {
+        // No plain look first, as below: a bit that is seen set may be being cleared by
+        // somebody who has not seen what this caller wrote, and the mark would be lost.
+        self.set_by(range, changed, |word, mask| word.fetch_or(mask, Ordering::AcqRel))
+    }
+
+    /// The same for planes: a call that finds the bits set publishes nothing, but a word
+    /// that is full costs no exclusive access.
+    fn set_unpublished(&self, range: PageRange, changed: impl FnMut(PageRange)) -> u64 {
+        self.set_by(range, changed, |word, mask| {
+            let old = word.load(Ordering::Acquire);
+            if old & mask == mask { old } else { word.fetch_or(mask, Ordering::AcqRel) }
+        })
+    }
+
+    fn set_by(
+        &self,
+        range: PageRange,
+        mut changed: impl FnMut(PageRange),
+        or: impl Fn(&AtomicU64, u64) -> u64,
+    ) -> u64 {
+        self.assert_has(range);
         let mut runs = RunCollector::new(&mut changed);
         for_words(range, |index, mask| {
-            let word = &self.words.as_ref()[index];
-            // A plain look first: a word that is full costs no exclusive access.
-            let old = word.load(Ordering::Acquire);
-            let old = if old & mask == mask { old } else { word.fetch_or(mask, Ordering::AcqRel) };
+            let old = or(&self.words.as_ref()[index], mask);
             runs.push(index, mask & !old);
         });
         runs.finish()
     }
 
+    /// Bits beyond the last page would be counted and sent, so none is ever set.
+    fn assert_has(&self, range: PageRange) {
+        assert!(
+            range.end().is_some_and(|end| end.0 <= self.pages),
+            "a bitmap of {} pages has no pages {range}",
+            self.pages
+        );
+    }
+
     /// Clears the bits of a range and calls `changed` with each run that was set before.
     /// Returns how many pages that are.
+    ///
+    /// # Panics
+    /// If the bitmap does not have all the pages.
     pub fn clear(&self, range: PageRange, mut changed: impl FnMut(PageRange)) -> u64 {
+        self.assert_has(range);
         let mut runs = RunCollector::new(&mut changed);
         for_words(range, |index, mask| {
             let word = &self.words.as_ref()[index];
@@ -117,8 +152,12 @@ impl<W: Words> Bitmap<W> {
     }
 
     /// How many bits of a range are set.
+    ///
+    /// # Panics
+    /// If the bitmap does not have all the pages.
     #[must_use]
     pub fn count_in(&self, range: PageRange) -> u64 {
+        self.assert_has(range);
         let mut total = 0;
         for_words(range, |index, mask| {
             let word = self.words.as_ref()[index].load(Ordering::Acquire);
@@ -127,13 +166,74 @@ impl<W: Words> Bitmap<W> {
         total
     }
 
-    /// The first run of set bits at or after `from`, at most `limit` pages long.
+    /// The first run of set bits at or after `from`, at most `limit` pages long; `None` if
+    /// no bit there is set, or the limit is 0.
     #[must_use]
     pub fn next_set(&self, from: PageNumber, limit: u64) -> Option<PageRange> {
-        let start = self.find(from.0, 0)?;
-        let stop = start.saturating_add(limit).min(self.pages);
-        let end = self.find(start, u64::MAX).unwrap_or(self.pages).min(stop);
-        // Another thread may have cleared the first bit between the two looks.
+        if limit == 0 {
+            return None;
+        }
+        let mut from = from.0;
+        loop {
+            let start = self.find(from, 0)?;
+            let stop = start.saturating_add(limit).min(self.pages);
+            let end = self.find_within(start, stop, u64::MAX);
+            if end > start {
+                return Some(PageRange::new(PageNumber(start), end - start));
+            }
+            // Another thread cleared the first bit between the two looks; later ones may
+            // still be set.
+            from = start + 1;
+        }
+    }
+
+    /// The first run of clear bits at or after `from`, at most `limit` pages long; `None` if
+    /// no bit there is clear, or the limit is 0.
+    #[must_use]
+    pub fn next_clear(&self, from: PageNumber, limit: u64) -> Option<PageRange> {
+        if limit == 0 {
+            return None;
+        }
+        let mut from = from.0;
+        loop {
+            let start = self.find(from, u64::MAX)?;
+            let stop = start.saturating_add(limit).min(self.pages);
+            let run = self.first_clear_in(PageRange::new(PageNumber(start), stop - start));
+            if run.is_some() {
+                return run;
+            }
+            // Another thread set all of them between the two looks; later ones may still
+            // be clear.
+            from = stop;
+        }
+    }
+
+    /// The first run of clear bits in a range.
+    #[must_use]
+    pub fn first_clear_in(&self, range: PageRange) -> Option<PageRange> {
+        let stop = range.start.0.saturating_add(range.count).min(self.pages);
+        let mut from = range.start.0;
+        loop {
+            let start = self.find_within(from, stop, u64::MAX);
+            if start >= stop {
+                return None;
+            }
+            let end = self.find_within(start, stop, 0);
+            if end > start {
+                return Some(PageRange::new(PageNumber(start), end - start));
+            }
+            // Another thread set the first bit between the two looks; later ones may still
+            // be clear.
+            from = start + 1;
+        }
+    }
+
+    /// The first run of set bits in a range.
+    #[must_use]
+    pub fn first_set_in(&self, range: PageRange) -> Option<PageRange> {
+        let stop = (range.start.0 + range.count).min(self.pages);
+        let start = self.find_within(range.start.0, stop, 0);
+        let end = self.find_within(start, stop, u64::MAX);
         (end > start).then(|| PageRange::new(PageNumber(start), end - start))
     }
 
@@ -151,21 +251,26 @@ impl<W: Words> Bitmap<W> {
     /// The first page at or after `from` whose bit differs from that of `all`, which is 0
     /// (find a set bit) or all ones (find a clear one).
     fn find(&self, from: u64, all: u64) -> Option<u64> {
-        if from >= self.pages {
-            return None;
+        let page = self.find_within(from, self.pages, all);
+        (page < self.pages).then_some(page)
+    }
+
+    /// The same up to `stop`, which is returned if there is none before it.
+    fn find_within(&self, from: u64, stop: u64, all: u64) -> u64 {
+        if from >= stop {
+            return stop;
         }
         let words = self.words.as_ref();
         let mut index = (from / 64) as usize;
         let mut differ = (words[index].load(Ordering::Acquire) ^ all) & (u64::MAX << (from % 64));
         while differ == 0 {
             index += 1;
-            if index >= words_for(self.pages) {
-                return None;
+            if index >= words_for(stop) {
+                return stop;
             }
             differ = words[index].load(Ordering::Acquire) ^ all;
         }
-        let page = index as u64 * 64 + u64::from(differ.trailing_zeros());
-        (page < self.pages).then_some(page)
+        (index as u64 * 64 + u64::from(differ.trailing_zeros())).min(stop)
     }
 
     /// The raw word that holds pages `64 × index` and following.

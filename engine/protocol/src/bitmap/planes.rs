@@ -23,10 +23,14 @@ pub enum PageState {
 /// - of all calls of [`claim`](Self::claim) between two give-backs of a page, one wins;
 /// - a page becomes complete once: [`complete`](Self::complete) says for which pages this
 ///   call did it;
-/// - whoever sees a page complete sees everything its claimer wrote before.
+/// - whoever sees a page complete sees everything its claimer wrote before;
+/// - whoever claims a page that was given back sees what was written by those before;
+/// - a page stays complete, and a claim that begins after somebody saw it so is lost.
 ///
 /// Where the kernel itself decides which copy of a page stays (`UFFDIO_COPY`), a page may
-/// go from free to complete without a claim.
+/// go from free to complete without a claim. Then a claim won before, or at the same time,
+/// may be of a page that is complete by now: its copy fails with `EEXIST`. So where an
+/// alias is written, every installer has to claim.
 ///
 /// All methods may be called from any thread.
 ///
@@ -90,7 +94,7 @@ impl<W: Words> Planes<W> {
     /// caller's. Returns how many pages these are.
     pub fn claim(&self, range: PageRange, mut won: impl FnMut(PageRange)) -> u64 {
         let mut pages = 0;
-        self.claimed.set(range, |run| {
+        self.claimed.set_unpublished(range, |run| {
             // A page can be complete without a claim: see `give_back`.
             self.incomplete_in(run, |run| {
                 pages += run.count;
@@ -122,26 +126,25 @@ impl<W: Words> Planes<W> {
     /// complete before. Returns how many pages these are.
     pub fn complete(&self, range: PageRange, newly: impl FnMut(PageRange)) -> u64 {
         // Claimed first: a page is never seen complete and free at once.
-        self.claimed.set(range, |_| ());
-        self.complete.set(range, newly)
+        self.claimed.set_unpublished(range, |_| ());
+        self.complete.set_unpublished(range, newly)
     }
 
     /// Calls `missing` with each run of a range that is not complete.
     pub fn incomplete_in(&self, range: PageRange, mut missing: impl FnMut(PageRange)) {
-        let mut run = PageRange::new(range.start, 0);
-        for page in range.iter() {
-            if !self.complete.test(page) {
-                if run.is_empty() {
-                    run.start = page;
-                }
-                run.count += 1;
-            } else if !run.is_empty() {
-                missing(run);
-                run.count = 0;
-            }
-        }
-        if !run.is_empty() {
+        let mut rest = range;
+        while let Some(run) = self.complete.first_clear_in(rest) {
             missing(run);
+            rest = after(range, run);
+        }
+    }
+
+    /// Calls `there` with each run of a range that is complete.
+    pub fn complete_in(&self, range: PageRange, mut there: impl FnMut(PageRange)) {
+        let mut rest = range;
+        while let Some(run) = self.complete.first_set_in(rest) {
+            there(run);
+            rest = after(range, run);
         }
     }
 
@@ -166,4 +169,10 @@ impl<W: Words> Planes<W> {
             self.give_back(PageRange::new(start, count));
         }
     }
+}
+
+/// What of `range` comes after `run`.
+const fn after(range: PageRange, run: PageRange) -> PageRange {
+    let next = run.start.0 + run.count;
+    PageRange::new(PageNumber(next), range.start.0 + range.count - next)
 }

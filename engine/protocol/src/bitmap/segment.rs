@@ -12,6 +12,24 @@ use crate::layout::{PageNumber, PageRange};
 pub const MAX_SEGMENT_PAGES: u64 = 1 << 22;
 
 /// A piece of a bitmap as it travels.
+///
+/// ```
+/// use afterimage_protocol::bitmap::{Bitmap, Segment};
+/// use afterimage_protocol::layout::{PageNumber, PageRange};
+///
+/// let bitmap = Bitmap::new(1000);
+/// bitmap.set(PageRange::new(PageNumber(70), 3), |_| ());
+/// let range = PageRange::new(PageNumber(64), 500);
+/// let segment = Segment::encode(&bitmap, range);
+/// assert_eq!(segment, Segment::Runs(vec![6, 3]));
+///
+/// let copy = Bitmap::new(1000);
+/// segment.decode(range, |run| {
+///     copy.set(run, |_| ());
+/// })?;
+/// assert_eq!(copy.count(), 3);
+/// # Ok::<(), afterimage_protocol::bitmap::SegmentError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Segment {
     /// Alternating lengths of clear and set runs.

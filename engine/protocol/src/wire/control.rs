@@ -1,8 +1,13 @@
 //! Frames on the control channel.
 
+use super::payload::{
+    bad_length, check_ack, check_layout, check_offer, check_received, check_section, decode_ack,
+    decode_attach, decode_offer, decode_received, decode_section, encode_layout, encode_offer,
+    misplaced, payload_limit,
+};
 use super::{FLAG_LAST, Header, Kind, MAX_CONTROL_PAYLOAD, Refusal, Stamp, WireError};
-use crate::bitmap::{MAX_SEGMENT_PAGES, Segment};
-use crate::layout::{Backing, GuestAddress, GuestLayout, PageNumber, PageRange, PageSize, Region};
+use crate::bitmap::Segment;
+use crate::layout::{GuestLayout, PageRange};
 
 /// The most regions a layout may have to travel.
 pub const MAX_REGIONS: usize = 16_384;
@@ -12,7 +17,11 @@ pub const MAX_ACK_RUNS: usize = 4096;
 pub const MAX_SECTION_NAME: usize = 255;
 /// The most bytes of a section in one frame; a section of any size is sent in several.
 pub const MAX_SECTION_BYTES: usize = 512 << 10;
-const REGION_BYTES: usize = 24;
+
+/// The most background streams an offer may ask for.
+pub const MAX_STREAMS: u16 = 16;
+/// The most request channels an offer may ask for.
+pub const MAX_SHARDS: u16 = 64;
 
 /// What kind of session it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,6 +76,20 @@ pub struct Attach {
 }
 
 /// A frame on the control channel.
+///
+/// ```
+/// use afterimage_protocol::wire::{ControlFrame, HEADER_BYTES, Header, Stamp};
+///
+/// let sent = ControlFrame::StateEnd { sections: 3 }.encode(Stamp::default(), true);
+///
+/// let (header, rest) = sent.split_first_chunk::<HEADER_BYTES>().expect("a header");
+/// let header = Header::from_bytes(*header);
+/// let payload = &rest[..ControlFrame::payload_length(&header)?];
+/// header.verify([payload])?;
+/// let frame = ControlFrame::decode(&header, payload)?;
+/// assert_eq!(frame, Some(ControlFrame::StateEnd { sections: 3 }));
+/// # Ok::<(), afterimage_protocol::wire::WireError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ControlFrame {
     /// Source → destination.
@@ -158,9 +181,34 @@ impl ControlFrame {
         }
     }
 
+    /// Whether it can travel: the very checks that the receiver makes. Frames with values
+    /// that come from outside, such as the names of sections, are to be checked before they
+    /// are encoded.
+    ///
+    /// # Errors
+    /// What [`decode`](Self::decode) would say of it.
+    pub fn check(&self) -> Result<(), WireError> {
+        match self {
+            Self::Offer(offer) => check_offer(offer),
+            Self::Attach(attach) => check_layout(Kind::Attach, &attach.layout),
+            Self::Received { range, segment, .. } => check_received(*range, segment),
+            Self::Section { name, bytes, .. } => check_section(name, bytes),
+            Self::Ack(runs) => check_ack(runs),
+            _ => Ok(()),
+        }
+    }
+
     /// Header and payload in one piece, with a checksum if asked for.
+    ///
+    /// # Panics
+    /// If [`check`](Self::check) refuses it: a frame that says something else than its value
+    /// never leaves.
     #[must_use]
     pub fn encode(&self, stamp: Stamp, checksums: bool) -> Vec<u8> {
+        if let Err(error) = self.check() {
+            panic!("a frame that cannot travel: {error}");
+        }
+        // No cast below loses anything: `check` has bounded what is cast.
         let (mut page, mut count, mut flags) = (0, 0, 0);
         let mut payload = Vec::new();
         match self {
@@ -214,42 +262,39 @@ impl ControlFrame {
     /// How many payload bytes to read after a header, before anything is allocated.
     ///
     /// # Errors
-    /// An unknown frame that is not optional, or a payload that is too long.
+    /// An unknown frame that is not optional, one that does not belong here, or a payload
+    /// longer than this frame may have.
     pub fn payload_length(header: &Header) -> Result<usize, WireError> {
-        let kind = match header.kind() {
-            Ok(kind) => kind as u16,
-            Err(kind) if header.is_optional() => kind,
+        let (kind, limit) = match header.kind() {
+            Ok(kind) => (kind as u16, payload_limit(kind)?),
+            Err(kind) if header.is_optional() => (kind, MAX_CONTROL_PAYLOAD as usize),
             Err(kind) => return Err(WireError::UnknownKind { kind }),
         };
-        if header.length() > MAX_CONTROL_PAYLOAD {
-            return Err(WireError::TooLong {
-                kind,
-                length: header.length().into(),
-                limit: MAX_CONTROL_PAYLOAD.into(),
-            });
+        let length = header.length() as usize;
+        if length > limit {
+            return Err(WireError::TooLong { kind, length: length as u64, limit: limit as u64 });
         }
-        Ok(header.length() as usize)
+        Ok(length)
     }
 
-    /// The frame, or `None` for an unknown one that may be skipped.
+    /// The frame, or `None` for an unknown one that may be skipped. Whether its pages exist
+    /// is left to the session, which knows the layout.
     ///
     /// # Errors
     /// Everything that can be wrong with a payload; see [`WireError`].
     pub fn decode(header: &Header, payload: &[u8]) -> Result<Option<Self>, WireError> {
-        let kind = match header.kind() {
-            Ok(kind) => kind,
-            Err(_) if header.is_optional() => return Ok(None),
-            Err(kind) => return Err(WireError::UnknownKind { kind }),
-        };
+        let length = Self::payload_length(header)?;
+        let Ok(kind) = header.kind() else { return Ok(None) };
+        if payload.len() != length {
+            return Err(bad_length(kind, payload, length));
+        }
         let frame = match kind {
             Kind::Offer => Self::Offer(decode_offer(payload)?),
             Kind::Attach => Self::Attach(decode_attach(payload)?),
             Kind::Received => decode_received(header, payload)?,
             Kind::Section => decode_section(header, payload)?,
             Kind::Ack => Self::Ack(decode_ack(header, payload)?),
-            Kind::Refuse => {
-                Self::Refuse(Refusal::decode(payload).ok_or_else(|| bad_length(kind, payload, 2))?)
-            }
+            Kind::Refuse => Self::Refuse(Refusal::decode(kind as u16, payload)?),
             _ if !payload.is_empty() => return Err(bad_length(kind, payload, 0)),
             Kind::Begin => Self::Begin,
             Kind::StateEnd => Self::StateEnd { sections: header.count() },
@@ -264,182 +309,10 @@ impl ControlFrame {
             Kind::TakeBackAgreed => Self::TakeBackAgreed,
             Kind::TakeBackDenied => Self::TakeBackDenied,
             Kind::PageRequest | Kind::PageContent | Kind::PageZero | Kind::PageUnreadable => {
-                return Err(WireError::Misplaced { kind: kind as u16, channel: "control" });
+                return Err(misplaced(kind));
             }
         };
+        frame.check()?;
         Ok(Some(frame))
     }
-}
-
-fn bad_length(kind: Kind, payload: &[u8], expected: usize) -> WireError {
-    WireError::BadLength {
-        kind: kind as u16,
-        length: payload.len() as u64,
-        expected: expected as u64,
-    }
-}
-
-fn bad_value(kind: Kind, field: &'static str, value: impl Into<u64>) -> WireError {
-    WireError::BadValue { kind: kind as u16, field, value: value.into() }
-}
-
-fn encode_offer(offer: &Offer, bytes: &mut Vec<u8>) {
-    bytes.push(offer.kind as u8);
-    bytes.push(0);
-    bytes.extend_from_slice(&offer.streams.to_le_bytes());
-    bytes.extend_from_slice(&offer.shards.to_le_bytes());
-    bytes.extend_from_slice(&[0; 2]);
-    bytes.extend_from_slice(&offer.heartbeat_ms.to_le_bytes());
-    bytes.extend_from_slice(&offer.silence_ms.to_le_bytes());
-    encode_layout(&offer.layout, bytes);
-}
-
-fn decode_offer(payload: &[u8]) -> Result<Offer, WireError> {
-    let kind = Kind::Offer;
-    let (fixed, layout) =
-        payload.split_first_chunk::<16>().ok_or_else(|| bad_length(kind, payload, 16))?;
-    let session = match fixed[0] {
-        1 => SessionKind::Migration,
-        2 => SessionKind::Snapshot,
-        value => return Err(bad_value(kind, "session kind", value)),
-    };
-    let number = |at: usize| u16::from_le_bytes([fixed[at], fixed[at + 1]]);
-    let wide = |at: usize| u32::from(number(at)) | u32::from(number(at + 2)) << 16;
-    let (streams, shards) = (number(2), number(4));
-    if !(1..=16).contains(&streams) {
-        return Err(bad_value(kind, "background streams", streams));
-    }
-    if !(1..=64).contains(&shards) {
-        return Err(bad_value(kind, "request channels", shards));
-    }
-    let (heartbeat_ms, silence_ms) = (wide(8), wide(12));
-    if heartbeat_ms == 0 || silence_ms <= heartbeat_ms {
-        return Err(bad_value(kind, "silence time", silence_ms));
-    }
-    let layout = decode_layout(kind, layout)?;
-    Ok(Offer { kind: session, streams, shards, heartbeat_ms, silence_ms, layout })
-}
-
-fn decode_attach(payload: &[u8]) -> Result<Attach, WireError> {
-    let kind = Kind::Attach;
-    let (fixed, layout) =
-        payload.split_first_chunk::<8>().ok_or_else(|| bad_length(kind, payload, 8))?;
-    let phase = match fixed[0] {
-        1 => Phase::Fresh,
-        2 => Phase::Ready,
-        3 => Phase::Refused,
-        4 => Phase::Running,
-        5 => Phase::Complete,
-        value => return Err(bad_value(kind, "phase", value)),
-    };
-    Ok(Attach { phase, layout: decode_layout(kind, layout)? })
-}
-
-fn encode_layout(layout: &GuestLayout, bytes: &mut Vec<u8>) {
-    for region in layout.regions() {
-        bytes.extend_from_slice(&region.guest_address.0.to_le_bytes());
-        bytes.extend_from_slice(&region.length.to_le_bytes());
-        bytes.push(region.page_size.shift() as u8);
-        bytes.push(region.backing as u8);
-        bytes.extend_from_slice(&[0; 6]);
-    }
-}
-
-fn decode_layout(kind: Kind, bytes: &[u8]) -> Result<GuestLayout, WireError> {
-    if !bytes.len().is_multiple_of(REGION_BYTES) {
-        return Err(bad_length(kind, bytes, bytes.len().next_multiple_of(REGION_BYTES)));
-    }
-    let count = bytes.len() / REGION_BYTES;
-    if count > MAX_REGIONS {
-        return Err(bad_value(kind, "number of regions", count as u64));
-    }
-    let mut regions = Vec::with_capacity(count);
-    for raw in bytes.chunks_exact(REGION_BYTES) {
-        let number = |at: usize| {
-            raw[at..at + 8].iter().rev().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte))
-        };
-        let page_size = (raw[16] < 64)
-            .then(|| PageSize::from_bytes(1 << raw[16]))
-            .flatten()
-            .ok_or_else(|| bad_value(kind, "page size 2 to the power of", raw[16]))?;
-        let backing = match raw[17] {
-            1 => Backing::Anonymous,
-            2 => Backing::Shared,
-            3 => Backing::Hugetlb,
-            4 => Backing::Opaque,
-            value => return Err(bad_value(kind, "backing", value)),
-        };
-        regions.push(Region::new(GuestAddress(number(0)), number(8), page_size, backing));
-    }
-    Ok(GuestLayout::new(regions)?)
-}
-
-fn decode_received(header: &Header, payload: &[u8]) -> Result<ControlFrame, WireError> {
-    let kind = Kind::Received;
-    let range = PageRange::new(PageNumber(header.page()), u64::from(header.count()));
-    if !range.start.0.is_multiple_of(64) || range.end().is_none() {
-        return Err(bad_value(kind, "first page", range.start.0));
-    }
-    if range.count > MAX_SEGMENT_PAGES {
-        return Err(bad_value(kind, "page count", range.count));
-    }
-    let (form, bytes) = payload.split_first().ok_or_else(|| bad_length(kind, payload, 1))?;
-    let segment = match form {
-        1 => Segment::Runs(bytes.to_vec()),
-        2 => Segment::Raw(bytes.to_vec()),
-        value => return Err(bad_value(kind, "bitmap form", *value)),
-    };
-    // Decoded once here, so that whoever applies it cannot meet an error half way.
-    segment.decode(range, |_| ())?;
-    Ok(ControlFrame::Received { range, segment, last: header.is_last() })
-}
-
-fn decode_section(header: &Header, payload: &[u8]) -> Result<ControlFrame, WireError> {
-    let kind = Kind::Section;
-    let (&length, rest) = payload.split_first().ok_or_else(|| bad_length(kind, payload, 1))?;
-    let length = usize::from(length);
-    if length == 0 || rest.len() < length {
-        return Err(bad_value(kind, "name length", length as u64));
-    }
-    let (name, bytes) = rest.split_at(length);
-    if bytes.len() > MAX_SECTION_BYTES {
-        return Err(WireError::TooLong {
-            kind: kind as u16,
-            length: bytes.len() as u64,
-            limit: MAX_SECTION_BYTES as u64,
-        });
-    }
-    let name = std::str::from_utf8(name).map_err(|error| {
-        bad_value(kind, "name that is not UTF-8 from byte", error.valid_up_to() as u64)
-    })?;
-    Ok(ControlFrame::Section {
-        name: name.to_owned(),
-        version: header.count(),
-        last: header.is_last(),
-        bytes: bytes.to_vec(),
-    })
-}
-
-fn decode_ack(header: &Header, payload: &[u8]) -> Result<Vec<PageRange>, WireError> {
-    let kind = Kind::Ack;
-    let count = header.count() as usize;
-    if count > MAX_ACK_RUNS {
-        return Err(bad_value(kind, "number of runs", header.count()));
-    }
-    if payload.len() != count * 16 {
-        return Err(bad_length(kind, payload, count * 16));
-    }
-    payload
-        .chunks_exact(16)
-        .map(|raw| {
-            let number = |at: usize| {
-                raw[at..at + 8].iter().rev().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte))
-            };
-            let run = PageRange::new(PageNumber(number(0)), number(8));
-            if run.is_empty() || run.end().is_none() {
-                return Err(bad_value(kind, "empty or endless run at page", run.start.0));
-            }
-            Ok(run)
-        })
-        .collect()
 }

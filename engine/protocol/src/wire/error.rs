@@ -184,14 +184,21 @@ impl Refusal {
         bytes.extend_from_slice(&self.reason.as_bytes()[..end]);
     }
 
-    /// `None` if the bytes are too few or too many.
-    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
-        let (code, reason) = bytes.split_first_chunk::<2>()?;
+    /// From the bytes of a frame of this kind.
+    pub(super) fn decode(kind: u16, bytes: &[u8]) -> Result<Self, WireError> {
+        let length = bytes.len() as u64;
+        let (code, reason) = bytes.split_first_chunk::<2>().ok_or(WireError::BadLength {
+            kind,
+            length,
+            expected: 2,
+        })?;
         if reason.len() > Self::MAX_REASON {
-            return None;
+            return Err(WireError::TooLong { kind, length, limit: 2 + Self::MAX_REASON as u64 });
         }
         // The text is shown to people: what a peer sends must not steer their terminal.
-        let reason = String::from_utf8_lossy(reason).replace(char::is_control, " ");
-        Some(Self { code: RefuseCode::from_number(u16::from_le_bytes(*code)), reason })
+        let mut reason = String::from_utf8_lossy(reason).replace(char::is_control, " ");
+        // What is no UTF-8 became longer.
+        reason.truncate(reason.floor_char_boundary(Self::MAX_REASON));
+        Ok(Self { code: RefuseCode::from_number(u16::from_le_bytes(*code)), reason })
     }
 }

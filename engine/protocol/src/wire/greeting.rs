@@ -11,6 +11,7 @@
 //! Whoever connects sends a hello; whoever accepted answers with its own or refuses. A
 //! hello may be longer than this version knows: the rest is skipped.
 
+use super::control::{MAX_SHARDS, MAX_STREAMS};
 use super::{Epoch, Generation, MIN_VERSION, Refusal, Stamp, VERSION, WireError};
 use std::fmt;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -70,9 +71,11 @@ pub enum Role {
 pub enum Channel {
     /// Capabilities, layout, device state, ownership, acks, bitmaps, heartbeats.
     Control,
-    /// Page requests and what they ask for; one for each fault shard.
+    /// Page requests and what they ask for; one for each fault shard, numbered from 0, below
+    /// [`MAX_SHARDS`](super::MAX_SHARDS).
     Request(u16),
-    /// Runs of pages; one for each stream.
+    /// Runs of pages; one for each stream, numbered from 0, below
+    /// [`MAX_STREAMS`](super::MAX_STREAMS).
     Background(u16),
 }
 
@@ -98,8 +101,8 @@ impl Channel {
     const fn from_numbers(kind: u8, slot: u16) -> Option<Self> {
         match (kind, slot) {
             (1, 0) => Some(Self::Control),
-            (2, slot) => Some(Self::Request(slot)),
-            (3, slot) => Some(Self::Background(slot)),
+            (2, slot) if slot < MAX_SHARDS => Some(Self::Request(slot)),
+            (3, slot) if slot < MAX_STREAMS => Some(Self::Background(slot)),
             _ => None,
         }
     }
@@ -208,12 +211,20 @@ impl Announced {
 
 impl Greeting {
     /// Its bytes.
+    ///
+    /// # Panics
+    /// If a hello names a slot that its channel cannot have.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut body = Vec::new();
         let kind = match self {
             Self::Hello(hello) => {
                 let (channel, slot) = hello.channel.numbers();
+                assert!(
+                    Channel::from_numbers(channel, slot).is_some(),
+                    "no peer takes channel {}",
+                    hello.channel
+                );
                 let raw = RawHello {
                     role: hello.role as u8,
                     channel,
@@ -238,6 +249,7 @@ impl Greeting {
             version: VERSION.into(),
             min_version: MIN_VERSION.into(),
             kind: kind.into(),
+            // At most 514: a refusal cuts its reason.
             length: (body.len() as u16).into(),
         };
         [prefix.as_bytes(), &body].concat()
@@ -281,15 +293,19 @@ impl Greeting {
     /// What follows the first 16 bytes.
     ///
     /// # Errors
-    /// A body too short, or a field that has a value it cannot have.
+    /// A body shorter than a hello or of another length than announced, or a field that has
+    /// a value it cannot have.
     pub fn decode(announced: Announced, body: &[u8]) -> Result<Self, WireError> {
         let bad_length = |expected: usize| WireError::BadLength {
             kind: GREETING_KIND,
             length: body.len() as u64,
             expected: expected as u64,
         };
+        if body.len() != announced.length() {
+            return Err(bad_length(announced.length()));
+        }
         if announced.is_refusal {
-            return Refusal::decode(body).map(Self::Refuse).ok_or_else(|| bad_length(2));
+            return Refusal::decode(GREETING_KIND, body).map(Self::Refuse);
         }
         let (raw, _newer) =
             RawHello::ref_from_prefix(body).map_err(|_| bad_length(size_of::<RawHello>()))?;
@@ -300,8 +316,11 @@ impl Greeting {
             2 => Role::Destination,
             value => return Err(bad_value("role", value.into())),
         };
-        let channel = Channel::from_numbers(raw.channel, raw.slot.get())
-            .ok_or_else(|| bad_value("channel", raw.channel.into()))?;
+        let (channel, slot) = (raw.channel, raw.slot.get());
+        let field = if matches!(channel, 1..=3) { "channel slot" } else { "channel" };
+        let value = if matches!(channel, 1..=3) { slot } else { channel.into() };
+        let channel =
+            Channel::from_numbers(channel, slot).ok_or_else(|| bad_value(field, value.into()))?;
         Ok(Self::Hello(Hello {
             role,
             channel,

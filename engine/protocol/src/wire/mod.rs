@@ -7,17 +7,21 @@
 //!
 //! Nothing is allocated for a length before it has been bounded, and a frame that says
 //! more than it may is an error that names the frame and the value.
+//!
+//! `docs/protocol.md` describes the bytes for whoever writes a peer; `tests/wire_golden`
+//! keeps them.
 
 mod control;
 mod data;
 mod error;
 mod greeting;
+mod payload;
 
 pub use control::{
-    Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTION_NAME, Offer,
-    Phase, SessionKind,
+    Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTION_NAME,
+    MAX_SHARDS, MAX_STREAMS, Offer, Phase, SessionKind,
 };
-pub use data::{DataFrame, MAX_CONTENT_BYTES, MAX_REQUEST_PAGES};
+pub use data::{DataFrame, MAX_CONTENT_BYTES, MAX_FRAME_PAGES, MAX_REQUEST_PAGES};
 pub use error::{Refusal, RefuseCode, WireError};
 pub use greeting::{
     Announced, Capabilities, Channel, GREETING_PREFIX, Greeting, Hello, Incarnation, MAGIC, Role,

@@ -31,7 +31,7 @@ fn nothing_of_what_was_there_before_can_be_read() {
         let Some(memory) = register(vec![area.region()]) else { return };
         let pages = Pages::new(memory.unwrap()).unwrap();
         pages.zero(PageRange::new(PageNumber(0), 4));
-        pages.into_memory().unregister();
+        pages.memory().unregister();
         for page in 0..4 {
             assert_eq!(area.word(page * area.page_bytes()).load(Ordering::Relaxed), 0, "{kind:?}");
         }
@@ -195,5 +195,5 @@ fn fill_guest(
     });
     socket.set_nonblocking(false).unwrap();
     assert_eq!(pages.remaining(), 0);
-    pages.into_memory().unregister();
+    pages.memory().unregister();
 }

@@ -7,6 +7,7 @@ use crate::sys::fill::{Fill, Stopped};
 use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{Backing, PageNumber, PageRange, RegionRun, RegisteredAddress};
 use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use userfaultfd::{Event, EventBuffer, FaultKind};
 
 /// A fault that somebody waits in.
@@ -33,20 +34,20 @@ pub(crate) enum FaultAnswer {
 
 impl Pages {
     /// Reads what events there are, without blocking, and appends the faults to `faults`.
-    /// Discards are done when it returns. Must be called by one thread only, which may
-    /// never zap, unmap or fork.
+    /// Discards are done when it returns; their pages are returned, to be acknowledged. Must
+    /// be called by one thread only, which may never zap, unmap or fork.
     pub(crate) fn read_events(
         &self,
         buffer: &mut EventBuffer,
         faults: &mut Vec<MissingPage>,
-    ) -> io::Result<()> {
+    ) -> io::Result<Vec<PageRange>> {
         let mut discarded = Vec::new();
         {
             // Between the reading of a discard and its entry in the planes no copy may be
             // placed: whoever discards goes on as soon as it has been read.
             let mut gate = if self.memory.has_events {
                 if !is_readable(self.memory.uffd())? {
-                    return Ok(());
+                    return Ok(Vec::new());
                 }
                 Some(self.discarding())
             } else {
@@ -74,7 +75,8 @@ impl Pages {
                         // become zeros. A VMM keeps guest memory out of children
                         // (MADV_DONTFORK).
                         tracing::warn!("the VMM forked; guest memory in the child is not served");
-                        keep_forever(uffd);
+                        // SAFETY: the descriptor is the event's own; its ownership moves.
+                        keep_forever(unsafe { OwnedFd::from_raw_fd(uffd.into_raw_fd()) });
                     }
                     Event::Remap { from, to, len } => {
                         tracing::error!(?from, ?to, len, "guest memory was moved by mremap");
@@ -88,7 +90,7 @@ impl Pages {
         for run in &discarded {
             self.wake(run);
         }
-        Ok(())
+        Ok(discarded.iter().map(|run| run.pages).collect())
     }
 
     fn push_fault(
@@ -140,6 +142,8 @@ impl Pages {
             };
             match filled.stopped {
                 Some(Stopped::EventPending) => return FaultAnswer::EventPending,
+                // The last page has arrived, and all waiting threads were woken.
+                Some(_) if self.remaining() == 0 => return FaultAnswer::Answered,
                 Some(stopped) => {
                     let error = self.install_error(run, filled.reached(), stopped);
                     tracing::error!(%error, "a fault stays unanswered");

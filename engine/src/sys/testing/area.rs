@@ -1,7 +1,7 @@
 //! Memory of each backing, as a VMM would have it.
 
 use super::{DEADLINE, skip};
-use crate::destination::memory::DestinationRegion;
+use crate::destination::DestinationRegion;
 use afterimage_protocol::layout::{GuestAddress, PageSize};
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, unshare};

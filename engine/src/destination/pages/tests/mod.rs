@@ -5,8 +5,9 @@ mod faults;
 mod placing;
 mod stress;
 
+use super::claim::Claim;
 use super::hold::{Place, held};
-use super::{Claim, FaultAnswer, MissingPage, Pages, Target, Urgent};
+use super::{FaultAnswer, MissingPage, Pages, Target, Urgent};
 use crate::destination::memory::{DestinationMemory, DiscardNotice, MemoryError};
 use crate::sys::testing::{self, Area, Kind};
 use crate::sys::uffd::UffdError;

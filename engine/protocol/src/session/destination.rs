@@ -1,0 +1,562 @@
+//! The destination's state machine.
+
+use super::pulse::{Due, Pulse};
+use super::{DestinationOwnership, DestinationRecord, NotNow, PersistFailed};
+use crate::layout::GuestLayout;
+use crate::wire::{
+    Attach, Capabilities, Channel, ControlFrame, Hello, Phase, Refusal, RefuseCode, Role,
+    SessionId, SessionKind, Stamp,
+};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// What a destination brings to a session.
+#[derive(Clone, Debug)]
+pub struct DestinationConfig {
+    /// The guest's memory here.
+    pub layout: GuestLayout,
+    /// What this side can do.
+    pub capabilities: Capabilities,
+    /// How long the source may say nothing before its offer says otherwise.
+    pub silence: Duration,
+}
+
+/// What a driver has to do, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DestinationAction {
+    /// Make the record durable, then call [`DestinationSession::persisted`].
+    Persist(DestinationRecord),
+    /// Send a frame on the control connection.
+    Send(ControlFrame),
+    /// Send the plane of complete pages as `Received` frames, the last marked so.
+    SendReceived,
+    /// Open the other channels, or accept them.
+    OpenData {
+        /// The epoch; each slot begins with generation 1.
+        stamp: Stamp,
+        /// How many background streams.
+        streams: u16,
+        /// How many request channels.
+        shards: u16,
+    },
+    /// Forget the device state that has come so far: it is sent again from the start.
+    ResetState,
+    /// A piece of a section of device state.
+    Section {
+        /// The section's name.
+        name: String,
+        /// Its version.
+        version: u32,
+        /// Whether it ends here.
+        last: bool,
+        /// The piece.
+        bytes: Vec<u8>,
+    },
+    /// Tell the VMM.
+    Event(DestinationEvent),
+    /// Close every connection of the session. With a refusal, send that first.
+    HangUp(Option<Refusal>),
+}
+
+/// What a VMM is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DestinationEvent {
+    /// A source is connected.
+    Attached(SessionId),
+    /// The connection is gone; what has arrived stays, and faults wait.
+    Disconnected,
+    /// All device state is there.
+    StateComplete,
+    /// The guest may run from now on.
+    Run,
+    /// The guest must never run here: the source has taken it back.
+    Refused,
+    /// The guest must never run here again: an operator declared this side dead.
+    Fenced,
+    /// The source has ended the session before everything had arrived.
+    Ended(Refusal),
+    /// Every page has arrived and the source knows it.
+    Finished,
+    /// A record could not be made durable; what needed it did not happen.
+    PersistFailed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    Down,
+    Greeting,
+    /// Greeted; the offer is awaited.
+    Greeted,
+    /// Attached; `Begin` is awaited.
+    Attached,
+    Up,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pending {
+    Running,
+    Refused,
+}
+
+/// The destination's side of a session.
+///
+/// Between a [`DestinationAction::Persist`] and [`persisted`](Self::persisted) nothing else
+/// may be called: who owns the guest is not known in between.
+#[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
+pub struct DestinationSession {
+    config: DestinationConfig,
+    record: DestinationRecord,
+    kind: Option<SessionKind>,
+    link: Link,
+    stamp: Stamp,
+    pulse: Option<Pulse>,
+    streams: u16,
+    shards: u16,
+    sections: u32,
+    state_complete: bool,
+    ready: bool,
+    /// `Run` has been said since this process began.
+    told_to_run: bool,
+    complete: bool,
+    over: bool,
+    pending: Option<Pending>,
+    actions: VecDeque<DestinationAction>,
+}
+
+impl DestinationSession {
+    /// A session with what was durably recorded of it.
+    #[must_use]
+    pub fn new(config: DestinationConfig, record: DestinationRecord) -> Self {
+        Self {
+            config,
+            kind: None,
+            link: Link::Down,
+            stamp: Stamp::default(),
+            pulse: None,
+            streams: 1,
+            shards: 1,
+            sections: 0,
+            state_complete: false,
+            ready: false,
+            told_to_run: false,
+            complete: false,
+            over: false,
+            pending: None,
+            record,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// The next thing to do.
+    pub fn poll(&mut self) -> Option<DestinationAction> {
+        self.actions.pop_front()
+    }
+
+    /// What is durably recorded.
+    #[must_use]
+    pub const fn record(&self) -> &DestinationRecord {
+        &self.record
+    }
+
+    /// Whether the session is over.
+    #[must_use]
+    pub const fn is_over(&self) -> bool {
+        self.over
+    }
+
+    /// The stamp of the control connection.
+    #[must_use]
+    pub const fn stamp(&self) -> Stamp {
+        self.stamp
+    }
+
+    /// A control connection is to be made or has been accepted: the hello to send.
+    pub fn open(&mut self) -> Hello {
+        if self.link != Link::Down {
+            self.lose_link(None);
+        }
+        self.link = Link::Greeting;
+        Hello {
+            role: Role::Destination,
+            channel: Channel::Control,
+            stamp: Stamp { epoch: self.record.epoch, ..Stamp::default() },
+            capabilities: self.config.capabilities,
+            session: self.record.session,
+            incarnation: self.record.incarnation,
+        }
+    }
+
+    /// The peer's hello has arrived on the connection.
+    ///
+    /// # Errors
+    /// The refusal to send before hanging up.
+    pub fn greeted(&mut self, peer: &Hello, now: Duration) -> Result<(), Refusal> {
+        if let Err(refusal) = self.admits(peer) {
+            self.link = Link::Down;
+            return Err(refusal);
+        }
+        self.record.session = peer.session;
+        self.record.epoch = peer.stamp.epoch;
+        self.stamp = peer.stamp;
+        self.link = Link::Greeted;
+        // Until the offer names another.
+        let silence = self.config.silence;
+        self.pulse = Some(Pulse::new(silence / 4, silence, now));
+        Ok(())
+    }
+
+    /// Whether a peer that says hello on a control connection may have it.
+    ///
+    /// # Errors
+    /// The refusal to answer with.
+    pub fn admits(&self, peer: &Hello) -> Result<(), Refusal> {
+        let refuse = |code, reason: String| Err(Refusal::new(code, reason));
+        if peer.role != Role::Source {
+            return refuse(
+                RefuseCode::Role,
+                "both sides are destinations: one must be a source".to_owned(),
+            );
+        }
+        if peer.channel != Channel::Control {
+            return refuse(
+                RefuseCode::Protocol,
+                "a session begins with its control channel".to_owned(),
+            );
+        }
+        if self.record.session != SessionId::UNKNOWN && peer.session != self.record.session {
+            return refuse(
+                RefuseCode::UnknownSession,
+                format!("this destination belongs to session {}", self.record.session),
+            );
+        }
+        if peer.stamp.epoch <= self.record.epoch {
+            return refuse(
+                RefuseCode::Stale,
+                format!(
+                    "epoch {} has passed, this destination has seen {}",
+                    peer.stamp.epoch.0, self.record.epoch.0
+                ),
+            );
+        }
+        if self.over {
+            return refuse(RefuseCode::Ended, "the session is over at the destination".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The control connection broke, or the peer refused it.
+    pub fn disconnected(&mut self) {
+        if self.link != Link::Down {
+            self.lose_link(None);
+        }
+    }
+
+    /// The peer refused, in its greeting or by a frame.
+    pub fn refused(&mut self, refusal: Refusal) {
+        if self.over {
+            return;
+        }
+        match refusal.code {
+            RefuseCode::Fenced => {
+                self.over = true;
+                self.actions.push_back(DestinationAction::Event(DestinationEvent::Fenced));
+            }
+            RefuseCode::Ended
+            | RefuseCode::Incarnation
+            | RefuseCode::Layout
+            | RefuseCode::Version
+            | RefuseCode::Role
+            | RefuseCode::UnknownSession => {
+                self.over = true;
+                self.actions.push_back(DestinationAction::Event(DestinationEvent::Ended(refusal)));
+            }
+            // Stale, too many, protocol, failed: another attempt may fare better.
+            _ => {}
+        }
+        self.disconnected();
+    }
+
+    fn lose_link(&mut self, refusal: Option<Refusal>) {
+        let was_up = !matches!(self.link, Link::Down | Link::Greeting);
+        self.link = Link::Down;
+        self.pulse = None;
+        self.actions.push_back(DestinationAction::HangUp(refusal));
+        if was_up && !self.over {
+            self.actions.push_back(DestinationAction::Event(DestinationEvent::Disconnected));
+        }
+    }
+
+    /// Time has passed: heartbeats, silence.
+    pub fn tick(&mut self, now: Duration) {
+        match self.pulse.as_mut().map_or(Due::Nothing, |pulse| pulse.due(now)) {
+            Due::Nothing => {}
+            Due::Beat => {
+                if let Some(pulse) = self.pulse.as_mut() {
+                    let token = pulse.next_token();
+                    self.send(ControlFrame::Heartbeat { token });
+                }
+            }
+            Due::Dead(silent) => self.lose_link(Some(Refusal::new(
+                RefuseCode::Failed,
+                format!("nothing was heard from the source for {silent:?}"),
+            ))),
+        }
+    }
+
+    /// When [`tick`](Self::tick) should be called at the latest.
+    #[must_use]
+    pub fn next_tick(&self) -> Option<Duration> {
+        self.pulse.as_ref().map(Pulse::next)
+    }
+
+    /// A frame with the connection's stamp has arrived.
+    pub fn frame(&mut self, frame: ControlFrame, now: Duration) {
+        if matches!(self.link, Link::Down | Link::Greeting) {
+            return;
+        }
+        if let Some(pulse) = self.pulse.as_mut() {
+            pulse.heard(now);
+        }
+        if let Err(refusal) = self.take_frame(frame, now) {
+            self.lose_link(Some(refusal));
+        }
+    }
+
+    fn take_frame(&mut self, frame: ControlFrame, now: Duration) -> Result<(), Refusal> {
+        match (frame, self.link) {
+            (ControlFrame::Heartbeat { token }, _) => {
+                self.send(ControlFrame::HeartbeatReply { token });
+            }
+            (ControlFrame::HeartbeatReply { .. }, _) => {}
+            (ControlFrame::Refuse(refusal), _) => self.refused(refusal),
+            (ControlFrame::Offer(offer), Link::Greeted) => {
+                offer
+                    .layout
+                    .serving(&self.config.layout)
+                    .map_err(|error| Refusal::new(RefuseCode::Layout, error.to_string()))?;
+                self.kind = Some(offer.kind);
+                (self.streams, self.shards) = (offer.streams, offer.shards);
+                let millis = |value: u32| Duration::from_millis(value.into());
+                self.pulse =
+                    Some(Pulse::new(millis(offer.heartbeat_ms), millis(offer.silence_ms), now));
+                self.link = Link::Attached;
+                let attach = Attach { phase: self.phase(), layout: self.config.layout.clone() };
+                self.send(ControlFrame::Attach(attach));
+                self.actions.push_back(DestinationAction::SendReceived);
+            }
+            (ControlFrame::Begin, Link::Attached) => self.begin(),
+            (ControlFrame::Section { name, version, last, bytes }, Link::Up)
+                if !self.state_complete =>
+            {
+                self.sections += u32::from(last);
+                self.actions.push_back(DestinationAction::Section { name, version, last, bytes });
+            }
+            // The source may not know yet that all of it has arrived.
+            (ControlFrame::Section { .. } | ControlFrame::StateEnd { .. }, Link::Up)
+                if self.state_complete => {}
+            (ControlFrame::StateEnd { sections }, Link::Up) => self.state_end(sections)?,
+            (ControlFrame::Go, Link::Up) => self.go()?,
+            (ControlFrame::TakeBack, Link::Up) => self.take_back(),
+            (ControlFrame::Bye, Link::Up) if self.complete => {
+                self.over = true;
+                self.actions.push_back(DestinationAction::Event(DestinationEvent::Finished));
+                self.lose_link(None);
+            }
+            (frame, link) => {
+                return Err(Refusal::new(
+                    RefuseCode::Protocol,
+                    format!("{:?} is out of place here ({link:?})", frame.kind()),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn phase(&self) -> Phase {
+        match self.record.ownership {
+            DestinationOwnership::Refused => Phase::Refused,
+            DestinationOwnership::Running if self.complete => Phase::Complete,
+            DestinationOwnership::Running => Phase::Running,
+            // What is being recorded counts once it is durable.
+            DestinationOwnership::Waiting if self.complete && self.is_snapshot() => Phase::Complete,
+            DestinationOwnership::Waiting if self.ready => Phase::Ready,
+            DestinationOwnership::Waiting => Phase::Fresh,
+        }
+    }
+
+    fn is_snapshot(&self) -> bool {
+        self.kind == Some(SessionKind::Snapshot)
+    }
+
+    fn begin(&mut self) {
+        self.link = Link::Up;
+        if !self.state_complete {
+            self.sections = 0;
+            self.actions.push_back(DestinationAction::ResetState);
+        }
+        self.actions.push_back(DestinationAction::OpenData {
+            stamp: self.stamp,
+            streams: self.streams,
+            shards: self.shards,
+        });
+        let session = self.record.session;
+        self.actions.push_back(DestinationAction::Event(DestinationEvent::Attached(session)));
+        match self.record.ownership {
+            // The source knows from the phase; what it lacks is said again.
+            DestinationOwnership::Running => {
+                self.run();
+                if self.complete {
+                    self.send(ControlFrame::Complete);
+                }
+            }
+            DestinationOwnership::Waiting if self.is_snapshot() => {
+                self.run_snapshot_if_ready();
+                if self.complete {
+                    self.send(ControlFrame::Complete);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn state_end(&mut self, sections: u32) -> Result<(), Refusal> {
+        if sections != self.sections {
+            return Err(Refusal::new(
+                RefuseCode::Protocol,
+                format!("{} sections of device state came, {sections} were sent", self.sections),
+            ));
+        }
+        self.state_complete = true;
+        self.actions.push_back(DestinationAction::Event(DestinationEvent::StateComplete));
+        Ok(())
+    }
+
+    /// The VMM has restored everything and could run.
+    ///
+    /// # Errors
+    /// [`NotNow`] before all device state is there, or after the session is over. A
+    /// snapshot needs no device state.
+    pub fn ready(&mut self) -> Result<(), NotNow> {
+        let call = "be ready";
+        if self.over || self.record.ownership == DestinationOwnership::Refused {
+            return Err(NotNow { call, reason: "the guest will not run here" });
+        }
+        if !self.state_complete
+            && !self.is_snapshot()
+            && self.record.ownership == DestinationOwnership::Waiting
+        {
+            return Err(NotNow { call, reason: "not all device state has arrived" });
+        }
+        if self.ready {
+            return Ok(());
+        }
+        self.ready = true;
+        if self.is_snapshot() {
+            self.run_snapshot_if_ready();
+        } else if self.link == Link::Up && self.record.ownership == DestinationOwnership::Waiting {
+            self.send(ControlFrame::Ready);
+        }
+        Ok(())
+    }
+
+    fn run_snapshot_if_ready(&mut self) {
+        if self.ready {
+            self.run();
+        }
+    }
+
+    fn go(&mut self) -> Result<(), Refusal> {
+        match self.record.ownership {
+            DestinationOwnership::Waiting if !self.ready => {
+                return Err(Refusal::new(
+                    RefuseCode::Protocol,
+                    "go came before the destination was ready",
+                ));
+            }
+            DestinationOwnership::Waiting if self.pending.is_none() => {
+                let next =
+                    DestinationRecord { ownership: DestinationOwnership::Running, ..self.record };
+                self.persist(next, Pending::Running);
+            }
+            // Being recorded this moment: the answer follows.
+            DestinationOwnership::Waiting => {}
+            DestinationOwnership::Running => self.send(ControlFrame::Running),
+            DestinationOwnership::Refused => self.send(ControlFrame::TakeBackAgreed),
+        }
+        Ok(())
+    }
+
+    fn take_back(&mut self) {
+        match self.record.ownership {
+            DestinationOwnership::Waiting if self.pending.is_none() => {
+                let next =
+                    DestinationRecord { ownership: DestinationOwnership::Refused, ..self.record };
+                self.persist(next, Pending::Refused);
+            }
+            // A go was first: once it is recorded, the source hears that this side runs.
+            DestinationOwnership::Waiting => {}
+            DestinationOwnership::Running => self.send(ControlFrame::TakeBackDenied),
+            DestinationOwnership::Refused => self.send(ControlFrame::TakeBackAgreed),
+        }
+    }
+
+    fn persist(&mut self, next: DestinationRecord, why: Pending) {
+        self.pending = Some(why);
+        self.actions.push_back(DestinationAction::Persist(next));
+    }
+
+    /// The record of the last [`DestinationAction::Persist`] is durable, or could not be
+    /// made so.
+    pub fn persisted(&mut self, record: DestinationRecord, result: Result<(), PersistFailed>) {
+        let Some(why) = self.pending.take() else { return };
+        if result.is_err() {
+            self.actions.push_back(DestinationAction::Event(DestinationEvent::PersistFailed));
+            self.lose_link(None);
+            return;
+        }
+        self.record.ownership = record.ownership;
+        match why {
+            Pending::Running => {
+                self.run();
+                if self.link == Link::Up {
+                    self.send(ControlFrame::Running);
+                    if self.complete {
+                        self.send(ControlFrame::Complete);
+                    }
+                }
+            }
+            Pending::Refused => {
+                self.actions.push_back(DestinationAction::Event(DestinationEvent::Refused));
+                if self.link == Link::Up {
+                    self.send(ControlFrame::TakeBackAgreed);
+                }
+            }
+        }
+    }
+
+    fn run(&mut self) {
+        if !self.told_to_run {
+            self.told_to_run = true;
+            self.actions.push_back(DestinationAction::Event(DestinationEvent::Run));
+        }
+    }
+
+    /// Every page is complete.
+    pub fn all_complete(&mut self) {
+        if self.complete {
+            return;
+        }
+        self.complete = true;
+        let may_say = self.is_snapshot() || self.record.ownership == DestinationOwnership::Running;
+        if self.link == Link::Up && may_say {
+            self.send(ControlFrame::Complete);
+        }
+    }
+
+    fn send(&mut self, frame: ControlFrame) {
+        self.actions.push_back(DestinationAction::Send(frame));
+    }
+}

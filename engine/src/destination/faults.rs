@@ -1,0 +1,403 @@
+//! The fault thread: reads faults, asks for what is missing, and puts it in place.
+//!
+//! It is the only thread that reads the userfaultfd, so that events and what was asked for
+//! are never looked at by two. It owns the request channel. Every page that somebody waits
+//! for and that nobody is bringing is in `asked` until it is complete; a new request channel
+//! asks for all of them again, and so does a timer, because an answer may have been lost
+//! with the channel that carried it (I4).
+
+use super::arrivals::{Arrivals, Arrived};
+use super::driver::Input;
+use super::pages::{FaultAnswer, MissingPage, Urgent};
+use crate::inbox::{Inbox, Outlet};
+use crate::polling::{AdaptivePolling, Idle};
+use crate::sys::socket::Wait;
+use crate::transport::Stream;
+use afterimage_protocol::layout::{PageNumber, PageRange, PageSize};
+use afterimage_protocol::wire::{Channel, DataFrame, Generation, HEADER_BYTES, Header};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use userfaultfd::EventBuffer;
+
+const INBOX: Token = Token(0);
+const FAULTS: Token = Token(1);
+const ANSWERS: Token = Token(2);
+/// Events read in one call.
+const EVENT_BATCH: usize = 32;
+/// A request without an answer is sent again after this time.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// An install that was refused because of an unread event is tried again at least so often.
+const EVENT_RETRY: Duration = Duration::from_micros(100);
+
+/// What comes to the fault thread.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// A new request channel takes the place of the old one.
+    Ask { stream: Stream, arrivals: Arrivals, generation: Generation },
+    /// There is no request channel any more.
+    Wait,
+    /// The end.
+    Stop,
+}
+
+/// The request channel, when there is one.
+struct Line {
+    stream: Stream,
+    arrivals: Arrivals,
+    generation: Generation,
+    incoming: Vec<u8>,
+    filled: usize,
+}
+
+/// A page that somebody waits for.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    since: Instant,
+    asked: Instant,
+}
+
+/// A copy that could not be placed because an event is unread.
+struct Held {
+    page: PageNumber,
+    content: Vec<u8>,
+}
+
+pub(super) struct FaultThread {
+    arrived: Arc<Arrived>,
+    poll: Poll,
+    inbox: Inbox<Order>,
+    driver: Outlet<Input>,
+    polling: AdaptivePolling,
+    line: Option<Line>,
+    asked: HashMap<PageNumber, Asked>,
+    held: Vec<Held>,
+    again: Vec<MissingPage>,
+    faults: Vec<MissingPage>,
+    outgoing: Vec<u8>,
+    next_retry: Instant,
+}
+
+impl FaultThread {
+    /// A thread body and the way to give it orders.
+    pub(super) fn new(
+        arrived: Arc<Arrived>,
+        polling: Duration,
+        driver: Outlet<Input>,
+    ) -> io::Result<(Self, Outlet<Order>)> {
+        let poll = Poll::new()?;
+        let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
+        let uffd = arrived.pages.memory().uffd().as_raw_fd();
+        poll.registry().register(&mut SourceFd(&uffd), FAULTS, Interest::READABLE)?;
+        let thread = Self {
+            arrived,
+            poll,
+            inbox,
+            driver,
+            polling: AdaptivePolling::new(polling),
+            line: None,
+            asked: HashMap::new(),
+            held: Vec::new(),
+            again: Vec::new(),
+            faults: Vec::new(),
+            outgoing: Vec::new(),
+            next_retry: Instant::now() + RETRY_AFTER,
+        };
+        Ok((thread, outlet))
+    }
+
+    /// Serves until it is told to stop. If it cannot go on, faults stay unanswered.
+    pub(super) fn run(mut self) {
+        if let Err(error) = self.serve() {
+            tracing::error!(%error, "faults are not answered any more");
+            self.driver.send(Input::FaultsFailed(error));
+        }
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(8);
+        let mut buffer = EventBuffer::new(EVENT_BATCH);
+        loop {
+            let mut is_busy = false;
+            while let Some(order) = self.inbox.next() {
+                is_busy = true;
+                match order {
+                    Order::Ask { stream, arrivals, generation } => {
+                        self.take_line(stream, arrivals, generation);
+                    }
+                    Order::Wait => self.drop_line(),
+                    Order::Stop => return Ok(()),
+                }
+            }
+            for discarded in self.arrived.pages.read_events(&mut buffer, &mut self.faults)? {
+                self.arrived.acknowledge_complete(discarded);
+            }
+            is_busy |= !self.faults.is_empty();
+            self.answer_faults();
+            self.place_held();
+            is_busy |= self.take_answers();
+            self.flush();
+            if is_busy {
+                self.polling.busy();
+                continue;
+            }
+            self.retry_if_due();
+            match self.polling.idle() {
+                Idle::Poll => std::thread::yield_now(),
+                Idle::Block => self.block(&mut events)?,
+            }
+        }
+    }
+
+    fn block(&mut self, events: &mut Events) -> io::Result<()> {
+        let timeout = if !self.held.is_empty() || !self.again.is_empty() {
+            Some(EVENT_RETRY)
+        } else if self.asked.is_empty() {
+            None
+        } else {
+            Some(self.next_retry.saturating_duration_since(Instant::now()))
+        };
+        // mio tells of readiness once, at its edge; but whoever comes here has read both
+        // descriptors until they had nothing more, so the next edge is the next news.
+        match self.poll.poll(events, timeout) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            other => other,
+        }
+    }
+
+    fn answer_faults(&mut self) {
+        let mut faults = std::mem::take(&mut self.faults);
+        faults.append(&mut self.again);
+        for fault in faults.drain(..) {
+            match self.arrived.pages.answer(fault) {
+                FaultAnswer::Answered => drop(self.asked.remove(&fault.page)),
+                FaultAnswer::BeingWritten => {}
+                FaultAnswer::EventPending => self.again.push(fault),
+                FaultAnswer::Ask => self.ask(fault.page),
+            }
+        }
+        self.faults = faults;
+    }
+
+    fn ask(&mut self, page: PageNumber) {
+        let now = Instant::now();
+        // Where another vCPU waits for the same page, it has been asked for already.
+        if let Entry::Vacant(vacant) = self.asked.entry(page) {
+            vacant.insert(Asked { since: now, asked: now });
+            self.push_request(page);
+        }
+    }
+
+    fn push_request(&mut self, page: PageNumber) {
+        if let Some(line) = &self.line {
+            let frame = DataFrame::Request(PageRange::one(page));
+            let mut header = frame.header(line.arrivals.stamp(line.generation));
+            if line.arrivals.checksums {
+                header = header.sealed([]);
+            }
+            self.outgoing.extend_from_slice(header.bytes());
+        }
+    }
+
+    /// Sends what was asked for. The socket's buffer holds more requests than there can be
+    /// vCPUs; if it is full nevertheless, the source is stuck, and the timer comes back.
+    fn flush(&mut self) {
+        let Some(line) = &self.line else {
+            self.outgoing.clear();
+            return;
+        };
+        while !self.outgoing.is_empty() {
+            match line.stream.send_some(&self.outgoing) {
+                Ok(sent) => drop(self.outgoing.drain(..sent)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    self.lose_line(&error);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take_line(&mut self, stream: Stream, arrivals: Arrivals, generation: Generation) {
+        self.drop_line();
+        let raw = stream.as_fd().as_raw_fd();
+        let registered =
+            self.poll.registry().register(&mut SourceFd(&raw), ANSWERS, Interest::READABLE);
+        let largest = arrivals.pages.layout().regions().iter().map(|region| region.page_size);
+        let page = largest.max().unwrap_or(PageSize::KIB_4).bytes() as usize;
+        let incoming = vec![0; (page + HEADER_BYTES).max(128 << 10)];
+        self.line = Some(Line { stream, arrivals, generation, incoming, filled: 0 });
+        if let Err(error) = registered {
+            self.lose_line(&error);
+            return;
+        }
+        let pages: Vec<_> = self.asked.keys().copied().collect();
+        for page in pages {
+            self.push_request(page);
+        }
+    }
+
+    fn drop_line(&mut self) {
+        self.outgoing.clear();
+        if let Some(line) = self.line.take() {
+            let raw = line.stream.as_fd().as_raw_fd();
+            if let Err(error) = self.poll.registry().deregister(&mut SourceFd(&raw)) {
+                tracing::debug!(%error, "the request channel was not registered");
+            }
+            line.stream.shut_down();
+        }
+    }
+
+    fn lose_line(&mut self, error: &io::Error) {
+        if let Some(line) = &self.line {
+            tracing::info!(%error, "the request channel ended");
+            let stamp = line.arrivals.stamp(line.generation);
+            self.driver.send(Input::DataEnded { channel: Channel::Request(0), stamp });
+        }
+        self.drop_line();
+    }
+
+    /// Takes in what has been answered; `true` if there was something.
+    fn take_answers(&mut self) -> bool {
+        let Some(mut line) = self.line.take() else { return false };
+        let mut is_busy = false;
+        let result = loop {
+            match line.stream.receive(&mut line.incoming[line.filled..], Wait::Never) {
+                Ok(got) => {
+                    line.filled += got;
+                    is_busy = true;
+                    if let Err(error) = self.take_frames(&mut line) {
+                        break Err(error);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        self.line = Some(line);
+        if let Err(error) = result {
+            self.lose_line(&error);
+        }
+        is_busy
+    }
+
+    fn take_frames(&mut self, line: &mut Line) -> io::Result<()> {
+        let mut used = 0;
+        while let Some((header, rest)) =
+            line.incoming[used..line.filled].split_first_chunk::<HEADER_BYTES>()
+        {
+            let header = Header::from_bytes(*header);
+            let frame = DataFrame::parse(&header, line.arrivals.pages.layout(), "request")
+                .map_err(io::Error::other)?;
+            let length = header.length() as usize;
+            if length > line.incoming.len() - HEADER_BYTES {
+                return Err(io::Error::other("an answer of several pages was not asked for"));
+            }
+            if rest.len() < length {
+                break;
+            }
+            let content = &rest[..length];
+            if line.arrivals.checksums {
+                header.verify([content]).map_err(io::Error::other)?;
+            }
+            let stamp = line.arrivals.stamp(line.generation);
+            if stamp.admits(header.stamp()).map_err(io::Error::other)? {
+                self.take_frame(frame, content)?;
+            } else {
+                self.arrived.counters.stale.fetch_add(1, Ordering::Relaxed);
+            }
+            used += HEADER_BYTES + length;
+        }
+        line.incoming.copy_within(used..line.filled, 0);
+        line.filled -= used;
+        Ok(())
+    }
+
+    fn take_frame(&mut self, frame: DataFrame, content: &[u8]) -> io::Result<()> {
+        match frame {
+            DataFrame::Content(pages, _) => {
+                let page_bytes = content.len() / pages.count as usize;
+                for (page, content) in pages.iter().zip(content.chunks_exact(page_bytes)) {
+                    self.arrived.counters.bytes.fetch_add(page_bytes as u64, Ordering::Relaxed);
+                    self.place(page, content)?;
+                }
+            }
+            DataFrame::Zero(pages) => {
+                self.arrived.pages.zero_urgent(pages);
+                for page in pages.iter() {
+                    self.waited(page);
+                }
+                self.arrived.acknowledge_complete(pages);
+            }
+            DataFrame::Unreadable(pages) => {
+                for page in pages.iter() {
+                    self.asked.remove(&page);
+                }
+                self.arrived.unreadable(pages);
+            }
+            DataFrame::Request(_) => {
+                return Err(io::Error::other("a source may not send requests"));
+            }
+        }
+        Ok(())
+    }
+
+    fn place(&mut self, page: PageNumber, content: &[u8]) -> io::Result<()> {
+        match self.arrived.pages.urgent(page, content) {
+            Ok(Urgent::Installed) => {
+                // The page is there and who waited is awake: the rest is bookkeeping.
+                self.waited(page);
+                self.arrived.acknowledge(PageRange::one(page));
+            }
+            Ok(Urgent::Late | Urgent::BeingWritten) => drop(self.asked.remove(&page)),
+            Ok(Urgent::EventPending) => self.held.push(Held { page, content: content.to_vec() }),
+            Err(error) => return Err(self.arrived.failed(error)),
+        }
+        Ok(())
+    }
+
+    fn place_held(&mut self) {
+        for Held { page, content } in std::mem::take(&mut self.held) {
+            if let Err(error) = self.place(page, &content) {
+                self.lose_line(&error);
+            }
+        }
+    }
+
+    fn waited(&mut self, page: PageNumber) {
+        if let Some(asked) = self.asked.remove(&page) {
+            self.arrived.counters.waited(asked.since.elapsed());
+        }
+    }
+
+    fn retry_if_due(&mut self) {
+        let now = Instant::now();
+        if self.asked.is_empty() || now < self.next_retry {
+            return;
+        }
+        self.next_retry = now + RETRY_AFTER;
+        let planes = self.arrived.pages.planes();
+        // A page that arrived in background while it was asked for.
+        self.asked.retain(|page, _| !planes.is_complete(*page));
+        let late: Vec<_> = self
+            .asked
+            .iter()
+            .filter(|(_, asked)| now.duration_since(asked.asked) >= RETRY_AFTER)
+            .map(|(page, _)| *page)
+            .collect();
+        for page in late {
+            if let Some(asked) = self.asked.get_mut(&page) {
+                asked.asked = now;
+            }
+            self.arrived.counters.retried.fetch_add(1, Ordering::Relaxed);
+            self.push_request(page);
+        }
+        self.flush();
+    }
+}

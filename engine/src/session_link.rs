@@ -1,0 +1,182 @@
+//! The control connection of either side's session thread, and when to make another.
+
+use crate::inbox::Outlet;
+use crate::transport::{Acceptor, ControlConnection, ControlError, Dialer, Received, Stream};
+use afterimage_protocol::wire::{ControlFrame, Hello, Refusal, RefuseCode, Stamp};
+use mio::{Events, Poll, Token};
+use std::io;
+use std::time::{Duration, Instant};
+
+/// The token of the session thread's inbox.
+pub(crate) const INBOX: Token = Token(0);
+const CONTROL: Token = Token(1);
+/// The first pause before a broken connection is made again; it doubles up to the last.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Where connections come from.
+#[derive(Debug)]
+pub(crate) enum Line {
+    /// Peers make them.
+    Listens {
+        /// Held for its thread.
+        _acceptor: Acceptor,
+    },
+    /// Peers make them, and somebody else listens for several sessions.
+    Fed,
+    /// This side makes them.
+    Dials(Dialer),
+}
+
+/// Waits for the session thread, and carries its frames.
+#[derive(Debug)]
+pub(crate) struct SessionLink {
+    poll: Poll,
+    events: Events,
+    line: Line,
+    connection: Option<ControlConnection>,
+    checksums: bool,
+    origin: Instant,
+    pause: Duration,
+    redial_at: Option<Instant>,
+    pub(crate) stale: u64,
+}
+
+impl SessionLink {
+    pub(crate) fn new(poll: Poll, line: Line) -> Self {
+        Self {
+            poll,
+            events: Events::with_capacity(8),
+            line,
+            connection: None,
+            checksums: false,
+            origin: Instant::now(),
+            pause: FIRST_PAUSE,
+            redial_at: None,
+            stale: 0,
+        }
+    }
+
+    /// Time since the link was made, the origin of the session's times.
+    pub(crate) fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    /// Whether this side makes the connections.
+    pub(crate) const fn dials(&self) -> bool {
+        matches!(self.line, Line::Dials(_))
+    }
+
+    /// Makes a connection, if this side does.
+    pub(crate) fn dial(&self, hello: Hello) {
+        if let Line::Dials(dialer) = &self.line {
+            dialer.dial(hello);
+        }
+    }
+
+    /// After a pause that grows with each failure.
+    pub(crate) fn redial_later(&mut self) {
+        if self.dials() && self.redial_at.is_none() {
+            self.redial_at = Some(Instant::now() + self.pause);
+            self.pause = (self.pause * 2).min(LAST_PAUSE);
+        }
+    }
+
+    /// Whether the pause is over; says so once.
+    pub(crate) fn redial_is_due(&mut self) -> bool {
+        let is_due = self.redial_at.is_some_and(|at| at <= Instant::now());
+        if is_due {
+            self.redial_at = None;
+        }
+        is_due
+    }
+
+    /// Waits until something comes, or until `tick` on the link's clock.
+    pub(crate) fn wait(&mut self, tick: Option<Duration>) -> io::Result<()> {
+        let tick = tick.map(|at| at.saturating_sub(self.now()));
+        let redial = self.redial_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let timeout = match (tick, redial) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        };
+        match self.poll.poll(&mut self.events, timeout) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            other => other,
+        }
+    }
+
+    /// A greeted control connection takes the place of whatever was there.
+    pub(crate) fn connected(
+        &mut self,
+        stream: Stream,
+        stamp: Stamp,
+        checksums: bool,
+    ) -> io::Result<()> {
+        self.disconnect();
+        let registry = self.poll.registry();
+        self.connection =
+            Some(ControlConnection::new(stream, stamp, checksums, registry, CONTROL)?);
+        self.checksums = checksums;
+        self.pause = FIRST_PAUSE;
+        Ok(())
+    }
+
+    /// Whether frames of this connection carry checksums.
+    pub(crate) const fn checksums(&self) -> bool {
+        self.checksums
+    }
+
+    /// Queues a frame, if there is a connection.
+    pub(crate) fn send(&mut self, frame: &ControlFrame) {
+        if let Some(connection) = &mut self.connection {
+            connection.push(frame);
+        }
+    }
+
+    /// Sends what goes.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        match &mut self.connection {
+            Some(connection) => connection.flush(self.poll.registry(), CONTROL),
+            None => Ok(()),
+        }
+    }
+
+    /// The next frame, if one is there.
+    ///
+    /// # Errors
+    /// The connection is at its end; if the peer broke the protocol, with what to tell it.
+    pub(crate) fn receive(&mut self) -> Result<Option<ControlFrame>, Option<Refusal>> {
+        loop {
+            let Some(connection) = &mut self.connection else { return Ok(None) };
+            match connection.receive() {
+                Ok(Received::Frame(frame)) => return Ok(Some(frame)),
+                Ok(Received::Stale) => self.stale += 1,
+                Ok(Received::Nothing) => return Ok(None),
+                Err(ControlError::Io(error)) => {
+                    tracing::info!(%error, "the control connection ended");
+                    return Err(None);
+                }
+                Err(ControlError::Wire(error)) => {
+                    return Err(Some(Refusal::new(RefuseCode::Protocol, error.to_string())));
+                }
+            }
+        }
+    }
+
+    /// Ends the connection, if there is one.
+    pub(crate) fn disconnect(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            connection.close(self.poll.registry());
+        }
+    }
+}
+
+/// Turns what an acceptor hears into messages for one session thread.
+pub(crate) fn forward<T: Send + 'static>(
+    outlet: Outlet<T>,
+    wrap: impl Fn(crate::transport::Accepted) -> T + Send + 'static,
+) -> impl FnMut(crate::transport::Accepted) + Send + 'static {
+    move |accepted| {
+        outlet.send(wrap(accepted));
+    }
+}

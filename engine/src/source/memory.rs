@@ -1,0 +1,194 @@
+//! Guest memory as a source reads it: mapped by the VMM, or a file mapped here.
+//!
+//! Pages leave from where they lie. Holes are found without touching them, and memory that
+//! could vanish under a mapping (a file cut short) is tested before a CPU reads it.
+
+use crate::sys::holes::{self, Extent, Pagemap};
+use crate::sys::mapping::{RawRun, is_readable};
+use afterimage_protocol::layout::{
+    Backing, GuestAddress, GuestLayout, LayoutError, LocalAddress, PageSize, Region,
+};
+use memmap2::{MmapOptions, MmapRaw};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::ptr::NonNull;
+
+/// A piece of guest memory for a source.
+#[derive(Debug)]
+pub struct SourceRegion {
+    region: Region,
+    file: Option<FileRegion>,
+}
+
+#[derive(Debug)]
+struct FileRegion {
+    file: File,
+    offset: u64,
+    map: MmapRaw,
+}
+
+/// Why a file cannot be a source's memory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SourceMemoryError {
+    /// The regions are no layout.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The file is shorter than the region.
+    #[error(
+        "the memory file has {size} bytes, the region at guest address {guest_address} needs \
+         {length} from offset {offset}: give the right file, offset or size"
+    )]
+    TooShort {
+        /// Which region.
+        guest_address: GuestAddress,
+        /// Bytes in the file.
+        size: u64,
+        /// Where the region begins in it.
+        offset: u64,
+        /// Its length.
+        length: u64,
+    },
+    /// The file cannot be mapped.
+    #[error("could not {operation}")]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl SourceRegion {
+    /// Memory that the VMM has mapped in this process.
+    ///
+    /// # Safety
+    /// `start` must be a mapping of `length` readable bytes that stays in place as long as the
+    /// source lives. From the switchover on nobody may write it.
+    #[must_use]
+    pub unsafe fn mapped(guest: GuestAddress, start: NonNull<u8>, length: u64) -> Self {
+        let local = LocalAddress(start.as_ptr() as u64);
+        let region =
+            Region::new(guest, length, PageSize::KIB_4, Backing::Anonymous).local_at(local);
+        Self { region, file: None }
+    }
+
+    /// A memfd, a file on tmpfs or hugetlbfs, or a snapshot file: `length` bytes from
+    /// `offset`. It is mapped shared and only read. From the switchover on nobody may write
+    /// it; if it is cut short, the pages that are gone are reported as unreadable.
+    ///
+    /// # Errors
+    /// [`SourceMemoryError`] if it is too short or cannot be mapped.
+    pub fn file(
+        guest_address: GuestAddress,
+        file: OwnedFd,
+        offset: u64,
+        length: u64,
+    ) -> Result<Self, SourceMemoryError> {
+        let wrap = |operation| move |source| SourceMemoryError::Io { operation, source };
+        let file = File::from(file);
+        let size = file.metadata().map_err(wrap("read the size of the memory file"))?.len();
+        if offset.checked_add(length).is_none_or(|end| end > size) {
+            return Err(SourceMemoryError::TooShort { guest_address, size, offset, length });
+        }
+        let map = MmapOptions::new()
+            .offset(offset)
+            .len(length as usize)
+            .map_raw_read_only(&file)
+            .map_err(wrap("map the memory file"))?;
+        map.advise(memmap2::Advice::DontFork).map_err(wrap("keep memory out of children"))?;
+        let local = LocalAddress(map.as_ptr() as u64);
+        let region =
+            Region::new(guest_address, length, PageSize::KIB_4, Backing::Shared).local_at(local);
+        Ok(Self { region, file: Some(FileRegion { file, offset, map }) })
+    }
+}
+
+/// All memory of a source; several sessions may serve it at once.
+#[derive(Debug)]
+pub struct SourceMemory {
+    layout: GuestLayout,
+    files: Vec<Option<FileRegion>>,
+    pagemap: Option<Pagemap>,
+}
+
+// SAFETY: the raw mappings are only read, through calls that are safe from any thread; who
+// made a mapped region promised that it stays in place.
+unsafe impl Send for SourceMemory {}
+// SAFETY: as above.
+unsafe impl Sync for SourceMemory {}
+
+impl SourceMemory {
+    /// Puts regions together.
+    ///
+    /// # Errors
+    /// [`SourceMemoryError::Layout`] where they are no layout.
+    pub fn new(mut regions: Vec<SourceRegion>) -> Result<Self, SourceMemoryError> {
+        regions.sort_by_key(|region| region.region.guest_address);
+        let layout = GuestLayout::new(regions.iter().map(|region| region.region).collect())?;
+        let files: Vec<_> = regions.into_iter().map(|region| region.file).collect();
+        let pagemap = if files.iter().any(Option::is_none) {
+            Pagemap::of_this_process()
+                .inspect_err(|error| {
+                    tracing::warn!(%error, "no page map: holes are sent as zeros one by one");
+                })
+                .ok()
+        } else {
+            None
+        };
+        Ok(Self { layout, files, pagemap })
+    }
+
+    /// The guest's memory as this side describes it.
+    #[must_use]
+    pub const fn layout(&self) -> &GuestLayout {
+        &self.layout
+    }
+
+    /// Where bytes of a region lie.
+    pub(crate) fn run(&self, region: usize, offset: u64, length: u64) -> RawRun {
+        let found = &self.layout.regions()[region];
+        assert!(offset.checked_add(length).is_some_and(|end| end <= found.length));
+        let start = found.local.unwrap_or_default().0 + offset;
+        RawRun { start: start as *mut u8, length: length as usize }
+    }
+
+    /// Whether bytes of a region can be read. Private memory always can; a file may have
+    /// been cut short, and touching what is gone would be the end of the process.
+    pub(crate) fn is_readable(&self, region: usize, offset: u64, length: u64) -> bool {
+        self.files[region].is_none() || is_readable(self.run(region, offset, length))
+    }
+
+    /// The next bytes of a region at or after `from`, before `end`, that are no hole; all of
+    /// them where holes cannot be told.
+    pub(crate) fn next_data(&self, region: usize, from: u64, end: u64) -> Option<Extent> {
+        let whole = Extent { start: from, end };
+        let found = match (&self.files[region], &self.pagemap) {
+            (Some(file), _) => {
+                let base = file.offset;
+                holes::next_data(&file.file, base + from, base + end).map(|extent| {
+                    extent.map(|it| Extent { start: it.start - base, end: it.end - base })
+                })
+            }
+            (None, Some(pagemap)) => {
+                let base = self.layout.regions()[region].local.unwrap_or_default().0;
+                pagemap.next_present(base + from, base + end).map(|extent| {
+                    extent.map(|it| Extent { start: it.start - base, end: it.end - base })
+                })
+            }
+            (None, None) => return Some(whole),
+        };
+        found.unwrap_or_else(|error| {
+            tracing::debug!(%error, "holes cannot be told");
+            Some(whole)
+        })
+    }
+
+    /// Gives back the page tables of mapped files; what they hold stays.
+    pub(crate) fn drop_page_tables(&self) {
+        for file in self.files.iter().flatten() {
+            crate::sys::mapping::drop_page_tables(&file.map);
+        }
+    }
+}

@@ -1,0 +1,427 @@
+//! The side that has the memory: serves page requests and sends the rest in background.
+
+mod background;
+pub(crate) mod driver;
+mod memory;
+mod request;
+mod serving;
+mod snapshot;
+
+pub use memory::{SourceMemory, SourceMemoryError, SourceRegion};
+pub use snapshot::{SnapshotServer, SnapshotStats};
+
+use crate::events::{self, Events};
+use crate::inbox::{Inbox, Outlet};
+use crate::session_link::{INBOX, Line, SessionLink, forward};
+use crate::stats::{SourceCounters, SourceStats};
+use crate::sys::words::LazyWords;
+use crate::threads::{self, ThreadHook, ThreadRole};
+use crate::transport::{Acceptor, Address, Dialer, Listener, Plaintext};
+use afterimage_protocol::layout::PageRange;
+use afterimage_protocol::session::{Book, NotNow, SourceConfig, SourceSession};
+pub use afterimage_protocol::session::{SourceOwnership, SourceRecord};
+use afterimage_protocol::wire::{Capabilities, Channel, SessionKind};
+pub use afterimage_protocol::wire::{Incarnation, SessionId};
+use driver::{Call, Driver, Input};
+use mio::Poll;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// A named piece of device state; what is in it is the VMM's affair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateSection {
+    /// Its name, 1 to 255 bytes.
+    pub name: String,
+    /// Its version.
+    pub version: u32,
+    /// Its content.
+    pub bytes: Vec<u8>,
+}
+
+/// Makes a source's ownership record durable; called on the session thread, which waits.
+pub struct SourceLedger(pub(crate) Record<SourceRecord>);
+
+/// A callback that makes a record durable.
+pub(crate) type Record<R> = Box<dyn FnMut(&R) -> io::Result<()> + Send>;
+
+impl SourceLedger {
+    /// A ledger that calls `function`, which must return only when the record would survive
+    /// a power failure.
+    pub fn new(function: impl FnMut(&SourceRecord) -> io::Result<()> + Send + 'static) -> Self {
+        Self(Box::new(function))
+    }
+
+    /// Remembers nothing. For a source whose process takes the guest with it when it dies:
+    /// a guest in private memory that has not been given away ends with the process, and
+    /// one that has been must not be started from the same image again by anybody.
+    #[must_use]
+    pub fn volatile() -> Self {
+        Self::new(|_| Ok(()))
+    }
+}
+
+impl std::fmt::Debug for SourceLedger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SourceLedger")
+    }
+}
+
+/// How a source serves.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct SourceOptions {
+    /// Background streams, 1 to 16.
+    pub streams: u16,
+    /// How long a thread that answers requests polls before it blocks; zero never polls.
+    pub polling: Duration,
+    /// How often a side that has nothing to say says so.
+    pub heartbeat: Duration,
+    /// How long a side may be silent before its connection is taken for dead.
+    pub silence: Duration,
+    /// Whether frames carry checksums, if the destination can do it too.
+    pub checksums: Checksums,
+    /// Whether memory may travel unencrypted beyond this machine.
+    pub plaintext: Plaintext,
+    /// What to continue after a restart; a new session with a random id otherwise.
+    pub record: SourceRecord,
+    /// Where the ownership record goes.
+    pub ledger: SourceLedger,
+    /// Called on every thread of the engine.
+    pub threads: ThreadHook,
+}
+
+/// Whether frames carry a CRC-32C.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Checksums {
+    /// TCP's own must do.
+    #[default]
+    Off,
+    /// On every frame, verified before a page is complete.
+    On,
+}
+
+impl Default for SourceOptions {
+    fn default() -> Self {
+        Self {
+            streams: 1,
+            polling: Duration::from_micros(50),
+            heartbeat: Duration::from_millis(200),
+            silence: Duration::from_secs(1),
+            checksums: Checksums::Off,
+            plaintext: Plaintext::LoopbackOnly,
+            record: SourceRecord::new(SessionId(crate::sys::random_id())),
+            ledger: SourceLedger::volatile(),
+            threads: ThreadHook::default(),
+        }
+    }
+}
+
+impl SourceOptions {
+    pub(crate) fn capabilities(&self) -> Capabilities {
+        match self.checksums {
+            Checksums::Off => Capabilities::default(),
+            Checksums::On => Capabilities::CHECKSUMS,
+        }
+    }
+
+    /// The data channels of a session.
+    pub(crate) fn channels(&self) -> impl Iterator<Item = Channel> + use<> {
+        std::iter::once(Channel::Request(0)).chain((0..self.streams).map(Channel::Background))
+    }
+
+    fn config(&self, kind: SessionKind, memory: &SourceMemory) -> SourceConfig {
+        SourceConfig {
+            kind,
+            layout: memory.layout().clone(),
+            streams: self.streams,
+            shards: 1,
+            heartbeat: self.heartbeat,
+            silence: self.silence,
+            capabilities: self.capabilities(),
+        }
+    }
+
+    fn check(&self) -> Result<(), StartError> {
+        if !(1..=16).contains(&self.streams) {
+            return Err(StartError::Streams { streams: self.streams });
+        }
+        if self.heartbeat.as_millis() == 0 || self.silence <= self.heartbeat {
+            return Err(StartError::Heartbeat { heartbeat: self.heartbeat, silence: self.silence });
+        }
+        Ok(())
+    }
+}
+
+/// Why a session could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// A number of background streams that is not allowed.
+    #[error("{streams} background streams: 1 to 16 are allowed")]
+    Streams {
+        /// How many were asked for.
+        streams: u16,
+    },
+    /// Times that cannot work.
+    #[error(
+        "a heartbeat each {heartbeat:?} and death after {silence:?} of silence: the heartbeat must \
+         be at least 1 ms and the silence longer"
+    )]
+    Heartbeat {
+        /// Between heartbeats.
+        heartbeat: Duration,
+        /// Until death.
+        silence: Duration,
+    },
+    /// The system refuses something.
+    #[error("could not start the session")]
+    Io(#[from] io::Error),
+}
+
+/// What happens to a source, as told to the VMM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SourceEvent {
+    /// A destination is connected and has been accepted.
+    Attached(Incarnation),
+    /// The connection is gone; nothing is lost, and it is made again.
+    Disconnected,
+    /// The destination has restored the device state.
+    Ready,
+    /// The guest was given away: from here this side may not run it.
+    Given,
+    /// The destination runs the guest.
+    Running,
+    /// The guest is this side's again, for good.
+    Reclaimed,
+    /// The destination runs the guest already and keeps it.
+    ReclaimDenied,
+    /// Everything has arrived; the session is over.
+    Finished,
+    /// The ownership record could not be made durable; what needed it did not happen, and
+    /// is tried again with the next connection.
+    PersistFailed,
+}
+
+/// A call that could not be carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CallError {
+    /// Not in this state of the session.
+    #[error(transparent)]
+    NotNow(#[from] NotNow),
+    /// The session's thread has ended.
+    #[error("the session has been shut down")]
+    ShutDown,
+}
+
+/// Where a session's connections come from.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Endpoint {
+    /// The other side connects here.
+    Listen(Listener),
+    /// This side connects there, again and again until the session is over.
+    Connect(Address),
+}
+
+impl Endpoint {
+    pub(crate) fn line<T: Send + 'static>(
+        self,
+        outlet: &Outlet<T>,
+        plaintext: Plaintext,
+        hook: &ThreadHook,
+        accepted: impl Fn(crate::transport::Accepted) -> T + Send + 'static,
+        dialed: impl Fn(crate::transport::Dialed) -> T + Send + 'static,
+    ) -> io::Result<Line> {
+        let outlet = outlet.clone();
+        Ok(match self {
+            Self::Listen(listener) => {
+                let acceptor = Acceptor::start(listener, hook, forward(outlet, accepted))?;
+                Line::Listens { _acceptor: acceptor }
+            }
+            Self::Connect(address) => {
+                let deliver = move |outcome| {
+                    outlet.send(dialed(outcome));
+                };
+                Line::Dials(Dialer::start(address, plaintext, hook, deliver)?)
+            }
+        })
+    }
+}
+
+/// What the session thread and the handle share.
+#[derive(Debug, Default)]
+pub(crate) struct SourceShared {
+    pub(crate) counters: Arc<SourceCounters>,
+    book: Mutex<Option<Arc<Book<LazyWords>>>>,
+}
+
+impl SourceShared {
+    fn book(&self) -> Option<Arc<Book<LazyWords>>> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_book(&self, book: Arc<Book<LazyWords>>) {
+        *self.book.lock().unwrap_or_else(PoisonError::into_inner) = Some(book);
+    }
+
+    fn acknowledge(&self, pages: PageRange) {
+        if let Some(book) = self.book() {
+            book.acknowledge(pages);
+        }
+    }
+
+    fn stats(&self) -> SourceStats {
+        let counters = &self.counters;
+        let book = self.book();
+        let of = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        SourceStats {
+            pages_total: book.as_ref().map_or(0, |book| book.pages()),
+            pages_acknowledged: book.as_ref().map_or(0, |book| book.acked_pages()),
+            pages_requested: of(&counters.requested),
+            pages_background: of(&counters.background),
+            pages_zero: of(&counters.zero),
+            frames_stale: of(&counters.stale),
+            recoveries: of(&counters.recoveries),
+        }
+    }
+}
+
+/// A source of one migration.
+///
+/// Its threads serve until the session is over or the handle is dropped. Dropping it before
+/// the destination has everything cuts the destination off: a guest that runs there waits in
+/// its next fault until a source serves the same session again.
+///
+/// All methods may be called from any thread.
+#[derive(Debug)]
+pub struct Source {
+    outlet: Outlet<Input>,
+    shared: Arc<SourceShared>,
+    session: SessionId,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Source {
+    /// Starts serving `memory` in a migration session. Nothing is sent before
+    /// [`switch_over`](Self::switch_over), but connections are made and checked, so that the
+    /// switch itself is short.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn start(
+        memory: Arc<SourceMemory>,
+        endpoint: Endpoint,
+        options: SourceOptions,
+    ) -> Result<(Self, Events<SourceEvent>), StartError> {
+        options.check()?;
+        let poll = Poll::new()?;
+        let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
+        let line = endpoint.line(
+            &outlet,
+            options.plaintext,
+            &options.threads,
+            Input::Accepted,
+            Input::Dialed,
+        )?;
+        Ok(Self::run(
+            memory,
+            SessionKind::Migration,
+            SessionLink::new(poll, line),
+            inbox,
+            outlet,
+            options,
+        )?)
+    }
+
+    /// A session thread on a link that is there.
+    fn run(
+        memory: Arc<SourceMemory>,
+        kind: SessionKind,
+        link: SessionLink,
+        inbox: Inbox<Input>,
+        outlet: Outlet<Input>,
+        options: SourceOptions,
+    ) -> io::Result<(Self, Events<SourceEvent>)> {
+        let (sender, events) = events::channel()?;
+        let shared = Arc::new(SourceShared::default());
+        let session = SourceSession::new(options.config(kind, &memory), options.record);
+        let id = options.record.session;
+        let hook = options.threads.clone();
+        let driver = Driver::new(
+            session,
+            link,
+            inbox,
+            outlet.clone(),
+            memory,
+            options,
+            Arc::clone(&shared),
+            sender,
+        );
+        let thread = threads::spawn(&hook, ThreadRole::Control, 0, move || driver.run())?;
+        Ok((Self { outlet, shared, session: id, thread: Some(thread) }, events))
+    }
+
+    /// The session's id.
+    #[must_use]
+    pub const fn session(&self) -> SessionId {
+        self.session
+    }
+
+    /// The vCPUs are stopped: sends device state and begins to send memory. From here the
+    /// guest may run on this side again only after [`SourceEvent::Reclaimed`].
+    ///
+    /// # Errors
+    /// [`CallError`] if it has been called before, or the session is over.
+    pub fn switch_over(&self, state: Vec<StateSection>) -> Result<(), CallError> {
+        self.call(Call::SwitchOver(state))
+    }
+
+    /// Asks for the guest back. Before it was given away this takes effect at once and ends
+    /// the migration; afterwards the destination must agree, which
+    /// [`SourceEvent::Reclaimed`] or [`SourceEvent::ReclaimDenied`] tells when it is
+    /// connected.
+    ///
+    /// # Errors
+    /// [`CallError`] if the destination is known to run the guest, or the session is over.
+    pub fn reclaim(&self) -> Result<(), CallError> {
+        self.call(Call::Reclaim)
+    }
+
+    /// Takes the guest back from a destination that is dead for sure, and refuses it for ever.
+    /// If it is not dead there will be two guests.
+    ///
+    /// # Errors
+    /// [`CallError`] if the session is over.
+    pub fn fence(&self) -> Result<(), CallError> {
+        self.call(Call::Fence)
+    }
+
+    /// What has been done so far.
+    #[must_use]
+    pub fn stats(&self) -> SourceStats {
+        self.shared.stats()
+    }
+
+    fn call(&self, call: Call) -> Result<(), CallError> {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        if !self.outlet.send(Input::Call(call, reply)) {
+            return Err(CallError::ShutDown);
+        }
+        Ok(answer.recv().map_err(|_| CallError::ShutDown)??)
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.outlet.send(Input::Stop);
+        if let Some(thread) = self.thread.take() {
+            threads::join(thread);
+        }
+    }
+}

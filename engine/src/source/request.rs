@@ -1,0 +1,152 @@
+//! Answering page requests. The latency of a fault hangs on this thread.
+
+use super::serving::{Serving, Underway};
+use crate::polling::{AdaptivePolling, Idle};
+use crate::sys::mapping::{RawRun, is_zero};
+use crate::sys::socket::{Piece, Wait};
+use crate::transport::Stream;
+use afterimage_protocol::layout::{PageNumber, PageRange};
+use afterimage_protocol::wire::{DataFrame, Generation, HEADER_BYTES, Header};
+use std::io;
+use std::sync::atomic::Ordering;
+
+/// Requests read in one call.
+const BATCH: usize = 64;
+
+/// One request channel.
+pub(super) struct Responder<'s> {
+    serving: &'s Serving,
+    stream: Stream,
+    generation: Generation,
+    underway: Underway,
+    polling: AdaptivePolling,
+    buffer: Vec<u8>,
+    filled: usize,
+}
+
+impl<'s> Responder<'s> {
+    pub(super) fn new(
+        serving: &'s Serving,
+        stream: Stream,
+        generation: Generation,
+        underway: Underway,
+    ) -> Self {
+        Self {
+            polling: AdaptivePolling::new(serving.polling),
+            buffer: vec![0; BATCH * HEADER_BYTES],
+            filled: 0,
+            serving,
+            stream,
+            generation,
+            underway,
+        }
+    }
+
+    /// Answers until the connection ends.
+    pub(super) fn run(mut self) -> io::Result<()> {
+        loop {
+            self.read()?;
+            let whole = self.filled / HEADER_BYTES;
+            if whole == 0 {
+                continue;
+            }
+            // Answers to requests that came before the switchover wait for it.
+            if !self.serving.wait_final() {
+                return Ok(());
+            }
+            self.serving.urgent.fetch_add(1, Ordering::AcqRel);
+            let answered = self.answer(whole);
+            self.serving.urgent.fetch_sub(1, Ordering::AcqRel);
+            answered?;
+            self.buffer.copy_within(whole * HEADER_BYTES..self.filled, 0);
+            self.filled -= whole * HEADER_BYTES;
+        }
+    }
+
+    fn read(&mut self) -> io::Result<()> {
+        let mut wait = Wait::Never;
+        loop {
+            match self.stream.receive(&mut self.buffer[self.filled..], wait) {
+                Ok(got) => {
+                    self.filled += got;
+                    self.polling.busy();
+                    return Ok(());
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+            match self.polling.idle() {
+                Idle::Poll => std::thread::yield_now(),
+                Idle::Block => wait = Wait::Block,
+            }
+        }
+    }
+
+    fn answer(&mut self, requests: usize) -> io::Result<()> {
+        for index in 0..requests {
+            let bytes = &self.buffer[index * HEADER_BYTES..][..HEADER_BYTES];
+            let header = Header::from_bytes(bytes.try_into().expect("a whole header"));
+            if self.serving.checksums {
+                header.verify([]).map_err(io::Error::other)?;
+            }
+            let stamp = self.serving.stamp(self.generation);
+            if !stamp.admits(header.stamp()).map_err(io::Error::other)? {
+                self.serving.counters.stale.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            let frame = DataFrame::parse(&header, &self.serving.layout, "request")
+                .map_err(io::Error::other)?;
+            let DataFrame::Request(pages) = frame else {
+                return Err(io::Error::other("a destination may only send requests"));
+            };
+            for page in pages.iter() {
+                self.answer_page(page)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer_page(&self, page: PageNumber) -> io::Result<()> {
+        let serving = self.serving;
+        let pages = PageRange::one(page);
+        // A request that crossed with the page's arrival.
+        if !serving.book.take_urgent(page) {
+            return Ok(());
+        }
+        serving.counters.requested.fetch_add(1, Ordering::Relaxed);
+        self.underway.push(pages);
+        serving.hint.store(page.0 + 1, Ordering::Relaxed);
+        let run = serving.layout.split(pages).next().expect("checked by parse");
+        let memory = &serving.memory;
+        if memory.next_data(run.region, run.offset, run.offset + run.length).is_none() {
+            return self.send(DataFrame::Zero(pages), None);
+        }
+        if !memory.is_readable(run.region, run.offset, run.length) {
+            tracing::error!(page = page.0, "the source's memory cannot be read here");
+            return self.send(DataFrame::Unreadable(pages), None);
+        }
+        let content = memory.run(run.region, run.offset, run.length);
+        // SAFETY: readable as was just tested, and page-aligned.
+        if unsafe { is_zero(content) } {
+            return self.send(DataFrame::Zero(pages), None);
+        }
+        self.send(DataFrame::Content(pages, run.length as u32), Some(content))
+    }
+
+    fn send(&self, frame: DataFrame, content: Option<RawRun>) -> io::Result<()> {
+        let mut header = frame.header(self.serving.stamp(self.generation));
+        if self.serving.checksums {
+            // SAFETY: memory is final and was tested to be readable.
+            let bytes = content.map_or(&[][..], |run| unsafe { run.bytes() });
+            header = header.sealed([bytes]);
+        }
+        let mut pieces = [Piece::bytes(header.bytes()), Piece::bytes(&[])];
+        let mut count = 1;
+        if let Some(run) = content {
+            pieces[1] = Piece::memory(run);
+            count = 2;
+        }
+        // SAFETY: the header lives here; memory was tested to be readable.
+        unsafe { self.stream.send_pieces(&mut pieces[..count]) }
+    }
+}

@@ -1,0 +1,172 @@
+//! What the threads of a source share while they serve one connection of a session.
+
+use super::memory::SourceMemory;
+use crate::inbox::Outlet;
+use crate::source::driver::Input;
+use crate::stats::SourceCounters;
+use crate::sys::words::LazyWords;
+use afterimage_protocol::layout::{GuestLayout, PageRange};
+use afterimage_protocol::session::{Book, InFlight};
+use afterimage_protocol::wire::{Channel, Epoch, Generation, Stamp};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// No page was asked for since the last look.
+pub(super) const NO_HINT: u64 = u64::MAX;
+
+/// One epoch of one destination.
+#[derive(Debug)]
+pub(super) struct Serving {
+    pub(super) memory: Arc<SourceMemory>,
+    /// In the destination's page sizes.
+    pub(super) layout: GuestLayout,
+    pub(super) book: Arc<Book<LazyWords>>,
+    pub(super) epoch: Epoch,
+    pub(super) checksums: bool,
+    pub(super) polling: Duration,
+    pub(super) counters: Arc<SourceCounters>,
+    pub(super) driver: Outlet<Input>,
+    /// Requests that have been read and not answered: background stands back.
+    pub(super) urgent: AtomicU32,
+    /// The page after the last one asked for, where background goes next.
+    pub(super) hint: AtomicU64,
+    pub(super) signal: Signal,
+    closing: AtomicBool,
+}
+
+/// Things that threads wait for: memory to become final, pages to be handed out again, acks
+/// that make room, the end.
+#[derive(Debug, Default)]
+pub(super) struct Signal {
+    state: Mutex<SignalState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct SignalState {
+    is_final: bool,
+    /// Grows with each reason to look again.
+    changes: u64,
+}
+
+impl Signal {
+    fn lock(&self) -> MutexGuard<'_, SignalState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory is final: pages may be sent.
+    pub(super) fn memory_is_final(&self) {
+        self.lock().is_final = true;
+        self.changed.notify_all();
+    }
+
+    /// Whoever waits shall look again.
+    pub(super) fn look_again(&self) {
+        self.lock().changes += 1;
+        self.changed.notify_all();
+    }
+
+    /// How often there was a reason to look again.
+    pub(super) fn changes(&self) -> u64 {
+        self.lock().changes
+    }
+}
+
+impl Serving {
+    pub(super) fn new(
+        memory: Arc<SourceMemory>,
+        layout: GuestLayout,
+        book: Arc<Book<LazyWords>>,
+        epoch: Epoch,
+        options: ServingOptions,
+        counters: Arc<SourceCounters>,
+        driver: Outlet<Input>,
+    ) -> Self {
+        Self {
+            memory,
+            layout,
+            book,
+            epoch,
+            checksums: options.checksums,
+            polling: options.polling,
+            counters,
+            driver,
+            urgent: AtomicU32::new(0),
+            hint: AtomicU64::new(NO_HINT),
+            signal: Signal::default(),
+            closing: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn stamp(&self, generation: Generation) -> Stamp {
+        Stamp { epoch: self.epoch, generation }
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    /// Everybody stops at the next look.
+    pub(super) fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+        self.signal.look_again();
+    }
+
+    /// Waits until memory is final; `false` if it is time to stop instead.
+    pub(super) fn wait_final(&self) -> bool {
+        let mut state = self.signal.lock();
+        while !state.is_final && !self.is_closing() {
+            state = self.signal.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        !self.is_closing()
+    }
+
+    /// Waits until there is a reason to look again since `seen` was read.
+    pub(super) fn wait_change(&self, seen: u64) {
+        let mut state = self.signal.lock();
+        while state.changes == seen && !self.is_closing() {
+            state = self.signal.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// A data channel is at its end.
+    pub(super) fn ended(&self, channel: Channel, generation: Generation) {
+        let stamp = self.stamp(generation);
+        self.driver.send(Input::DataEnded { channel, stamp });
+    }
+}
+
+/// How to serve.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ServingOptions {
+    pub(super) checksums: bool,
+    pub(super) polling: Duration,
+}
+
+/// What one channel has under way, shared with the driver, which settles and requeues it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Underway(Arc<Mutex<InFlight>>);
+
+impl Underway {
+    fn lock(&self) -> MutexGuard<'_, InFlight> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These pages are about to be sent.
+    pub(super) fn push(&self, pages: PageRange) {
+        self.lock().push(pages);
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.lock().is_full()
+    }
+
+    pub(super) fn settle(&self, book: &Book<LazyWords>) {
+        self.lock().settle(book);
+    }
+
+    pub(super) fn requeue(&self, book: &Book<LazyWords>) {
+        self.lock().requeue(book);
+    }
+}

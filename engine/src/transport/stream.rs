@@ -1,0 +1,146 @@
+//! One connected socket. It blocks; calls that shall not wait say so.
+
+use crate::sys::mapping::RawRun;
+use crate::sys::socket::{self, Piece, Wait};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Unsent bytes that a background socket may hold: what is in there cannot be overtaken.
+const NOT_SENT_LOW_WATER: i32 = 128 << 10;
+/// Socket buffers of a background connection.
+const BACKGROUND_BUFFER: i32 = 4 << 20;
+
+/// A connected socket; clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Stream {
+    fd: Arc<OwnedFd>,
+    is_tcp: bool,
+}
+
+impl Stream {
+    /// A connected socket. TCP gets `TCP_NODELAY`.
+    pub(crate) fn new(fd: OwnedFd, is_tcp: bool) -> io::Result<Self> {
+        let stream = Self { fd: Arc::new(fd), is_tcp };
+        if is_tcp {
+            socket::set_option(stream.as_fd(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
+        }
+        Ok(stream)
+    }
+
+    /// Large buffers, little of it unsent.
+    pub(crate) fn prepare_background(&self) -> io::Result<()> {
+        let fd = self.as_fd();
+        socket::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, BACKGROUND_BUFFER)?;
+        if self.is_tcp {
+            let (level, name) = (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT);
+            socket::set_option(fd, level, name, NOT_SENT_LOW_WATER)?;
+        } else {
+            // Everything a Unix socket holds is at the receiver already.
+            socket::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, NOT_SENT_LOW_WATER * 2)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the connection for every clone: calls that wait return.
+    pub(crate) fn shut_down(&self) {
+        use std::os::fd::AsRawFd;
+        // Fails if the peer was first, which is as good.
+        let _ = nix::sys::socket::shutdown(self.fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+    }
+
+    /// Receives some bytes; the end of the stream is an error.
+    pub(crate) fn receive(&self, into: &mut [u8], wait: Wait) -> io::Result<usize> {
+        not_the_end(socket::receive(self.as_fd(), into, wait)?)
+    }
+
+    /// Fills `into`, waiting as long as it takes.
+    pub(crate) fn receive_exact(&self, into: &mut [u8]) -> io::Result<()> {
+        let mut got = 0;
+        while got < into.len() {
+            got += self.receive(&mut into[got..], Wait::Block)?;
+        }
+        Ok(())
+    }
+
+    /// Fills a run of memory, waiting as long as it takes.
+    ///
+    /// # Safety
+    /// The run must be mapped writable, and nobody else may use its bytes during the call.
+    pub(crate) unsafe fn receive_run(&self, run: RawRun) -> io::Result<()> {
+        let mut got = 0;
+        while got < run.length {
+            let rest = RawRun { start: run.start.wrapping_add(got), length: run.length - got };
+            // SAFETY: the caller's promise.
+            got += not_the_end(unsafe { socket::receive_raw(self.as_fd(), rest, Wait::Block) }?)?;
+        }
+        Ok(())
+    }
+
+    /// Receives and drops bytes.
+    pub(crate) fn skip(&self, mut bytes: u64) -> io::Result<()> {
+        let mut bin = [0; 16 << 10];
+        while bytes > 0 {
+            let most = bin.len().min(bytes as usize);
+            bytes -= self.receive(&mut bin[..most], Wait::Block)? as u64;
+        }
+        Ok(())
+    }
+
+    /// Fills `into`, but only until `deadline`.
+    pub(crate) fn receive_until(&self, into: &mut [u8], deadline: Instant) -> io::Result<()> {
+        let mut got = 0;
+        while got < into.len() {
+            self.wait_readable(deadline.saturating_duration_since(Instant::now()))?;
+            match self.receive(&mut into[got..], Wait::Never) {
+                Ok(bytes) => got += bytes,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn wait_readable(&self, timeout: Duration) -> io::Result<()> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let millis = timeout.as_millis().min(60_000) as u16;
+        if millis == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(millis))?;
+        Ok(())
+    }
+
+    /// Sends all bytes, waiting as long as it takes.
+    pub(crate) fn send_all(&self, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: `bytes` is borrowed through the call.
+        unsafe { socket::send_all(self.as_fd(), &mut [Piece::bytes(bytes)]) }
+    }
+
+    /// Sends what goes without waiting.
+    pub(crate) fn send_some(&self, bytes: &[u8]) -> io::Result<usize> {
+        // SAFETY: `bytes` is borrowed through the call.
+        unsafe { socket::send(self.as_fd(), &[Piece::bytes(bytes)], Wait::Never) }
+    }
+
+    /// Sends all pieces in as few calls as the kernel allows. `pieces` is used up.
+    ///
+    /// # Safety
+    /// Every piece must be readable during the call.
+    pub(crate) unsafe fn send_pieces(&self, pieces: &mut [Piece]) -> io::Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { socket::send_all(self.as_fd(), pieces) }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn not_the_end(bytes: usize) -> io::Result<usize> {
+    if bytes == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(bytes) }
+}

@@ -1,0 +1,3 @@
+//! Simulates sessions from seeds.
+
+fn main() {}

@@ -1,0 +1,88 @@
+//! What a test needs of the machine: asked for here, and skipped aloud if missing.
+//!
+//! Invariant: nothing is skipped silently. A missing thing prints `skipped: …`; if
+//! the environment variable `AFTERIMAGE_REQUIRE` (comma-separated names) names it,
+//! its absence is a panic instead, so that a machine that should run all tests does.
+
+use std::env;
+use std::fmt::Display;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+
+use crate::ram::HugePages;
+
+/// The environment variable that turns skips into failures.
+pub const VARIABLE: &str = "AFTERIMAGE_REQUIRE";
+
+/// Whether `/dev/kvm` can be opened. Name: `kvm`.
+///
+/// # Panics
+/// If it cannot and `AFTERIMAGE_REQUIRE` names `kvm`.
+#[must_use]
+pub fn kvm() -> bool {
+    let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    or_skip("kvm", opened).is_some()
+}
+
+/// Reserves `pages` huge pages of 2 MiB until the result is dropped. Name: `hugetlb`.
+///
+/// # Panics
+/// If they cannot be had and `AFTERIMAGE_REQUIRE` names `hugetlb`.
+#[must_use]
+pub fn hugetlb(pages: u64) -> Option<HugePages> {
+    or_skip("hugetlb", HugePages::reserve(pages))
+}
+
+/// Whether userfaultfd that serves faults from kernel context can be had, by right
+/// or through `/dev/userfaultfd`. Name: `userfaultfd`.
+///
+/// # Panics
+/// If it cannot and `AFTERIMAGE_REQUIRE` names `userfaultfd`.
+#[must_use]
+pub fn userfaultfd() -> bool {
+    // SAFETY: the call takes flags only and returns a new descriptor or an error.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    if let Ok(fd @ 0..) = i32::try_from(fd) {
+        // SAFETY: the descriptor is ours and used nowhere else.
+        unsafe { libc::close(fd) };
+        return true;
+    }
+    let opened = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd");
+    or_skip("userfaultfd", opened).is_some()
+}
+
+/// Passes a success on; prints the failure as a skip, or panics if `name` is required.
+///
+/// # Panics
+/// If it is a failure and `AFTERIMAGE_REQUIRE` names `name`.
+pub fn or_skip<T, E: Display>(name: &str, result: Result<T, E>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(error) if is_required(name, &env::var(VARIABLE).unwrap_or_default()) => {
+            panic!("{VARIABLE} names {name}, which this machine lacks: {error}")
+        }
+        Err(error) => {
+            // Not by a macro: what those print, the test harness hides. If even standard
+            // error is closed, there is nobody to tell.
+            let _ = writeln!(io::stderr(), "skipped: needs {name}: {error}");
+            None
+        }
+    }
+}
+
+fn is_required(name: &str, list: &str) -> bool {
+    list.split(',').any(|part| part.trim() == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_required;
+
+    #[test]
+    fn requirements_are_whole_names_of_a_list() {
+        assert!(is_required("kvm", "kvm"));
+        assert!(is_required("hugetlb", "kvm, hugetlb"));
+        assert!(!is_required("kvm", "kvm2,xkvm"));
+        assert!(!is_required("kvm", ""));
+    }
+}
