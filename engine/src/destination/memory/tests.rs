@@ -73,13 +73,13 @@ fn memory_of_another_process_is_filled() {
     }
     let Some(_) = testing::userfaultfd(Features::default()) else { return };
     let child = Child::start(TEST);
-    for case in 0..CASES.len() {
+    for case in CASES {
         let (words, descriptors) = receive(&child.socket);
         match words.as_slice() {
-            &[address, length] => fill_guest(case, &child.socket, address, length, descriptors),
-            _ => {
-                testing::skip("hugetlb", format_args!("the other process has no {:?}", CASES[case]))
+            &[address, length] => {
+                fill_guest(case, &child.socket, address, length, descriptors);
             }
+            _ => testing::skip("hugetlb", format_args!("the other process has no {case:?}")),
         }
     }
     assert!(child.end(), "the guest found something wrong");
@@ -133,13 +133,12 @@ fn run_guest(socket: &UnixStream) {
 
 /// This process: pages 0 and 1 come by themselves, 2 and 5 when asked for; 3 is zero.
 fn fill_guest(
-    case: usize,
+    (kind, with_file): (Kind, bool),
     socket: &UnixStream,
     address: u64,
     length: u64,
     mut descriptors: Vec<OwnedFd>,
 ) {
-    let (kind, with_file) = CASES[case];
     let page_bytes = kind.page_bytes();
     let uffd = descriptors.remove(0);
     let file = with_file.then(|| (descriptors.remove(0), 0));
@@ -168,31 +167,34 @@ fn fill_guest(
     send(socket, &[1], &[]);
     let (mut faults, mut due) = (Vec::new(), Vec::new());
     socket.set_nonblocking(true).unwrap();
-    testing::await_that(&format!("the guest has seen its pages, {:?}", CASES[case]), || {
-        pages.read_events(&mut EventBuffer::new(4), &mut faults).unwrap();
-        faults.retain(|&fault| match pages.answer(fault) {
-            FaultAnswer::Answered => false,
-            FaultAnswer::EventPending => true,
-            FaultAnswer::Ask => {
-                due.push(fault.page);
-                false
-            }
-            FaultAnswer::BeingWritten => panic!("nobody is writing"),
-        });
-        due.retain(|&page: &PageNumber| {
-            pages.urgent(page, &content(page.0)).unwrap() == Urgent::EventPending
-        });
-        let mut byte = [0; 8];
-        nix::sys::socket::recv(
-            std::os::fd::AsRawFd::as_raw_fd(socket),
-            &mut byte,
-            nix::sys::socket::MsgFlags::empty(),
-        )
-        .is_ok_and(|received| {
-            assert_eq!((received, byte[0]), (8, 2), "the guest has ended");
-            true
-        })
-    });
+    testing::await_that(
+        &format!("the guest has seen its pages, {kind:?}, file: {with_file}"),
+        || {
+            pages.read_events(&mut EventBuffer::new(4), &mut faults).unwrap();
+            faults.retain(|&fault| match pages.answer(fault) {
+                FaultAnswer::Answered => false,
+                FaultAnswer::EventPending => true,
+                FaultAnswer::Ask => {
+                    due.push(fault.page);
+                    false
+                }
+                FaultAnswer::BeingWritten => panic!("nobody is writing"),
+            });
+            due.retain(|&page: &PageNumber| {
+                pages.urgent(page, &content(page.0)).unwrap() == Urgent::EventPending
+            });
+            let mut byte = [0; 8];
+            nix::sys::socket::recv(
+                std::os::fd::AsRawFd::as_raw_fd(socket),
+                &mut byte,
+                nix::sys::socket::MsgFlags::empty(),
+            )
+            .is_ok_and(|received| {
+                assert_eq!((received, byte[0]), (8, 2), "the guest has ended");
+                true
+            })
+        },
+    );
     socket.set_nonblocking(false).unwrap();
     assert_eq!(pages.remaining(), 0);
     pages.memory().unregister();

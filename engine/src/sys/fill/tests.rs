@@ -6,6 +6,7 @@ use crate::sys::testing::{self, Area, Child, Kind};
 use crate::sys::uffd::Features;
 use afterimage_protocol::layout::RegisteredAddress;
 use nix::errno::Errno;
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
 use std::sync::atomic::Ordering;
 use userfaultfd::{Event, RegisterMode, Uffd};
 
@@ -218,7 +219,6 @@ fn content_that_cannot_be_read_is_the_callers_failure() {
 fn a_process_that_has_ended_is_told_from_memory_that_is_not_registered() {
     if let Some(socket) = testing::child_socket() {
         let Some(memory) = Registered::new(Kind::Anonymous, 4) else { return };
-        use std::os::fd::AsFd;
         testing::send(&socket, &[memory.area.address()], &[memory.uffd.as_fd()]);
         // Until the other end is closed.
         assert_eq!(testing::receive(&socket).0, []);
@@ -229,7 +229,6 @@ fn a_process_that_has_ended_is_told_from_memory_that_is_not_registered() {
         "sys::fill::tests::a_process_that_has_ended_is_told_from_memory_that_is_not_registered",
     );
     let (words, mut descriptors) = testing::receive(&child.socket);
-    use std::os::fd::{FromRawFd, IntoRawFd};
     // SAFETY: the child has just handed over a userfaultfd; ownership moves.
     let uffd = unsafe { Uffd::from_raw_fd(descriptors.remove(0).into_raw_fd()) };
     let start = RegisteredAddress(words[0]);

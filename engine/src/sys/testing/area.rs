@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -221,7 +221,6 @@ fn tmpfs_huge(length: u64) -> io::Result<File> {
     .join()
     .expect("mounting does not panic")?;
     file.set_len(length)?;
-    use std::os::unix::fs::FileExt;
     file.write_all_at(&[0], 5 * 4096)?;
     if file.metadata()?.blocks() * 512 < ALIGNMENT.min(length) {
         return Err(io::Error::other("it has no huge pages"));

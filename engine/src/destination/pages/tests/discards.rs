@@ -130,17 +130,17 @@ fn a_discard_waits_for_a_copy_that_has_looked() {
         for urgent in [true, false] {
             let Some(guest) = Guest::new(Kind::Anonymous, 4, way.notice()) else { return };
             let (sender, discarded) = channel();
-            let (told, copied) = channel();
-            let (copier, other) = (guest.clone(), guest.clone());
+            let (tell, copied) = channel();
+            let (placing, discarding) = (guest.clone(), guest.clone());
             std::thread::spawn(move || {
-                at(Place::Looked, move || discard_meanwhile(other, way, sender));
+                at(Place::Looked, move || discard_meanwhile(discarding, way, sender));
                 if urgent {
                     // With events, the kernel may refuse first.
-                    while copier.urgent(1, 7) == Urgent::EventPending {}
+                    while placing.urgent(1, 7) == Urgent::EventPending {}
                 } else {
-                    copier.bring(1, 1, 7);
+                    placing.bring(1, 1, 7);
                 }
-                told.send(()).unwrap();
+                tell.send(()).unwrap();
             });
             testing::await_message(&copied, "the copy");
             testing::await_message(&discarded, "the discard");

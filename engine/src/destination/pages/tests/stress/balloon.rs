@@ -10,7 +10,7 @@ enum Means {
     Call,
     /// Advice that frees the pages whatever they are.
     Advice,
-    /// MADV_DONTNEED on shared memory: gone if they have not arrived, else kept.
+    /// `MADV_DONTNEED` on shared memory: gone if they have not arrived, else kept.
     AdviceThatKeeps,
 }
 

@@ -109,7 +109,7 @@ impl World {
         let pages = guest.pages.layout().page_count();
         Arc::new(Self {
             truth: (0..pages).map(|_| truth()).collect(),
-            at: (0..MUTATORS + 1).map(|_| AtomicU64::new(u64::MAX)).collect(),
+            at: (0..=MUTATORS).map(|_| AtomicU64::new(u64::MAX)).collect(),
             stop: AtomicBool::new(false),
             asked: AtomicU64::new(0),
             discarded_in_flight: AtomicU64::new(0),

@@ -8,7 +8,7 @@ fn what_is_discarded_while_it_is_under_way_never_comes_back() {
     let seed = testing::seed();
     println!("AFTERIMAGE_SEED={seed}");
     let mut random = Random(seed);
-    let mut raced = 0;
+    let mut total = 0;
     for kind in Kind::ALL {
         for notice in [DiscardNotice::Called, DiscardNotice::Events] {
             let pages = if kind == Kind::Hugetlb { 24 } else { 4 * 200 };
@@ -22,11 +22,11 @@ fn what_is_discarded_while_it_is_under_way_never_comes_back() {
                     let _ = sender.send(first + each);
                 }
             });
-            raced += serve_until(&guest, &done, pages, seed);
+            total += serve_until(&guest, &done, pages, seed);
             guest.assert_books_balance();
         }
     }
-    println!("{raced} pages raced");
+    println!("{total} pages raced");
 }
 
 /// Answers faults; the pages that were not discarded have all arrived by themselves.
