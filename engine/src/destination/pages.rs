@@ -337,7 +337,8 @@ impl Pages {
     /// Forgets pages that the guest has given up: those that have not arrived are zero from
     /// now on, whatever is still under way. When it returns, no copy of them will be placed
     /// by the engine any more; a page that is being written through its alias this moment is
-    /// emptied by its writer before anybody can see it.
+    /// emptied by its writer before anybody can see it. Whoever frees the pages does so
+    /// afterwards, because until then copies of them may arrive.
     pub(crate) fn discard(&self, pages: PageRange) {
         let mut gate = self.discarding();
         self.discard_locked(pages, &mut gate);
