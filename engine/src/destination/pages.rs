@@ -72,8 +72,10 @@ pub(crate) enum InstallError {
 pub(crate) enum Urgent {
     /// It is in place now.
     Installed,
-    /// The page had arrived by another way, or was discarded; the copy was dropped.
+    /// The page had arrived by another way; the copy was dropped.
     Late,
+    /// The page was discarded while it was being written: it is complete now, and zero.
+    Discarded,
     /// Somebody else is writing it this moment and will wake whoever waits; dropped.
     BeingWritten,
     /// An event must be read first; the caller keeps the copy and tries again.
@@ -200,7 +202,7 @@ impl Pages {
         };
         match outcome {
             Urgent::Installed => self.counters.urgent.fetch_add(1, Ordering::Relaxed),
-            Urgent::Late | Urgent::BeingWritten => {
+            Urgent::Late | Urgent::BeingWritten | Urgent::Discarded => {
                 self.counters.duplicate.fetch_add(1, Ordering::Relaxed)
             }
             Urgent::EventPending => 0,
@@ -245,7 +247,7 @@ impl Pages {
         // SAFETY: the page is claimed by this thread, so nobody else writes its alias.
         unsafe { file.alias.run(run.offset, run.length).write(content) };
         pass(Place::Written);
-        if self.show(run, file) == 0 { Urgent::Installed } else { Urgent::Late }
+        if self.show(run, file) == 0 { Urgent::Installed } else { Urgent::Discarded }
     }
 
     /// Shows a claimed run that has been written through the alias: complete first, then

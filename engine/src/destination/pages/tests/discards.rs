@@ -190,7 +190,7 @@ fn an_urgent_page_that_is_discarded_while_it_is_written_is_zero() {
     for (way, guest) in Guest::each_way(4).filter(|(_, guest)| guest.has_file()) {
         let other = guest.clone();
         at(Place::Written, move || other.give_up(way, 1, 2));
-        assert_eq!(guest.urgent(1, 7), Urgent::Late);
+        assert_eq!(guest.urgent(1, 7), Urgent::Discarded);
         assert_eq!(guest.read_answered(1), (0, 0), "{way:?} {:?}", guest.area.kind);
         assert_eq!(guest.counted(), ([0, 0, 0, 2], 1));
         guest.assert_books_balance();

@@ -74,7 +74,7 @@ impl World {
             let urgent = self.guest.pages.urgent(PageNumber(page), &self.source_page(page));
             match urgent.unwrap() {
                 Urgent::Installed => self.note_placed(page),
-                Urgent::Late | Urgent::BeingWritten => {}
+                Urgent::Late | Urgent::BeingWritten | Urgent::Discarded => {}
                 Urgent::EventPending => {
                     source.answers.push((Instant::now(), page));
                     return;
