@@ -5,7 +5,7 @@ use crate::destination::pages::{FaultAnswer, Pages, Urgent};
 use crate::sys::testing::{self, Area, Child, Kind, receive, send};
 use crate::sys::uffd::{Features, UffdError};
 use afterimage_protocol::layout::{GuestAddress, PageNumber, PageRange, RegisteredAddress};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
@@ -52,6 +52,55 @@ fn memory_of_which_a_part_cannot_be_registered_is_free_again() {
     let again = register(vec![area.region()]).unwrap();
     again.expect("the failure left nothing registered").unregister();
     assert_eq!(area.word(0).load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn the_memory_of_a_forked_child_stays_missing() {
+    const EVENT_FORK: Features = Features(1 << 1);
+    if !nix::unistd::geteuid().is_root() {
+        return testing::skip("ptrace", "events of fork need CAP_SYS_PTRACE");
+    }
+    let Some(uffd) = testing::userfaultfd(EVENT_FORK) else { return };
+    let area = Area::new(Kind::Anonymous, 1).unwrap();
+    uffd.register(area.address() as *mut _, area.length as usize).unwrap();
+    let region = DestinationRegion::handed_over(
+        GuestAddress(0),
+        RegisteredAddress(area.address()),
+        area.length,
+        Kind::Anonymous.page_size(),
+        None,
+    );
+    let descriptor = uffd.as_fd().try_clone_to_owned().unwrap();
+    let memory = DestinationMemory::attach(descriptor, vec![region]).unwrap();
+    let pages = Pages::new(memory).unwrap();
+    let kept = || {
+        let kept = super::KEPT.lock().unwrap();
+        let link = |fd: &OwnedFd| format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let targets = kept.iter().map(|fd| std::fs::read_link(link(fd)));
+        targets.filter(|target| target.as_ref().is_ok_and(|target| is_uffd(target))).count()
+    };
+    let before = kept();
+    let parent = std::thread::spawn(|| {
+        // SAFETY: the child does nothing but end.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: ends the process at once.
+            unsafe { libc::_exit(0) };
+        }
+        nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(child), None).unwrap();
+    });
+    testing::await_that("the fork has been read", || {
+        pages.read_events(&mut EventBuffer::new(4), &mut Vec::new()).unwrap();
+        parent.is_finished()
+    });
+    parent.join().unwrap();
+    // Other tests may have kept some meanwhile, but none lets one go.
+    assert!(kept() > before, "the child's userfaultfd was closed");
+    pages.memory().unregister();
+}
+
+fn is_uffd(target: &std::path::Path) -> bool {
+    target.as_os_str() == "anon_inode:[userfaultfd]"
 }
 
 const TEST: &str = "destination::memory::tests::memory_of_another_process_is_filled";
@@ -185,7 +234,7 @@ fn fill_guest(
             });
             let mut byte = [0; 8];
             nix::sys::socket::recv(
-                std::os::fd::AsRawFd::as_raw_fd(socket),
+                socket.as_raw_fd(),
                 &mut byte,
                 nix::sys::socket::MsgFlags::empty(),
             )

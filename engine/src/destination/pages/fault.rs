@@ -7,7 +7,7 @@ use crate::sys::fill::{Fill, Stopped};
 use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{Backing, PageNumber, PageRange, RegionRun, RegisteredAddress};
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use userfaultfd::{Event, EventBuffer, FaultKind};
 
 /// A fault that somebody waits in.
@@ -75,8 +75,8 @@ impl Pages {
                         // become zeros. A VMM keeps guest memory out of children
                         // (MADV_DONTFORK).
                         tracing::warn!("the VMM forked; guest memory in the child is not served");
-                        // SAFETY: the descriptor is the event's own; its ownership moves.
-                        keep_forever(unsafe { OwnedFd::from_raw_fd(uffd.into_raw_fd()) });
+                        // A duplicate: `into_raw_fd` of userfaultfd 0.9 closes what it returns.
+                        keep_forever(uffd.as_fd().try_clone_to_owned()?);
                     }
                     Event::Remap { from, to, len } => {
                         tracing::error!(?from, ?to, len, "guest memory was moved by mremap");
@@ -171,7 +171,6 @@ fn read_error(error: userfaultfd::Error) -> io::Error {
 /// Whether there is an event to read.
 fn is_readable(uffd: &userfaultfd::Uffd) -> io::Result<bool> {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::AsFd;
     let mut fds = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
     let ready = poll(&mut fds, PollTimeout::ZERO)?;
     let has_failed = fds[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLERR));
