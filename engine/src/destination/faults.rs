@@ -350,7 +350,7 @@ impl FaultThread {
 
     fn place(&mut self, page: PageNumber, content: &[u8]) -> io::Result<()> {
         match self.arrived.pages.urgent(page, content) {
-            Ok(Urgent::Installed) => {
+            Ok(Urgent::Installed | Urgent::Discarded) => {
                 // The page is there and who waited is awake: the rest is bookkeeping.
                 self.waited(page);
                 self.arrived.acknowledge(PageRange::one(page));

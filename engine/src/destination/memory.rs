@@ -216,17 +216,24 @@ impl DestinationMemory {
         // The engine's own zaps come before registration: nobody reads events yet.
         memory.empty()?;
         for region in memory.layout.regions() {
-            memory.register_region(region)?;
+            if let Err(error) = memory.register_region(region) {
+                // Nothing has been asked of the userfaultfd yet, and the memory is empty:
+                // it goes back to the VMM, which may try again.
+                memory.unregister();
+                return Err(error);
+            }
         }
         Ok(memory)
     }
 
     /// Takes over memory that another process registered, with its userfaultfd. That
     /// process must have registered every region, with mode missing (and minor, where a
-    /// file is given), and must not touch a page before it did.
+    /// file is given), and must not touch a page before it did. What the files hold in the
+    /// regions' ranges is dropped: a page that is zero at the source is shown as the file has
+    /// it, which must be as nothing.
     ///
     /// # Errors
-    /// [`MemoryError`] where the regions are no layout or a file cannot be mapped.
+    /// [`MemoryError`] where the regions are no layout or a file cannot be mapped or emptied.
     pub fn attach(
         descriptor: OwnedFd,
         regions: Vec<DestinationRegion>,
@@ -236,7 +243,11 @@ impl DestinationMemory {
         crate::sys::set_nonblocking(&uffd)
             .map_err(|error| UffdError::system("make the userfaultfd non-blocking", error))?;
         // Which events the other process asked for cannot be told from the descriptor.
-        Self::assemble(regions, uffd, true)
+        let memory = Self::assemble(regions, uffd, true)?;
+        // A hole punched through a file raises no event, so nobody need read any. Memory of
+        // the other process without a file cannot be emptied from here, and need not be.
+        memory.empty()?;
+        Ok(memory)
     }
 
     fn assemble(
@@ -365,3 +376,6 @@ fn needed_features(regions: &[DestinationRegion], has_events: bool) -> Features 
     }
     if has_events { features.with(Features::EVENT_REMOVE) } else { features }
 }
+
+#[cfg(test)]
+mod tests;
