@@ -1,87 +1,17 @@
 //! The destination's state machine.
 
+mod action;
+mod admission;
+
+pub use action::{DestinationAction, DestinationConfig, DestinationEvent};
+
 use super::pulse::{Due, Pulse};
 use super::{DestinationOwnership, DestinationRecord, NotNow, PersistFailed};
-use crate::layout::GuestLayout;
 use crate::wire::{
-    Attach, Capabilities, Channel, ControlFrame, Hello, Phase, Refusal, RefuseCode, Role,
-    SessionId, SessionKind, Stamp,
+    Attach, Channel, ControlFrame, Hello, Phase, Refusal, RefuseCode, Role, SessionKind, Stamp,
 };
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// What a destination brings to a session.
-#[derive(Clone, Debug)]
-pub struct DestinationConfig {
-    /// The guest's memory here.
-    pub layout: GuestLayout,
-    /// What this side can do.
-    pub capabilities: Capabilities,
-    /// How long the source may say nothing before its offer says otherwise.
-    pub silence: Duration,
-}
-
-/// What a driver has to do, in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DestinationAction {
-    /// Make the record durable, then call [`DestinationSession::persisted`].
-    Persist(DestinationRecord),
-    /// Send a frame on the control connection.
-    Send(ControlFrame),
-    /// Send the plane of complete pages as `Received` frames, the last marked so.
-    SendReceived,
-    /// Open the other channels, or accept them.
-    OpenData {
-        /// The epoch; each slot begins with generation 1.
-        stamp: Stamp,
-        /// How many background streams.
-        streams: u16,
-        /// How many request channels.
-        shards: u16,
-    },
-    /// Forget the device state that has come so far: it is sent again from the start.
-    ResetState,
-    /// A piece of a section of device state.
-    Section {
-        /// The section's name.
-        name: String,
-        /// Its version.
-        version: u32,
-        /// Whether it ends here.
-        last: bool,
-        /// The piece.
-        bytes: Vec<u8>,
-    },
-    /// Tell the VMM.
-    Event(DestinationEvent),
-    /// Close every connection of the session. With a refusal, send that first.
-    HangUp(Option<Refusal>),
-}
-
-/// What a VMM is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DestinationEvent {
-    /// A source is connected.
-    Attached(SessionId),
-    /// The connection is gone; what has arrived stays, and faults wait.
-    Disconnected,
-    /// All device state is there.
-    StateComplete,
-    /// The guest may run from now on.
-    Run,
-    /// The guest must never run here: the source has taken it back.
-    Refused,
-    /// The guest must never run here again: an operator declared this side dead.
-    Fenced,
-    /// The source has ended the session before everything had arrived.
-    Ended(Refusal),
-    /// Every page has arrived and the source knows it.
-    Finished,
-    /// A record could not be made durable; what needed it did not happen.
-    PersistFailed,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
@@ -208,75 +138,11 @@ impl DestinationSession {
         Ok(())
     }
 
-    /// Whether a peer that says hello on a control connection may have it.
-    ///
-    /// # Errors
-    /// The refusal to answer with.
-    pub fn admits(&self, peer: &Hello) -> Result<(), Refusal> {
-        let refuse = |code, reason: String| Err(Refusal::new(code, reason));
-        if peer.role != Role::Source {
-            return refuse(
-                RefuseCode::Role,
-                "both sides are destinations: one must be a source".to_owned(),
-            );
-        }
-        if peer.channel != Channel::Control {
-            return refuse(
-                RefuseCode::Protocol,
-                "a session begins with its control channel".to_owned(),
-            );
-        }
-        if self.record.session != SessionId::UNKNOWN && peer.session != self.record.session {
-            return refuse(
-                RefuseCode::UnknownSession,
-                format!("this destination belongs to session {}", self.record.session),
-            );
-        }
-        if peer.stamp.epoch <= self.record.epoch {
-            return refuse(
-                RefuseCode::Stale,
-                format!(
-                    "epoch {} has passed, this destination has seen {}",
-                    peer.stamp.epoch.0, self.record.epoch.0
-                ),
-            );
-        }
-        if self.over {
-            return refuse(RefuseCode::Ended, "the session is over at the destination".to_owned());
-        }
-        Ok(())
-    }
-
     /// The control connection broke, or the peer refused it.
     pub fn disconnected(&mut self) {
         if self.link != Link::Down {
             self.lose_link(None);
         }
-    }
-
-    /// The peer refused, in its greeting or by a frame.
-    pub fn refused(&mut self, refusal: Refusal) {
-        if self.over {
-            return;
-        }
-        match refusal.code {
-            RefuseCode::Fenced => {
-                self.over = true;
-                self.actions.push_back(DestinationAction::Event(DestinationEvent::Fenced));
-            }
-            RefuseCode::Ended
-            | RefuseCode::Incarnation
-            | RefuseCode::Layout
-            | RefuseCode::Version
-            | RefuseCode::Role
-            | RefuseCode::UnknownSession => {
-                self.over = true;
-                self.actions.push_back(DestinationAction::Event(DestinationEvent::Ended(refusal)));
-            }
-            // Stale, too many, protocol, failed: another attempt may fare better.
-            _ => {}
-        }
-        self.disconnected();
     }
 
     fn lose_link(&mut self, refusal: Option<Refusal>) {

@@ -1,98 +1,20 @@
 //! The source's state machine.
 
+mod action;
+mod admission;
+mod call;
+
+pub use action::{SourceAction, SourceConfig, SourceEvent};
+
 use super::pulse::{Due, Pulse};
-use super::{NotNow, PersistFailed, SourceOwnership, SourceRecord};
-use crate::bitmap::Segment;
+use super::{PersistFailed, SourceOwnership, SourceRecord};
 use crate::layout::{GuestLayout, PageRange};
 use crate::wire::{
-    Attach, Capabilities, Channel, ControlFrame, Generation, Hello, Incarnation, Offer, Phase,
-    Refusal, RefuseCode, Role, SessionId, SessionKind, Stamp,
+    Attach, Channel, ControlFrame, Generation, Hello, Incarnation, Offer, Phase, Refusal,
+    RefuseCode, Role, SessionKind, Stamp,
 };
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// What a source brings to a session.
-#[derive(Clone, Debug)]
-pub struct SourceConfig {
-    /// Migration or snapshot.
-    pub kind: SessionKind,
-    /// The guest's memory here.
-    pub layout: GuestLayout,
-    /// Background streams, 1 to 16.
-    pub streams: u16,
-    /// Request channels.
-    pub shards: u16,
-    /// How often a side with nothing to say says so.
-    pub heartbeat: Duration,
-    /// How long a side may say nothing.
-    pub silence: Duration,
-    /// What this side can do.
-    pub capabilities: Capabilities,
-}
-
-/// What a driver has to do, in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SourceAction {
-    /// Make the record durable, then call [`SourceSession::persisted`].
-    Persist(SourceRecord),
-    /// Send this hello on the new control connection.
-    Greet(Hello),
-    /// Send a frame on the control connection.
-    Send(ControlFrame),
-    /// Send all sections of device state, then `StateEnd`.
-    SendState,
-    /// Forget what was sent and acknowledged; what the destination has follows.
-    ResetBook,
-    /// These pages are complete at the destination.
-    Received {
-        /// What the segment covers.
-        range: PageRange,
-        /// The pages.
-        segment: Segment,
-    },
-    /// These pages are complete at the destination.
-    Acknowledge(Vec<PageRange>),
-    /// Accept, or open, the other channels of this epoch; serve pages in the destination's
-    /// page sizes.
-    OpenData {
-        /// The epoch; each slot begins with generation 1.
-        stamp: Stamp,
-        /// The layout in which to serve.
-        layout: GuestLayout,
-    },
-    /// Device state is not needed any more.
-    DropState,
-    /// Tell the VMM.
-    Event(SourceEvent),
-    /// Close every connection of the session; what was sent on the data channels and not
-    /// acknowledged may be lost. With a refusal, send that first.
-    HangUp(Option<Refusal>),
-}
-
-/// What a VMM is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SourceEvent {
-    /// A destination is connected and has been accepted.
-    Attached(Incarnation),
-    /// The connection is gone; nothing is lost.
-    Disconnected,
-    /// The destination has restored the device state.
-    Ready,
-    /// The guest was given away: durably recorded, go is sent.
-    Given,
-    /// The destination runs the guest.
-    Running,
-    /// The guest is the source's again, for good.
-    Reclaimed,
-    /// The destination runs the guest already and keeps it.
-    ReclaimDenied,
-    /// Everything has arrived; the session is over.
-    Finished,
-    /// A record could not be made durable; what needed it did not happen.
-    PersistFailed,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
@@ -209,79 +131,6 @@ impl SourceSession {
     #[must_use]
     pub const fn stamp(&self) -> Stamp {
         self.stamp
-    }
-
-    /// Whether a peer that says hello on a control connection may have it. Changes nothing,
-    /// so that a stranger costs no record.
-    ///
-    /// # Errors
-    /// The refusal to answer with.
-    pub fn admits(&self, peer: &Hello) -> Result<(), Refusal> {
-        let refuse = |code, reason: &str| Err(Refusal::new(code, reason));
-        if peer.role != Role::Destination {
-            return refuse(RefuseCode::Role, "both sides are sources: one must be a destination");
-        }
-        if peer.channel != Channel::Control {
-            return refuse(RefuseCode::Protocol, "a session begins with its control channel");
-        }
-        if peer.session != SessionId::UNKNOWN && peer.session != self.record.session {
-            return Err(Refusal::new(
-                RefuseCode::UnknownSession,
-                format!("session {} is not served here, {} is", peer.session, self.record.session),
-            ));
-        }
-        match self.record.ownership {
-            SourceOwnership::Fenced => {
-                return refuse(
-                    RefuseCode::Fenced,
-                    "the session was fenced: the source has the guest back, this destination \
-                     must not run it",
-                );
-            }
-            SourceOwnership::Reclaimed => {
-                return refuse(RefuseCode::Ended, "the source has taken the guest back");
-            }
-            // A destination that has not heard the bye may ask for it again.
-            SourceOwnership::Finished if self.incarnation == Some(peer.incarnation) => {}
-            SourceOwnership::Finished => {
-                return refuse(
-                    RefuseCode::Ended,
-                    "the session is over: another destination has \
-                                                  everything",
-                );
-            }
-            _ if self.cancelled => {
-                return refuse(RefuseCode::Ended, "the migration was cancelled at the source");
-            }
-            _ => {}
-        }
-        self.admits_incarnation(peer.incarnation)
-    }
-
-    fn admits_incarnation(&self, theirs: Incarnation) -> Result<(), Refusal> {
-        match self.incarnation {
-            Some(known) if known != theirs => {
-                let given = self.record.ownership == SourceOwnership::Given;
-                let pending = self.pending == Some(Pending::Given);
-                if given || pending {
-                    return Err(Refusal::new(
-                        RefuseCode::Incarnation,
-                        format!(
-                            "the guest was given to the destination memory {known}, this is \
-                             {theirs}: bring that one back, or fence it at the source"
-                        ),
-                    ));
-                }
-                if self.link != Link::Down {
-                    return Err(Refusal::new(
-                        RefuseCode::TooMany,
-                        format!("the session is connected to the destination memory {known}"),
-                    ));
-                }
-                Ok(())
-            }
-            _ => Ok(()),
-        }
     }
 
     /// A control connection is to be made, or has been accepted from a peer that
@@ -557,73 +406,6 @@ impl SourceSession {
             self.told_finished = true;
             self.actions.push_back(SourceAction::Event(SourceEvent::Finished));
         }
-    }
-
-    /// The VMM has stopped its vCPUs and device state is there: from here memory is final.
-    ///
-    /// # Errors
-    /// [`NotNow`] if that has been said already, or the session is over.
-    pub fn freeze(&mut self) -> Result<(), NotNow> {
-        let call = "switch over";
-        if self.is_over() {
-            return Err(NotNow { call, reason: "the session is over" });
-        }
-        if self.has_state {
-            return Err(NotNow { call, reason: "it has been done already" });
-        }
-        (self.frozen, self.has_state) = (true, true);
-        if self.link == Link::Up {
-            self.actions.push_back(SourceAction::SendState);
-        }
-        Ok(())
-    }
-
-    /// The VMM wants its guest back. Before the guest was given this takes effect at once;
-    /// afterwards it needs the destination's agreement, and [`SourceEvent::Reclaimed`] or
-    /// [`SourceEvent::ReclaimDenied`] follows, when it is connected.
-    ///
-    /// # Errors
-    /// [`NotNow`] if the destination is known to run it, or the session is over.
-    pub fn reclaim(&mut self) -> Result<(), NotNow> {
-        let call = "take the guest back";
-        if self.is_over() {
-            return Err(NotNow { call, reason: "the session is over" });
-        }
-        if self.destination_running {
-            return Err(NotNow {
-                call,
-                reason: "the destination runs it: past the point of no return",
-            });
-        }
-        if self.is_snapshot() {
-            return Err(NotNow { call, reason: "a snapshot gives nothing away" });
-        }
-        if self.was_given() || self.pending == Some(Pending::Given) {
-            self.reclaim_wanted = true;
-            if self.link == Link::Up && self.pending.is_none() {
-                self.send(ControlFrame::TakeBack);
-            }
-        } else {
-            self.cancelled = true;
-            self.reclaimed(Refusal::new(RefuseCode::Ended, "the migration was cancelled"));
-        }
-        Ok(())
-    }
-
-    /// An operator declares that the destination is dead and will never run the guest. He
-    /// is believed: whoever fences a destination that runs has two guests.
-    ///
-    /// # Errors
-    /// [`NotNow`] if the session is over.
-    pub fn fence(&mut self) -> Result<(), NotNow> {
-        if self.is_over() {
-            return Err(NotNow { call: "fence the destination", reason: "the session is over" });
-        }
-        let mut next = self.record;
-        next.epoch = next.epoch.next();
-        next.ownership = SourceOwnership::Fenced;
-        self.persist(next, Pending::Fenced);
-        Ok(())
     }
 
     fn agreed(&mut self) {

@@ -1,0 +1,70 @@
+//! Which source a destination lets in, and what a refusal by one means to it.
+
+use super::{DestinationAction, DestinationEvent, DestinationSession};
+use crate::wire::{Channel, Hello, Refusal, RefuseCode, Role, SessionId};
+
+impl DestinationSession {
+    /// Whether a peer that says hello on a control connection may have it.
+    ///
+    /// # Errors
+    /// The refusal to answer with.
+    pub fn admits(&self, peer: &Hello) -> Result<(), Refusal> {
+        let refuse = |code, reason: String| Err(Refusal::new(code, reason));
+        if peer.role != Role::Source {
+            return refuse(
+                RefuseCode::Role,
+                "both sides are destinations: one must be a source".to_owned(),
+            );
+        }
+        if peer.channel != Channel::Control {
+            return refuse(
+                RefuseCode::Protocol,
+                "a session begins with its control channel".to_owned(),
+            );
+        }
+        if self.record.session != SessionId::UNKNOWN && peer.session != self.record.session {
+            return refuse(
+                RefuseCode::UnknownSession,
+                format!("this destination belongs to session {}", self.record.session),
+            );
+        }
+        if peer.stamp.epoch <= self.record.epoch {
+            return refuse(
+                RefuseCode::Stale,
+                format!(
+                    "epoch {} has passed, this destination has seen {}",
+                    peer.stamp.epoch.0, self.record.epoch.0
+                ),
+            );
+        }
+        if self.over {
+            return refuse(RefuseCode::Ended, "the session is over at the destination".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The peer refused, in its greeting or by a frame.
+    pub fn refused(&mut self, refusal: Refusal) {
+        if self.over {
+            return;
+        }
+        match refusal.code {
+            RefuseCode::Fenced => {
+                self.over = true;
+                self.actions.push_back(DestinationAction::Event(DestinationEvent::Fenced));
+            }
+            RefuseCode::Ended
+            | RefuseCode::Incarnation
+            | RefuseCode::Layout
+            | RefuseCode::Version
+            | RefuseCode::Role
+            | RefuseCode::UnknownSession => {
+                self.over = true;
+                self.actions.push_back(DestinationAction::Event(DestinationEvent::Ended(refusal)));
+            }
+            // Stale, too many, protocol, failed: another attempt may fare better.
+            _ => {}
+        }
+        self.disconnected();
+    }
+}
