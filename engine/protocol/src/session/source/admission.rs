@@ -66,7 +66,8 @@ impl SourceSession {
                         ),
                     ));
                 }
-                if self.link != Link::Down {
+                // While greeting it is this very destination that asks.
+                if !matches!(self.link, Link::Down | Link::Greeting) {
                     return Err(Refusal::new(
                         RefuseCode::TooMany,
                         format!("the session is connected to the destination memory {known}"),

@@ -1,0 +1,4 @@
+//! Both state machines of a session, driven by hand.
+
+mod harness;
+mod migration;
