@@ -146,7 +146,7 @@ impl DestinationSession {
     }
 
     fn lose_link(&mut self, refusal: Option<Refusal>) {
-        let was_up = !matches!(self.link, Link::Down | Link::Greeting);
+        let was_up = self.link == Link::Up;
         self.link = Link::Down;
         self.pulse = None;
         self.actions.push_back(DestinationAction::HangUp(refusal));
