@@ -21,8 +21,7 @@ pub(crate) const MEMORY: Incarnation = Incarnation([1; 16]);
 pub(crate) const OTHER_MEMORY: Incarnation = Incarnation([2; 16]);
 
 pub(crate) fn layout_of(pages: u64) -> GuestLayout {
-    let region =
-        Region::new(GuestAddress(0), pages * 4096, PageSize::KIB_4, Backing::Anonymous);
+    let region = Region::new(GuestAddress(0), pages * 4096, PageSize::KIB_4, Backing::Anonymous);
     GuestLayout::new(vec![region]).expect("a layout")
 }
 

@@ -111,10 +111,9 @@ fn each_connection_has_an_epoch_of_its_own_durable_before_the_hello() {
             .source_actions
             .iter()
             .position(|action| matches!(action, SourceAction::Persist(r) if r.epoch.0 == epoch));
-        let greet = pair
-            .source_actions
-            .iter()
-            .position(|action| matches!(action, SourceAction::Greet(h) if h.stamp.epoch.0 == epoch));
+        let greet = pair.source_actions.iter().position(
+            |action| matches!(action, SourceAction::Greet(h) if h.stamp.epoch.0 == epoch),
+        );
         assert!(persist < greet && persist.is_some());
     }
 }

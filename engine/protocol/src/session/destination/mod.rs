@@ -48,6 +48,8 @@ pub struct DestinationSession {
     sections: u32,
     state_complete: bool,
     ready: bool,
+    /// What the last attach said.
+    announced: Phase,
     /// `Run` has been said since this process began.
     told_to_run: bool,
     complete: bool,
@@ -71,6 +73,7 @@ impl DestinationSession {
             sections: 0,
             state_complete: false,
             ready: false,
+            announced: Phase::Fresh,
             told_to_run: false,
             complete: false,
             over: false,
@@ -209,7 +212,8 @@ impl DestinationSession {
                 self.pulse =
                     Some(Pulse::new(millis(offer.heartbeat_ms), millis(offer.silence_ms), now));
                 self.link = Link::Attached;
-                let attach = Attach { phase: self.phase(), layout: self.config.layout.clone() };
+                self.announced = self.phase();
+                let attach = Attach { phase: self.announced, layout: self.config.layout.clone() };
                 self.send(ControlFrame::Attach(attach));
                 self.actions.push_back(DestinationAction::SendReceived);
             }
@@ -283,6 +287,10 @@ impl DestinationSession {
                 if self.complete {
                     self.send(ControlFrame::Complete);
                 }
+            }
+            // Said by the VMM after the attach.
+            DestinationOwnership::Waiting if self.ready && self.announced == Phase::Fresh => {
+                self.send(ControlFrame::Ready);
             }
             _ => {}
         }
