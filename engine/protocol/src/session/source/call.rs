@@ -19,7 +19,12 @@ impl SourceSession {
         }
         (self.frozen, self.has_state) = (true, true);
         if self.link == Link::Up {
-            self.actions.push_back(SourceAction::SendState);
+            if self.destination_ready {
+                // From a process before this one.
+                self.ready();
+            } else {
+                self.actions.push_back(SourceAction::SendState);
+            }
         }
         Ok(())
     }

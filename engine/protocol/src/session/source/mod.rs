@@ -69,7 +69,9 @@ impl SourceSession {
     /// A session with what was durably recorded of it. A snapshot is frozen from the start.
     ///
     /// After a restart in the middle, the VMM's device state must be given again by
-    /// [`freeze`](Self::freeze) if the record does not say that the destination has it.
+    /// [`freeze`](Self::freeze) if the record does not say that the destination has it: the
+    /// same state, of the same memory. A guest that has run here since it was first frozen
+    /// needs a new session, because the destination may have pages of before.
     #[must_use]
     pub fn new(config: SourceConfig, record: SourceRecord) -> Self {
         let is_snapshot = config.kind == SessionKind::Snapshot;
@@ -247,7 +249,8 @@ impl SourceSession {
                     self.begin(phase);
                 }
             }
-            (ControlFrame::Ready, Link::Up) if self.frozen => self.ready(),
+            // A source that was restarted may not have been frozen again yet.
+            (ControlFrame::Ready, Link::Up) => self.ready(),
             (ControlFrame::Running, Link::Up) if self.was_given() => self.running(),
             (ControlFrame::Ack(runs), Link::Up) => {
                 for run in &runs {
