@@ -183,6 +183,21 @@ impl Pair {
         panic!("they never stop: {:?} {:?}", self.to_source, self.to_destination);
     }
 
+    /// One frame after the other, until something holds.
+    pub(crate) fn pump_until(&mut self, holds: impl Fn(&Self) -> bool) {
+        for _ in 0..1000 {
+            if holds(self) {
+                return;
+            }
+            if self.to_destination.is_empty() {
+                self.deliver_to_source();
+            } else {
+                self.deliver_to_destination();
+            }
+        }
+        panic!("it never holds");
+    }
+
     pub(crate) fn deliver_to_source(&mut self) {
         if let Some(frame) = self.to_source.pop_front() {
             self.source.frame(frame, self.now);

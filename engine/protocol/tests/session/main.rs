@@ -2,3 +2,5 @@
 
 mod harness;
 mod migration;
+mod ownership;
+mod persistence;

@@ -110,7 +110,7 @@ impl SourceSession {
     /// Whether the guest may run here.
     #[must_use]
     pub const fn may_run(&self) -> bool {
-        self.record.may_run() && (!self.frozen || self.cancelled)
+        self.record.may_run() && (!self.frozen || self.is_over())
     }
 
     /// Whether the guest's memory is final, so that pages may be sent.
