@@ -96,9 +96,7 @@ fn an_agreement_whose_answer_was_lost_is_found_again() {
         pair.cut();
         pair.source.reclaim().expect("the destination is not known to run");
         pair.connect().expect("let in");
-        pair.pump_until(|pair| {
-            pair.destination_record.ownership == DestinationOwnership::Refused
-        });
+        pair.pump_until(|pair| pair.destination_record.ownership == DestinationOwnership::Refused);
         assert!(!pair.source.may_run());
         pair.cut();
         if source_restarts {

@@ -127,9 +127,7 @@ fn taking_back_that_cannot_be_recorded_runs_nothing() {
         pair.cut();
         pair.source.reclaim().expect("not known to run");
         pair.connect().expect("let in");
-        pair.pump_until(|pair| {
-            pair.destination_record.ownership == DestinationOwnership::Refused
-        });
+        pair.pump_until(|pair| pair.destination_record.ownership == DestinationOwnership::Refused);
         pair.source_disk = failure;
         pair.pump();
         assert!(!pair.source.may_run());

@@ -44,9 +44,6 @@ impl SourceSession {
                                                   everything",
                 );
             }
-            _ if self.cancelled => {
-                return refuse(RefuseCode::Ended, "the migration was cancelled at the source");
-            }
             _ => {}
         }
         self.admits_incarnation(peer.incarnation)

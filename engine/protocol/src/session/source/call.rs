@@ -2,7 +2,7 @@
 
 use super::super::{NotNow, SourceOwnership};
 use super::{Link, Pending, SourceAction, SourceSession};
-use crate::wire::{ControlFrame, Refusal, RefuseCode};
+use crate::wire::ControlFrame;
 
 impl SourceSession {
     /// The VMM has stopped its vCPUs and device state is there: from here memory is final.
@@ -29,8 +29,8 @@ impl SourceSession {
         Ok(())
     }
 
-    /// The VMM wants its guest back. Before the guest was given this takes effect at once;
-    /// afterwards it needs the destination's agreement, and [`SourceEvent::Reclaimed`] or
+    /// The VMM wants its guest back. Before the guest was given this takes effect as soon
+    /// as it is recorded; afterwards it needs the destination's agreement, and [`SourceEvent::Reclaimed`] or
     /// [`SourceEvent::ReclaimDenied`] follows, when it is connected.
     ///
     /// # Errors
@@ -55,8 +55,7 @@ impl SourceSession {
                 self.send(ControlFrame::TakeBack);
             }
         } else {
-            self.cancelled = true;
-            self.reclaimed(Refusal::new(RefuseCode::Ended, "the migration was cancelled"));
+            self.agreed();
         }
         Ok(())
     }

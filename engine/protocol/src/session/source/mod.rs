@@ -60,7 +60,6 @@ pub struct SourceSession {
     destination_complete: bool,
     told_finished: bool,
     reclaim_wanted: bool,
-    cancelled: bool,
     pending: Option<Pending>,
     actions: VecDeque<SourceAction>,
 }
@@ -89,7 +88,6 @@ impl SourceSession {
             destination_complete: false,
             told_finished: false,
             reclaim_wanted: false,
-            cancelled: false,
             pending: None,
             record,
             actions: VecDeque::new(),
@@ -122,11 +120,10 @@ impl SourceSession {
     /// Whether the session is over.
     #[must_use]
     pub const fn is_over(&self) -> bool {
-        self.cancelled
-            || matches!(
-                self.record.ownership,
-                SourceOwnership::Reclaimed | SourceOwnership::Fenced | SourceOwnership::Finished
-            )
+        matches!(
+            self.record.ownership,
+            SourceOwnership::Reclaimed | SourceOwnership::Fenced | SourceOwnership::Finished
+        )
     }
 
     /// The stamp of the control connection.
