@@ -247,7 +247,7 @@ impl SourceSession {
                 }
             }
             // A source that was restarted may not have been frozen again yet.
-            (ControlFrame::Ready, Link::Up) => self.ready(),
+            (ControlFrame::Ready, Link::Up) if !self.knows_it_runs() => self.ready(),
             (ControlFrame::Running, Link::Up) if self.was_given() => self.running(),
             (ControlFrame::Ack(runs), Link::Up) => {
                 for run in &runs {
@@ -255,16 +255,16 @@ impl SourceSession {
                 }
                 self.actions.push_back(SourceAction::Acknowledge(runs));
             }
-            (ControlFrame::Complete, Link::Up) => {
+            (ControlFrame::Complete, Link::Up) if self.knows_it_runs() || self.is_snapshot() => {
                 self.destination_complete = true;
                 self.finish_if_done();
             }
             // Also the answer to a go, from a destination that has refused before this
             // source was restarted.
-            (ControlFrame::TakeBackAgreed, Link::Up) if self.was_given() => {
-                if !self.is_over() {
-                    self.agreed();
-                }
+            (ControlFrame::TakeBackAgreed, Link::Up)
+                if self.was_given() && !self.knows_it_runs() =>
+            {
+                self.agreed();
             }
             (ControlFrame::TakeBackDenied, Link::Up) if self.was_given() => {
                 if self.reclaim_wanted {
@@ -297,15 +297,33 @@ impl SourceSession {
             .layout
             .serving(&attach.layout)
             .map_err(|error| Refusal::new(RefuseCode::Layout, error.to_string()))?;
-        if attach.phase >= Phase::Running && !self.was_given() && !self.is_snapshot() {
-            return Err(Refusal::new(
-                RefuseCode::Protocol,
-                "the destination says that it runs a guest which it was not given",
-            ));
-        }
+        self.believes(attach.phase)?;
+        self.destination_complete = attach.phase == Phase::Complete;
         self.link = Link::Receiving(attach.phase);
         self.actions.push_back(SourceAction::ResetBook);
         Ok(())
+    }
+
+    /// Whether a phase can be true, by what is known. What cannot is refused, so that a
+    /// destination that has lost its record makes nobody run the guest.
+    fn believes(&self, phase: Phase) -> Result<(), Refusal> {
+        let contradiction = match phase {
+            Phase::Refused | Phase::Running if self.is_snapshot() => {
+                "the destination says who owns the guest of a snapshot"
+            }
+            Phase::Running | Phase::Complete if !self.was_given() && !self.is_snapshot() => {
+                "the destination says that it runs a guest which it was not given"
+            }
+            Phase::Fresh | Phase::Ready | Phase::Refused if self.knows_it_runs() => {
+                "the destination has said that it runs the guest, and now says that it does not"
+            }
+            _ => return Ok(()),
+        };
+        Err(Refusal::new(RefuseCode::Protocol, contradiction))
+    }
+
+    fn knows_it_runs(&self) -> bool {
+        self.destination_running || self.record.ownership == SourceOwnership::Finished
     }
 
     fn was_given(&self) -> bool {
@@ -343,7 +361,6 @@ impl SourceSession {
                 self.agreed();
             }
             Phase::Running | Phase::Complete => {
-                self.destination_complete |= phase == Phase::Complete;
                 self.running();
             }
         }
