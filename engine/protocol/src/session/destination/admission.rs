@@ -1,6 +1,6 @@
 //! Which source a destination lets in, and what a refusal by one means to it.
 
-use super::{DestinationAction, DestinationEvent, DestinationSession};
+use super::{DestinationAction, DestinationEvent, DestinationSession, Link};
 use crate::wire::{Channel, Hello, Refusal, RefuseCode, Role, SessionId};
 
 impl DestinationSession {
@@ -28,12 +28,19 @@ impl DestinationSession {
                 format!("this destination belongs to session {}", self.record.session),
             );
         }
-        if peer.stamp.epoch <= self.record.epoch {
+        // What has been greeted is on record only once it has attached.
+        let mut seen = self.record.epoch;
+        if matches!(self.link, Link::Greeted | Link::Attached | Link::Up)
+            && peer.session == self.peer
+        {
+            seen = seen.max(self.stamp.epoch);
+        }
+        if peer.stamp.epoch <= seen {
             return refuse(
                 RefuseCode::Stale,
                 format!(
                     "epoch {} has passed, this destination has seen {}",
-                    peer.stamp.epoch.0, self.record.epoch.0
+                    peer.stamp.epoch.0, seen.0
                 ),
             );
         }

@@ -8,7 +8,8 @@ pub use action::{DestinationAction, DestinationConfig, DestinationEvent};
 use super::pulse::{Due, Pulse};
 use super::{DestinationOwnership, DestinationRecord, NotNow, PersistFailed};
 use crate::wire::{
-    Attach, Channel, ControlFrame, Hello, Phase, Refusal, RefuseCode, Role, SessionKind, Stamp,
+    Attach, Channel, ControlFrame, Hello, Phase, Refusal, RefuseCode, Role, SessionId, SessionKind,
+    Stamp,
 };
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -26,6 +27,8 @@ enum Link {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pending {
+    /// Which session this memory belongs to, and its epoch.
+    Bound,
     Running,
     Refused,
 }
@@ -41,6 +44,8 @@ pub struct DestinationSession {
     record: DestinationRecord,
     kind: Option<SessionKind>,
     link: Link,
+    /// The session of the source on this connection.
+    peer: SessionId,
     stamp: Stamp,
     pulse: Option<Pulse>,
     streams: u16,
@@ -66,6 +71,7 @@ impl DestinationSession {
             config,
             kind: None,
             link: Link::Down,
+            peer: SessionId::UNKNOWN,
             stamp: Stamp::default(),
             pulse: None,
             streams: 1,
@@ -131,8 +137,7 @@ impl DestinationSession {
             self.link = Link::Down;
             return Err(refusal);
         }
-        self.record.session = peer.session;
-        self.record.epoch = peer.stamp.epoch;
+        self.peer = peer.session;
         self.stamp = peer.stamp;
         self.link = Link::Greeted;
         // Until the offer names another.
@@ -211,11 +216,9 @@ impl DestinationSession {
                 let millis = |value: u32| Duration::from_millis(value.into());
                 self.pulse =
                     Some(Pulse::new(millis(offer.heartbeat_ms), millis(offer.silence_ms), now));
-                self.link = Link::Attached;
-                self.announced = self.phase();
-                let attach = Attach { phase: self.announced, layout: self.config.layout.clone() };
-                self.send(ControlFrame::Attach(attach));
-                self.actions.push_back(DestinationAction::SendReceived);
+                // No page may arrive before it is on record whose it is.
+                let (session, epoch) = (self.peer, self.stamp.epoch);
+                self.persist(DestinationRecord { session, epoch, ..self.record }, Pending::Bound);
             }
             (ControlFrame::Begin, Link::Attached) => self.begin(),
             (ControlFrame::Section { name, version, last, bytes }, Link::Up)
@@ -243,6 +246,17 @@ impl DestinationSession {
             }
         }
         Ok(())
+    }
+
+    fn attach(&mut self) {
+        if self.link != Link::Greeted {
+            return;
+        }
+        self.link = Link::Attached;
+        self.announced = self.phase();
+        let layout = self.config.layout.clone();
+        self.send(ControlFrame::Attach(Attach { phase: self.announced, layout }));
+        self.actions.push_back(DestinationAction::SendReceived);
     }
 
     fn phase(&self) -> Phase {
@@ -391,8 +405,9 @@ impl DestinationSession {
             self.lose_link(None);
             return;
         }
-        self.record.ownership = record.ownership;
+        self.record = record;
         match why {
+            Pending::Bound => self.attach(),
             Pending::Running => {
                 self.run();
                 if self.link == Link::Up {
