@@ -4,3 +4,6 @@ mod harness;
 mod migration;
 mod ownership;
 mod persistence;
+mod pulse;
+mod refusals;
+mod snapshot;

@@ -1,5 +1,6 @@
 //! Which source a destination lets in, and what a refusal by one means to it.
 
+use super::super::DestinationOwnership;
 use super::{DestinationAction, DestinationEvent, DestinationSession, Link};
 use crate::wire::{Channel, Hello, Refusal, RefuseCode, Role, SessionId};
 
@@ -51,26 +52,36 @@ impl DestinationSession {
     }
 
     /// The peer refused, in its greeting or by a frame.
+    ///
+    /// A destination whose guest runs waits for its source whatever is said, unless it was
+    /// fenced: its faults have nobody else to be answered by. One that knows its session does
+    /// not listen to refusals that any stranger at the address would give.
     pub fn refused(&mut self, refusal: Refusal) {
         if self.over {
             return;
         }
-        match refusal.code {
-            RefuseCode::Fenced => {
-                self.over = true;
-                self.actions.push_back(DestinationAction::Event(DestinationEvent::Fenced));
+        let owns = self.told_to_run || self.record.ownership == DestinationOwnership::Running;
+        let is_bound = self.record.session != SessionId::UNKNOWN;
+        let event = match refusal.code {
+            RefuseCode::Fenced => Some((true, DestinationEvent::Fenced)),
+            RefuseCode::Ended | RefuseCode::Incarnation | RefuseCode::Layout if !owns => {
+                Some((true, DestinationEvent::Ended(refusal)))
+            }
+            RefuseCode::Version | RefuseCode::Role | RefuseCode::UnknownSession if !is_bound => {
+                Some((true, DestinationEvent::Ended(refusal)))
             }
             RefuseCode::Ended
             | RefuseCode::Incarnation
             | RefuseCode::Layout
             | RefuseCode::Version
             | RefuseCode::Role
-            | RefuseCode::UnknownSession => {
-                self.over = true;
-                self.actions.push_back(DestinationAction::Event(DestinationEvent::Ended(refusal)));
-            }
+            | RefuseCode::UnknownSession => Some((false, DestinationEvent::TurnedAway(refusal))),
             // Stale, too many, protocol, failed: another attempt may fare better.
-            _ => {}
+            _ => None,
+        };
+        if let Some((ends, event)) = event {
+            self.over = ends;
+            self.actions.push_back(DestinationAction::Event(event));
         }
         self.disconnected();
     }
