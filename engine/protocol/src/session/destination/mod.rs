@@ -231,9 +231,9 @@ impl DestinationSession {
             (ControlFrame::Section { .. } | ControlFrame::StateEnd { .. }, Link::Up)
                 if self.state_complete => {}
             (ControlFrame::StateEnd { sections }, Link::Up) => self.state_end(sections)?,
-            (ControlFrame::Go, Link::Up) => self.go()?,
-            (ControlFrame::TakeBack, Link::Up) => self.take_back(),
-            (ControlFrame::Bye, Link::Up) if self.complete => {
+            (ControlFrame::Go, Link::Up) if !self.is_snapshot() => self.go()?,
+            (ControlFrame::TakeBack, Link::Up) if !self.is_snapshot() => self.take_back(),
+            (ControlFrame::Bye, Link::Up) if self.complete && self.owes_nothing() => {
                 self.over = true;
                 self.actions.push_back(DestinationAction::Event(DestinationEvent::Finished));
                 self.lose_link(None);
@@ -439,10 +439,14 @@ impl DestinationSession {
             return;
         }
         self.complete = true;
-        let may_say = self.is_snapshot() || self.record.ownership == DestinationOwnership::Running;
-        if self.link == Link::Up && may_say {
+        if self.link == Link::Up && self.owes_nothing() {
             self.send(ControlFrame::Complete);
         }
+    }
+
+    /// Whether complete may be said: the guest is this side's, or nobody's.
+    fn owes_nothing(&self) -> bool {
+        self.is_snapshot() || self.record.ownership == DestinationOwnership::Running
     }
 
     fn send(&mut self, frame: ControlFrame) {

@@ -64,10 +64,16 @@ impl SourceSession {
     /// is believed: whoever fences a destination that runs has two guests.
     ///
     /// # Errors
-    /// [`NotNow`] if the session is over.
+    /// [`NotNow`] if the session is over or a snapshot.
     pub fn fence(&mut self) -> Result<(), NotNow> {
         if self.is_over() {
             return Err(NotNow { call: "fence the destination", reason: "the session is over" });
+        }
+        if self.is_snapshot() {
+            return Err(NotNow {
+                call: "fence the destination",
+                reason: "a snapshot gives nothing away",
+            });
         }
         let mut next = self.record;
         next.epoch = next.epoch.next();

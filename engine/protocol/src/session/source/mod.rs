@@ -117,13 +117,14 @@ impl SourceSession {
         self.frozen
     }
 
-    /// Whether the session is over.
+    /// Whether the session is over. A destination that has not heard so is still answered.
     #[must_use]
     pub const fn is_over(&self) -> bool {
-        matches!(
+        let is_over_for_good = matches!(
             self.record.ownership,
             SourceOwnership::Reclaimed | SourceOwnership::Fenced | SourceOwnership::Finished
-        )
+        );
+        is_over_for_good || (self.told_finished && self.is_snapshot())
     }
 
     /// The stamp of the control connection.
@@ -157,6 +158,7 @@ impl SourceSession {
         if self.incarnation != Some(peer.incarnation) {
             self.incarnation = Some(peer.incarnation);
             self.destination_ready = false;
+            self.told_finished = false;
         }
         self.pulse = Some(Pulse::new(self.config.heartbeat, self.config.silence, now));
         self.link = Link::Offered;
@@ -330,8 +332,8 @@ impl SourceSession {
         matches!(self.record.ownership, SourceOwnership::Given | SourceOwnership::Finished)
     }
 
-    fn is_snapshot(&self) -> bool {
-        self.config.kind == SessionKind::Snapshot
+    const fn is_snapshot(&self) -> bool {
+        matches!(self.config.kind, SessionKind::Snapshot)
     }
 
     /// Everything the destination has is known: go on from where it is.
