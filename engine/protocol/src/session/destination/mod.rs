@@ -222,14 +222,14 @@ impl DestinationSession {
             }
             (ControlFrame::Begin, Link::Attached) => self.begin(),
             (ControlFrame::Section { name, version, last, bytes }, Link::Up)
-                if !self.state_complete =>
+                if self.wants_state() =>
             {
                 self.sections += u32::from(last);
                 self.actions.push_back(DestinationAction::Section { name, version, last, bytes });
             }
-            // The source may not know yet that all of it has arrived.
+            // The source may not know yet that all of it has arrived, or that the guest runs.
             (ControlFrame::Section { .. } | ControlFrame::StateEnd { .. }, Link::Up)
-                if self.state_complete => {}
+                if !self.wants_state() => {}
             (ControlFrame::StateEnd { sections }, Link::Up) => self.state_end(sections)?,
             (ControlFrame::Go, Link::Up) if !self.is_snapshot() => self.go()?,
             (ControlFrame::TakeBack, Link::Up) if !self.is_snapshot() => self.take_back(),
@@ -277,7 +277,7 @@ impl DestinationSession {
 
     fn begin(&mut self) {
         self.link = Link::Up;
-        if !self.state_complete {
+        if self.wants_state() {
             self.sections = 0;
             self.actions.push_back(DestinationAction::ResetState);
         }
@@ -308,6 +308,11 @@ impl DestinationSession {
             }
             _ => {}
         }
+    }
+
+    /// Device state is for a guest that has not run here yet.
+    fn wants_state(&self) -> bool {
+        !self.state_complete && self.record.ownership == DestinationOwnership::Waiting
     }
 
     fn state_end(&mut self, sections: u32) -> Result<(), Refusal> {
