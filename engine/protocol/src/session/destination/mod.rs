@@ -133,6 +133,9 @@ impl DestinationSession {
     /// # Errors
     /// The refusal to send before hanging up.
     pub fn greeted(&mut self, peer: &Hello, now: Duration) -> Result<(), Refusal> {
+        if self.link != Link::Greeting {
+            return Err(Refusal::new(RefuseCode::Failed, "no greeting is under way"));
+        }
         if let Err(refusal) = self.admits(peer) {
             self.link = Link::Down;
             return Err(refusal);
@@ -211,6 +214,12 @@ impl DestinationSession {
                     .layout
                     .serving(&self.config.layout)
                     .map_err(|error| Refusal::new(RefuseCode::Layout, error.to_string()))?;
+                if self.kind.is_some_and(|kind| kind != offer.kind) {
+                    return Err(Refusal::new(
+                        RefuseCode::Protocol,
+                        "a session stays a migration or a snapshot, whichever it began as",
+                    ));
+                }
                 self.kind = Some(offer.kind);
                 (self.streams, self.shards) = (offer.streams, offer.shards);
                 let millis = |value: u32| Duration::from_millis(value.into());

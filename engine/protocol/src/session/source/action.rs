@@ -37,7 +37,9 @@ pub enum SourceAction {
     Send(ControlFrame),
     /// Send all sections of device state, then `StateEnd`.
     SendState,
-    /// Forget what was sent and acknowledged; what the destination has follows.
+    /// Forget what was sent and acknowledged; what the destination has follows. Pages are
+    /// numbered as in [`SourceSession::served`](super::SourceSession::served), which may
+    /// have more or fewer than before.
     ResetBook,
     /// These pages are complete at the destination.
     Received {

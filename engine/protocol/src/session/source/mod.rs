@@ -127,6 +127,16 @@ impl SourceSession {
         is_over_for_good || (self.told_finished && self.is_snapshot())
     }
 
+    /// The layout in which pages are served and numbered: that of the destination which
+    /// attached last, or this side's own. Its page count is the size of the [`Book`] that a
+    /// [`SourceAction::ResetBook`] asks for.
+    ///
+    /// [`Book`]: super::Book
+    #[must_use]
+    pub const fn served(&self) -> &GuestLayout {
+        &self.served
+    }
+
     /// The stamp of the control connection.
     #[must_use]
     pub const fn stamp(&self) -> Stamp {
@@ -151,6 +161,9 @@ impl SourceSession {
     /// # Errors
     /// The refusal to send before hanging up.
     pub fn greeted(&mut self, peer: &Hello, now: Duration) -> Result<(), Refusal> {
+        if self.link != Link::Greeting {
+            return Err(Refusal::new(RefuseCode::Failed, "no greeting is under way"));
+        }
         if let Err(refusal) = self.admits(peer) {
             self.link = Link::Down;
             return Err(refusal);
