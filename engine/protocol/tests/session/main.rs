@@ -1,5 +1,6 @@
 //! Both state machines of a session, driven by hand.
 
+mod books;
 mod harness;
 mod migration;
 mod ownership;

@@ -8,8 +8,8 @@ use crate::harness::{
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{DestinationEvent, DestinationSession, SourceEvent};
 use afterimage_protocol::wire::{
-    Attach, Channel, ControlFrame, Epoch, Hello, Kind, Offer, Phase, Refusal, RefuseCode, Role,
-    SessionId, SessionKind,
+    Attach, Capabilities, Channel, ControlFrame, Epoch, Hello, Kind, Offer, Phase, Refusal,
+    RefuseCode, Role, SessionId, SessionKind,
 };
 
 fn offer(kind: SessionKind, pages: u64) -> ControlFrame {
@@ -237,7 +237,7 @@ fn source_hello(pair: &Pair) -> Hello {
             epoch: pair.source_record.epoch.next(),
             ..Default::default()
         },
-        capabilities: Default::default(),
+        capabilities: Capabilities::default(),
         session: SESSION,
         incarnation: MEMORY,
     }

@@ -106,6 +106,18 @@ impl DestinationSession {
         self.over
     }
 
+    /// What the control connection is at, in a word, for messages and statistics.
+    #[must_use]
+    pub const fn link_name(&self) -> &'static str {
+        match self.link {
+            Link::Down => "down",
+            Link::Greeting => "greeting",
+            Link::Greeted => "greeted",
+            Link::Attached => "attached",
+            Link::Up => "up",
+        }
+    }
+
     /// The stamp of the control connection.
     #[must_use]
     pub const fn stamp(&self) -> Stamp {

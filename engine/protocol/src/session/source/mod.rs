@@ -137,6 +137,18 @@ impl SourceSession {
         &self.served
     }
 
+    /// What the control connection is at, in a word, for messages and statistics.
+    #[must_use]
+    pub const fn link_name(&self) -> &'static str {
+        match self.link {
+            Link::Down => "down",
+            Link::Greeting => "greeting",
+            Link::Offered => "offered",
+            Link::Receiving(_) => "receiving",
+            Link::Up => "up",
+        }
+    }
+
     /// The stamp of the control connection.
     #[must_use]
     pub const fn stamp(&self) -> Stamp {
