@@ -88,7 +88,7 @@ impl World {
         let index = self.random.below(VCPUS as u64) as usize;
         let page = PageNumber(self.random.below(self.plan.pages));
         match self.guest.vcpus[index] {
-            Vcpu::Idle if self.random.chance(120) => self.discard(page),
+            Vcpu::Idle if self.random.chance(self.plan.discards_per_mille) => self.discard(page),
             Vcpu::Idle => self.access(index, page),
             Vcpu::Looks(page) => self.access(index, page),
             Vcpu::Waits(_) => {}
@@ -127,9 +127,17 @@ impl World {
     }
 
     fn discard(&mut self, page: PageNumber) {
-        self.note(|| format!("the guest discards page {page}"));
-        self.destination.memory.discard(page);
-        self.guest.truth[page.0 as usize] = 0;
+        let keeps = self.destination.memory.is_alias(page) && self.random.chance(400);
+        self.note(|| format!("the guest discards page {page}, keeps what arrived: {keeps}"));
+        let is_zero = if keeps {
+            self.destination.memory.unmap(page)
+        } else {
+            self.destination.memory.discard(page);
+            true
+        };
+        if is_zero {
+            self.guest.truth[page.0 as usize] = 0;
+        }
     }
 
     /// Carries wakes from memory to vCPUs.

@@ -128,7 +128,7 @@ impl World {
         if !self.source.is_alive || self.source.pending.is_some() || !self.is_migration() {
             return;
         }
-        if self.plan.wants_guest_back && !self.is_healed && self.random.chance(100) {
+        if self.plan.wants_guest_back && !self.is_healed && self.random.chance(250) {
             let _ = self.with_source("reclaim", |session, _| session.reclaim());
             return;
         }

@@ -226,19 +226,28 @@ impl Memory {
         }
     }
 
-    /// The guest gives a page up.
+    /// The guest gives a page up (`MADV_DONTNEED` on private memory, `MADV_REMOVE`).
     pub(crate) fn discard(&mut self, page: PageNumber) {
-        let before = self.to_acknowledge.len();
+        self.forget(page);
+        (self.content[page.0 as usize], self.is_mapped[page.0 as usize]) = (None, false);
+    }
+
+    /// The guest unmaps a page of shared memory (`MADV_DONTNEED`): what has arrived stays in
+    /// the file. Whether the page reads as zero from now on.
+    pub(crate) fn unmap(&mut self, page: PageNumber) -> bool {
+        let has_arrived = self.planes.is_complete(page);
+        self.is_mapped[page.0 as usize] = false;
+        self.forget(page);
+        !has_arrived
+    }
+
+    fn forget(&mut self, page: PageNumber) {
         match self.planes.state(page) {
             PageState::Claimed if self.is_alias(page) => {
                 self.discarded_in_flight.insert(page);
             }
             _ => self.mark_complete(PageRange::one(page)),
         }
-        if self.breaks(Mutant::DiscardsNotAcknowledged) {
-            self.to_acknowledge.truncate(before);
-        }
-        (self.content[page.0 as usize], self.is_mapped[page.0 as usize]) = (None, false);
     }
 
     /// Answers a fault whose page is complete: what is there is shown, or zero.

@@ -51,8 +51,6 @@ mutants! {
     DiscardsForgotten = "discards-forgotten",
     /// A destination that reconnects does not say what it has.
     PlanesNotSent = "planes-not-sent",
-    /// A page that is complete is not acknowledged where it was discarded.
-    DiscardsNotAcknowledged = "discards-not-acknowledged",
 }
 
 impl fmt::Display for Mutant {

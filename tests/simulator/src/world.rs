@@ -21,7 +21,7 @@ use std::time::Duration;
 /// How long a step takes.
 const STEP: Duration = Duration::from_millis(10);
 /// In how many steps everything must have ended once the network is healed.
-const BOUND: u64 = 40_000;
+const BOUND: u64 = 60_000;
 
 /// What is drawn once for a run.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +36,10 @@ pub(crate) struct Plan {
     pub(crate) wants_guest_back: bool,
     pub(crate) may_lose_memory: bool,
     pub(crate) disks_fail: bool,
+    /// How fast background streams are, in 1000 of the most.
+    pub(crate) sends_per_mille: u64,
+    pub(crate) receives_per_mille: u64,
+    pub(crate) discards_per_mille: u64,
     /// How rough the network is, of 1000 steps.
     pub(crate) breaks_per_mille: u64,
     pub(crate) crashes_per_mille: u64,
@@ -59,8 +63,11 @@ impl Plan {
             // Whoever loses memory that was released has lost the guest.
             may_lose_memory: !releases && random.chance(300),
             disks_fail: random.chance(400),
+            sends_per_mille: 20 + random.below(980),
+            receives_per_mille: 50 + random.below(950),
+            discards_per_mille: random.below(500),
             breaks_per_mille: random.below(30),
-            crashes_per_mille: random.below(8),
+            crashes_per_mille: random.below(12),
             chaos: 200 + random.below(1800),
         }
     }
@@ -164,16 +171,17 @@ impl World {
         self.now += STEP;
         self.tick();
         match self.random.below(100) {
-            0..30 => self.deliver(Side::Destination),
-            30..50 => self.deliver(Side::Source),
-            50..60 => self.send_background(),
-            60..68 => self.advance_piece(),
-            68..74 => self.acknowledge(),
-            74..82 => self.guest_step(),
-            82..90 => self.answer_fault(),
-            90..93 => self.resolve_persist(Side::Source),
-            93..96 => self.resolve_persist(Side::Destination),
-            96..99 => self.manage(),
+            0..27 => self.deliver(Side::Destination),
+            27..44 => self.deliver(Side::Source),
+            44..53 if self.random.chance(self.plan.sends_per_mille) => self.send_background(),
+            53..61 if self.random.chance(self.plan.receives_per_mille) => self.advance_piece(),
+            44..61 => {}
+            61..66 => self.acknowledge(),
+            66..76 => self.guest_step(),
+            76..83 => self.answer_fault(),
+            83..86 => self.resolve_persist(Side::Source),
+            86..89 => self.resolve_persist(Side::Destination),
+            89..98 => self.manage(),
             _ => self.release(),
         }
         self.spread_wakes();

@@ -50,5 +50,4 @@ caught! {
     serving_a_guest_that_runs_is_caught: ServeBeforeFrozen within 100;
     forgotten_discards_are_caught: DiscardsForgotten within 400;
     planes_that_are_not_sent_are_caught: PlanesNotSent within 100;
-    discards_that_are_not_acknowledged_are_caught: DiscardsNotAcknowledged within 100;
 }
