@@ -83,7 +83,7 @@ fn i3_one_owner(world: &World) -> Result<(), String> {
     let destination_may = destination_runs
         || (world.destination.is_alive
             && !world.destination.session.is_over()
-            && !world.source.is_fenced
+            && !world.source.is_fenced()
             && world.destination.session.record().ownership == DestinationOwnership::Running);
     if source_may && destination_may {
         return Err("both sides may run the guest".to_owned());

@@ -133,7 +133,7 @@ impl World {
                 }
             }
             DestinationAction::Event(DestinationEvent::Run) => {
-                if self.source.is_fenced {
+                if self.source.is_fenced() {
                     self.violated("i3_one_owner", "a fenced destination is told to run");
                 }
                 self.destination.runs = true;

@@ -82,7 +82,7 @@ impl World {
             self.guest_step_at_source();
         }
         // A guest that has everything runs on without its engine.
-        if !self.destination.is_alive || !self.destination.runs || self.source.is_fenced {
+        if !self.destination.is_alive || !self.destination.runs || self.source.is_fenced() {
             return;
         }
         let index = self.random.below(VCPUS as u64) as usize;

@@ -138,8 +138,9 @@ impl World {
         let is_dead = !self.destination.is_alive && self.random.chance(300);
         // Only what is dead for good, or dead this moment, is fenced; and never once pages
         // were freed, which are nowhere else.
-        if was_given && (has_lost || (is_dead && self.plan.wants_guest_back)) && !self.plan.releases
-        {
+        let is_lost = has_lost && self.random.chance(60);
+        let is_given_up = is_dead && self.plan.wants_guest_back;
+        if was_given && (is_lost || is_given_up) && !self.plan.releases {
             let _ = self.with_source("fence", |session, _| session.fence());
         }
     }

@@ -41,12 +41,13 @@ pub(crate) struct SourceHost {
     pub(crate) memory: Vec<Option<u64>>,
     pub(crate) released: Vec<bool>,
     pub(crate) was_frozen: bool,
-    pub(crate) is_fenced: bool,
     pub(crate) book: Book<Box<[AtomicU64]>>,
     pub(crate) control: Option<usize>,
     /// A connection accepted, and its hello, until ours is on record.
     accepting: Option<(usize, Hello)>,
     serving: Option<Epoch>,
+    /// The memory that said hello last.
+    peer: Option<Incarnation>,
     pub(crate) channels: BTreeMap<Channel, SourceChannel>,
     generations: BTreeMap<Channel, u32>,
     pub(crate) destination_runs: bool,
@@ -88,11 +89,11 @@ impl SourceHost {
             memory: (0..plan.pages).map(|page| Some(content(page, random))).collect(),
             released: vec![false; plan.pages as usize],
             was_frozen: false,
-            is_fenced: false,
             book: book(plan.pages),
             control: None,
             accepting: None,
             serving: None,
+            peer: None,
             channels: BTreeMap::new(),
             generations: BTreeMap::new(),
             destination_runs: false,
@@ -109,6 +110,11 @@ impl SourceHost {
 
     pub(crate) fn is_in_flight(&self, page: PageNumber) -> bool {
         self.channels.values().any(|data| data.shadow.contains(&page))
+    }
+
+    /// Whether an operator has fenced the destination.
+    pub(crate) fn is_fenced(&self) -> bool {
+        self.session.record().ownership == SourceOwnership::Fenced
     }
 
     fn close_all(&mut self, forgets: bool) -> Vec<usize> {
@@ -185,7 +191,7 @@ impl World {
             }
             SourceAction::ResetBook => {
                 self.source.book.reset();
-                let memory = Some(self.destination.disk.incarnation);
+                let memory = self.source.peer;
                 self.source.known_memory = memory;
                 if self.source.acked_by != memory {
                     self.source.ever_acked.clear();
@@ -243,6 +249,7 @@ impl World {
     }
 
     fn source_is_greeted(&mut self, id: usize, theirs: &Hello) {
+        self.source.peer = Some(theirs.incarnation);
         if let Err(refusal) =
             self.with_source("greeted", |session, now| session.greeted(theirs, now))
         {

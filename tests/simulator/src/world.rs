@@ -198,11 +198,13 @@ impl World {
     }
 
     fn is_done(&self) -> bool {
+        // A snapshot's source keeps no record of having served it.
+        let is_served = self.destination.session.is_over() && !self.is_migration();
         self.source.pending.is_none()
             && self.destination.pending.is_none()
             && self.source.is_alive
             && self.destination.is_alive
-            && self.source.session.is_over()
+            && (self.source.session.is_over() || is_served)
             && self.destination.session.is_over()
             && !self.guest.somebody_waits()
     }
