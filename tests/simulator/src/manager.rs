@@ -3,7 +3,7 @@
 
 use crate::network::{Read, Side};
 use crate::world::World;
-use afterimage_protocol::session::SourceOwnership;
+use afterimage_protocol::session::{DestinationSession, SourceOwnership, SourceSession};
 
 impl World {
     /// Reads one frame, or the end, of one of a side's connections.
@@ -42,13 +42,13 @@ impl World {
             && self.source.pending.is_none()
             && is_due(self.source.session.next_tick(), self.now)
         {
-            self.with_source("tick", |session, now| session.tick(now));
+            self.with_source("tick", SourceSession::tick);
         }
         if self.destination.is_alive
             && self.destination.pending.is_none()
             && is_due(self.destination.session.next_tick(), self.now)
         {
-            self.with_destination("tick", |session, now| session.tick(now));
+            self.with_destination("tick", DestinationSession::tick);
         }
     }
 

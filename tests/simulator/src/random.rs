@@ -1,6 +1,6 @@
 //! Random numbers from a seed: the same on every machine, and in every version.
 
-/// SplitMix64 (Steele, Lea, Flood 2014).
+/// `SplitMix64` (Steele, Lea, Flood 2014).
 #[derive(Clone, Debug)]
 pub(crate) struct Random(u64);
 

@@ -25,6 +25,7 @@ const BOUND: u64 = 60_000;
 
 /// What is drawn once for a run.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent draws")]
 pub(crate) struct Plan {
     pub(crate) kind: SessionKind,
     pub(crate) pages: u64,

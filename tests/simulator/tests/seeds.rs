@@ -46,7 +46,7 @@ caught! {
     half_a_page_left_behind_is_caught: ZeroWithoutEmptying within 400;
     a_forgotten_requeue_is_caught: RequeueForgotten within 100;
     a_discard_without_the_gate_is_caught: DiscardWithoutGate within 200;
-    other_memory_after_given_is_caught: NewIncarnationAfterGiven within 200;
+    other_memory_after_given_is_caught: NewIncarnationAfterGiven within 500;
     serving_a_guest_that_runs_is_caught: ServeBeforeFrozen within 100;
     forgotten_discards_are_caught: DiscardsForgotten within 400;
     planes_that_are_not_sent_are_caught: PlanesNotSent within 100;
