@@ -1,0 +1,468 @@
+//! The source's state machine.
+
+mod action;
+mod admission;
+mod call;
+mod record;
+
+pub use action::{SourceAction, SourceConfig, SourceEvent};
+
+use super::pulse::{Due, Pulse};
+use super::{SourceOwnership, SourceRecord};
+use crate::layout::{GuestLayout, PageRange};
+use crate::wire::{
+    Attach, Channel, ControlFrame, Generation, Hello, Incarnation, Phase, Refusal, RefuseCode,
+    Role, SessionKind, Stamp,
+};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    Down,
+    /// The epoch is being recorded, or the greeting is under way.
+    Greeting,
+    /// The offer is sent.
+    Offered,
+    /// The destination has said what it is; its planes are coming in.
+    Receiving(Phase),
+    Up,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pending {
+    Epoch,
+    Given,
+    Reclaimed,
+    Fenced,
+    Finished,
+}
+
+/// The source's side of one session with one destination.
+///
+/// Between a [`SourceAction::Persist`] and [`persisted`](Self::persisted) nothing else may
+/// be called: who owns the guest is not known in between.
+#[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
+pub struct SourceSession {
+    config: SourceConfig,
+    record: SourceRecord,
+    link: Link,
+    stamp: Stamp,
+    pulse: Option<Pulse>,
+    served: GuestLayout,
+    incarnation: Option<Incarnation>,
+    /// The vCPUs are stopped and device state is there; memory is final.
+    frozen: bool,
+    /// This process has the device state.
+    has_state: bool,
+    destination_ready: bool,
+    destination_running: bool,
+    destination_complete: bool,
+    told_finished: bool,
+    reclaim_wanted: bool,
+    pending: Option<Pending>,
+    actions: VecDeque<SourceAction>,
+}
+
+impl SourceSession {
+    /// A session with what was durably recorded of it. A snapshot is frozen from the start.
+    ///
+    /// After a restart in the middle, the VMM's device state must be given again by
+    /// [`freeze`](Self::freeze) if the record does not say that the destination has it: the
+    /// same state, of the same memory. A guest that has run here since it was first frozen
+    /// needs a new session, because the destination may have pages of before.
+    #[must_use]
+    pub fn new(config: SourceConfig, record: SourceRecord) -> Self {
+        let is_snapshot = config.kind == SessionKind::Snapshot;
+        Self {
+            served: config.layout.clone(),
+            config,
+            link: Link::Down,
+            stamp: Stamp { epoch: record.epoch, generation: Generation(1) },
+            pulse: None,
+            incarnation: (record.ownership != SourceOwnership::Owner).then_some(record.incarnation),
+            frozen: is_snapshot || record.ownership == SourceOwnership::Given,
+            has_state: is_snapshot,
+            destination_ready: false,
+            destination_running: false,
+            destination_complete: false,
+            told_finished: false,
+            reclaim_wanted: false,
+            pending: None,
+            record,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// The next thing to do.
+    pub fn poll(&mut self) -> Option<SourceAction> {
+        self.actions.pop_front()
+    }
+
+    /// What is durably recorded.
+    #[must_use]
+    pub const fn record(&self) -> &SourceRecord {
+        &self.record
+    }
+
+    /// Whether the guest may run here.
+    #[must_use]
+    pub const fn may_run(&self) -> bool {
+        self.record.may_run() && (!self.frozen || self.is_over())
+    }
+
+    /// Whether the guest's memory is final, so that pages may be sent.
+    #[must_use]
+    pub const fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
+    /// Whether the session is over. A destination that has not heard so is still answered.
+    #[must_use]
+    pub const fn is_over(&self) -> bool {
+        let is_over_for_good = matches!(
+            self.record.ownership,
+            SourceOwnership::Reclaimed | SourceOwnership::Fenced | SourceOwnership::Finished
+        );
+        is_over_for_good || (self.told_finished && self.is_snapshot())
+    }
+
+    /// The layout in which pages are served and numbered: that of the destination which
+    /// attached last, or this side's own. Its page count is the size of the [`Book`] that a
+    /// [`SourceAction::ResetBook`] asks for.
+    ///
+    /// [`Book`]: super::Book
+    #[must_use]
+    pub const fn served(&self) -> &GuestLayout {
+        &self.served
+    }
+
+    /// What the control connection is at, in a word, for messages and statistics.
+    #[must_use]
+    pub const fn link_name(&self) -> &'static str {
+        match self.link {
+            Link::Down => "down",
+            Link::Greeting => "greeting",
+            Link::Offered => "offered",
+            Link::Receiving(_) => "receiving",
+            Link::Up => "up",
+        }
+    }
+
+    /// The destination's memory, once one has attached.
+    #[must_use]
+    pub const fn incarnation(&self) -> Option<Incarnation> {
+        self.incarnation
+    }
+
+    /// The stamp of the control connection.
+    #[must_use]
+    pub const fn stamp(&self) -> Stamp {
+        self.stamp
+    }
+
+    /// A control connection is to be made, or has been accepted from a peer that
+    /// [`admits`](Self::admits) let in: the epoch grows, durably, then a hello is sent. An
+    /// earlier connection is given up.
+    pub fn open(&mut self) {
+        if self.link != Link::Down {
+            self.lose_link(None);
+        }
+        self.link = Link::Greeting;
+        let mut next = self.record;
+        next.epoch = next.epoch.next();
+        self.persist(next, Pending::Epoch);
+    }
+
+    /// The peer's hello has arrived on the connection.
+    ///
+    /// # Errors
+    /// The refusal to send before hanging up.
+    pub fn greeted(&mut self, peer: &Hello, now: Duration) -> Result<(), Refusal> {
+        if self.link != Link::Greeting {
+            return Err(Refusal::new(RefuseCode::Failed, "no greeting is under way"));
+        }
+        if let Err(refusal) = self.admits(peer) {
+            self.link = Link::Down;
+            return Err(refusal);
+        }
+        if self.incarnation != Some(peer.incarnation) {
+            self.incarnation = Some(peer.incarnation);
+            self.destination_ready = false;
+            self.told_finished = false;
+        }
+        self.pulse = Some(Pulse::new(self.config.heartbeat, self.config.silence, now));
+        self.link = Link::Offered;
+        self.send(self.config.offer());
+        Ok(())
+    }
+
+    /// The control connection broke.
+    pub fn disconnected(&mut self) {
+        if self.link != Link::Down {
+            self.lose_link(None);
+        }
+    }
+
+    fn lose_link(&mut self, refusal: Option<Refusal>) {
+        let was_up = self.link == Link::Up;
+        self.link = Link::Down;
+        self.pulse = None;
+        self.actions.push_back(SourceAction::HangUp(refusal));
+        if was_up && !self.is_over() {
+            self.actions.push_back(SourceAction::Event(SourceEvent::Disconnected));
+        }
+    }
+
+    /// Time has passed: heartbeats, silence.
+    pub fn tick(&mut self, now: Duration) {
+        match self.pulse.as_mut().map_or(Due::Nothing, |pulse| pulse.due(now)) {
+            Due::Nothing => {}
+            Due::Beat => self.beat(),
+            Due::Dead(silent) => self.lose_link(Some(Refusal::new(
+                RefuseCode::Failed,
+                format!("nothing was heard from the destination for {silent:?}"),
+            ))),
+        }
+    }
+
+    fn beat(&mut self) {
+        if let Some(pulse) = self.pulse.as_mut() {
+            let token = pulse.next_token();
+            self.send(ControlFrame::Heartbeat { token });
+        }
+    }
+
+    /// When [`tick`](Self::tick) should be called at the latest.
+    #[must_use]
+    pub fn next_tick(&self) -> Option<Duration> {
+        self.pulse.as_ref().map(Pulse::next)
+    }
+
+    /// A frame with the connection's stamp has arrived.
+    pub fn frame(&mut self, frame: ControlFrame, now: Duration) {
+        if matches!(self.link, Link::Down | Link::Greeting) {
+            return;
+        }
+        if let Some(pulse) = self.pulse.as_mut() {
+            pulse.heard(now);
+        }
+        if let Err(refusal) = self.take_frame(frame) {
+            self.lose_link(Some(refusal));
+        }
+    }
+
+    fn take_frame(&mut self, frame: ControlFrame) -> Result<(), Refusal> {
+        match (frame, self.link) {
+            (ControlFrame::Heartbeat { token }, _) => {
+                self.send(ControlFrame::HeartbeatReply { token });
+            }
+            (ControlFrame::HeartbeatReply { .. }, _) => {}
+            (ControlFrame::Refuse(refusal), _) => {
+                // They hang up; nothing is sent back.
+                let _ = refusal;
+                self.lose_link(None);
+            }
+            (ControlFrame::Attach(attach), Link::Offered) => self.attached(&attach)?,
+            (ControlFrame::Received { range, segment, last }, Link::Receiving(phase)) => {
+                self.check_pages(range)?;
+                self.actions.push_back(SourceAction::Received { range, segment });
+                if last {
+                    self.begin(phase);
+                }
+            }
+            // A source that was restarted may not have been frozen again yet.
+            (ControlFrame::Ready, Link::Up) if !self.knows_it_runs() => self.ready(),
+            (ControlFrame::Running, Link::Up) if self.was_given() => self.running(),
+            (ControlFrame::Ack(runs), Link::Up) => {
+                for run in &runs {
+                    self.check_pages(*run)?;
+                }
+                self.actions.push_back(SourceAction::Acknowledge(runs));
+            }
+            (ControlFrame::Complete, Link::Up) if self.knows_it_runs() || self.is_snapshot() => {
+                self.destination_complete = true;
+                self.finish_if_done();
+            }
+            // Also the answer to a go, from a destination that has refused before this
+            // source was restarted.
+            (ControlFrame::TakeBackAgreed, Link::Up)
+                if self.was_given() && !self.knows_it_runs() =>
+            {
+                self.agreed();
+            }
+            (ControlFrame::TakeBackDenied, Link::Up) if self.was_given() => {
+                if self.reclaim_wanted {
+                    self.denied();
+                }
+            }
+            (frame, link) => {
+                return Err(Refusal::new(
+                    RefuseCode::Protocol,
+                    format!("{:?} is out of place here ({link:?})", frame.kind()),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_pages(&self, range: PageRange) -> Result<(), Refusal> {
+        if self.served.contains(range) {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            RefuseCode::Protocol,
+            format!("pages {range} do not exist, there are {}", self.served.page_count()),
+        ))
+    }
+
+    fn attached(&mut self, attach: &Attach) -> Result<(), Refusal> {
+        self.served = self
+            .config
+            .layout
+            .serving(&attach.layout)
+            .map_err(|error| Refusal::new(RefuseCode::Layout, error.to_string()))?;
+        self.believes(attach.phase)?;
+        self.destination_complete = attach.phase == Phase::Complete;
+        self.link = Link::Receiving(attach.phase);
+        self.actions.push_back(SourceAction::ResetBook);
+        Ok(())
+    }
+
+    /// Whether a phase can be true, by what is known. What cannot is refused, so that a
+    /// destination that has lost its record makes nobody run the guest.
+    fn believes(&self, phase: Phase) -> Result<(), Refusal> {
+        let contradiction = match phase {
+            Phase::Refused | Phase::Running if self.is_snapshot() => {
+                "the destination says who owns the guest of a snapshot"
+            }
+            Phase::Running | Phase::Complete if !self.was_given() && !self.is_snapshot() => {
+                "the destination says that it runs a guest which it was not given"
+            }
+            Phase::Fresh | Phase::Ready | Phase::Refused if self.knows_it_runs() => {
+                "the destination has said that it runs the guest, and now says that it does not"
+            }
+            _ => return Ok(()),
+        };
+        Err(Refusal::new(RefuseCode::Protocol, contradiction))
+    }
+
+    fn knows_it_runs(&self) -> bool {
+        self.destination_running || self.record.ownership == SourceOwnership::Finished
+    }
+
+    fn was_given(&self) -> bool {
+        matches!(self.record.ownership, SourceOwnership::Given | SourceOwnership::Finished)
+    }
+
+    const fn is_snapshot(&self) -> bool {
+        matches!(self.config.kind, SessionKind::Snapshot)
+    }
+
+    /// Everything the destination has is known: go on from where it is.
+    fn begin(&mut self, phase: Phase) {
+        self.link = Link::Up;
+        self.send(ControlFrame::Begin);
+        let layout = self.served.clone();
+        self.actions.push_back(SourceAction::OpenData { stamp: self.stamp, layout });
+        if let Some(incarnation) = self.incarnation {
+            self.actions.push_back(SourceAction::Event(SourceEvent::Attached(incarnation)));
+        }
+        match phase {
+            Phase::Fresh => {
+                self.destination_ready = false;
+                if self.reclaim_wanted {
+                    self.send(ControlFrame::TakeBack);
+                } else if self.has_state {
+                    self.actions.push_back(SourceAction::SendState);
+                }
+            }
+            Phase::Ready => self.ready(),
+            Phase::Refused if self.reclaim_wanted => self.agreed(),
+            // It refused somebody's taking back that this side has forgotten; it will not
+            // run, so the guest can only go on here.
+            Phase::Refused => {
+                self.reclaim_wanted = true;
+                self.agreed();
+            }
+            Phase::Running | Phase::Complete => {
+                self.running();
+            }
+        }
+    }
+
+    fn ready(&mut self) {
+        if !self.destination_ready {
+            self.destination_ready = true;
+            self.actions.push_back(SourceAction::Event(SourceEvent::Ready));
+        }
+        if self.is_snapshot() || !self.frozen {
+            return;
+        }
+        if self.reclaim_wanted {
+            self.send(ControlFrame::TakeBack);
+        } else if self.was_given() {
+            self.send(ControlFrame::Go);
+        } else {
+            self.give();
+        }
+    }
+
+    fn give(&mut self) {
+        let Some(incarnation) = self.incarnation else { return };
+        let mut next = self.record;
+        (next.ownership, next.incarnation) = (SourceOwnership::Given, incarnation);
+        self.persist(next, Pending::Given);
+    }
+
+    fn running(&mut self) {
+        if !self.destination_running && !self.is_snapshot() {
+            self.destination_running = true;
+            self.actions.push_back(SourceAction::DropState);
+            self.actions.push_back(SourceAction::Event(SourceEvent::Running));
+        }
+        if self.reclaim_wanted {
+            self.denied();
+        }
+        self.finish_if_done();
+    }
+
+    fn finish_if_done(&mut self) {
+        if !self.destination_complete || !(self.destination_running || self.is_snapshot()) {
+            return;
+        }
+        if self.record.ownership == SourceOwnership::Finished || self.is_snapshot() {
+            self.finished();
+        } else {
+            let mut next = self.record;
+            next.ownership = SourceOwnership::Finished;
+            self.persist(next, Pending::Finished);
+        }
+    }
+
+    fn finished(&mut self) {
+        if self.link == Link::Up {
+            self.send(ControlFrame::Bye);
+        }
+        if !self.told_finished {
+            self.told_finished = true;
+            self.actions.push_back(SourceAction::Event(SourceEvent::Finished));
+        }
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            role: Role::Source,
+            channel: Channel::Control,
+            stamp: self.stamp,
+            capabilities: self.config.capabilities,
+            session: self.record.session,
+            incarnation: self.incarnation.unwrap_or_default(),
+        }
+    }
+
+    fn send(&mut self, frame: ControlFrame) {
+        self.actions.push_back(SourceAction::Send(frame));
+    }
+}
