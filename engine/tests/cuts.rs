@@ -7,6 +7,7 @@ use afterimage_protocol::wire::Channel;
 use common::counters::Counters;
 use common::proxy::{Cut, Proxy};
 use common::{Kind, Listening, Pair, Random, Setup};
+use std::cell::RefCell;
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -44,8 +45,8 @@ fn count_through(
             || proxy.bytes() >= goal || pair.destination.stats().pages_complete >= pair.new.pages(),
         );
         let how = Cut::any(random);
-        let mut chosen = random.fork();
-        proxy.cut(how, |channel| wanted(&mut chosen, channel));
+        let chosen = RefCell::new(random.fork());
+        proxy.cut(how, |channel| wanted(&mut chosen.borrow_mut(), channel));
     }
     for thread in threads {
         thread.finish("a guest thread that counts", || pair.dump());

@@ -7,7 +7,7 @@ use afterimage::{
     ThreadRole,
 };
 use common::counters::Counters;
-use common::{Content, Kind, Listening, Memory, Pair, Random, Setup, Toucher, Transport};
+use common::{Content, Kind, Listening, Pair, Random, Setup, Toucher, Transport};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};

@@ -19,7 +19,7 @@ fn a_section_that_cannot_travel_is_refused_before_anything_happens() {
     for name in [String::new(), "x".repeat(256)] {
         let state = StateSection { name, version: 1, bytes: vec![] };
         let error = pair.source.switch_over(vec![state]).unwrap_err();
-        assert!(matches!(error, CallError::NotNow(_)), "{error:?}");
+        assert!(matches!(error, CallError::SectionName { .. }), "{error:?}");
     }
     // Nothing has happened: it can still be done rightly.
     pair.switch(&[section("right", 1)]);

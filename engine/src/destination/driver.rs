@@ -9,7 +9,7 @@ use super::{DestinationEvent, DestinationOptions};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::session_link::SessionLink;
-use crate::source::{MAX_STATE_BYTES, StateSection, state_cost};
+use crate::source::StateSection;
 use crate::threads::{self, ThreadRole};
 use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::{MAX_SEGMENT_PAGES, Segment};
@@ -30,6 +30,8 @@ use std::time::Duration;
 
 /// How long acknowledgements may wait for company.
 const ACK_PAUSE: Duration = Duration::from_millis(5);
+/// The most device state that is kept for the VMM.
+const MAX_STATE_BYTES: usize = 1 << 30;
 
 /// What comes to the session thread.
 #[derive(Debug)]
@@ -154,10 +156,6 @@ impl Driver {
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the destination was shut down")));
         if self.arrived.pages.remaining() > 0 {
             self.events.send(DestinationEvent::Abandoned);
-        } else {
-            // The news that the last page has arrived may still be in the inbox: without
-            // this, nobody would answer a fault on what has arrived and was never touched.
-            self.arrived.pages.memory().unregister();
         }
     }
 
@@ -294,17 +292,15 @@ impl Driver {
     /// What is complete now. Pages that become complete from here on are acknowledged.
     fn send_received(&mut self) {
         self.arrived.forget_acks();
-        let planes = self.arrived.pages.planes();
-        let pages = planes.pages();
-        let mut start = 0;
-        while start < pages {
+        let arrived = Arc::clone(&self.arrived);
+        let pages = arrived.pages.planes().pages();
+        let segments = (0..pages).step_by(MAX_SEGMENT_PAGES as usize).map(move |start| {
             let count = MAX_SEGMENT_PAGES.min(pages - start);
             let range = PageRange::new(PageNumber(start), count);
-            start += count;
-            let segment = Segment::encode(planes.completed(), range);
-            let last = start == pages;
-            self.link.send(&ControlFrame::Received { range, segment, last });
-        }
+            let segment = Segment::encode(arrived.pages.planes().completed(), range);
+            ControlFrame::Received { range, segment, last: start + count == pages }
+        });
+        self.link.send_stream(segments);
     }
 
     fn open_channels(&mut self, stamp: Stamp, streams: u16) {
@@ -473,7 +469,7 @@ impl Driver {
     }
 
     fn receive(&mut self) {
-        loop {
+        for () in self.link.round() {
             match self.link.receive() {
                 Ok(Some(frame)) => {
                     self.session.frame(frame, self.link.now());
@@ -521,7 +517,7 @@ impl Driver {
     }
 
     fn take_section(&mut self, name: String, version: u32, last: bool, bytes: &[u8]) {
-        self.state_bytes += state_cost(&name, bytes.len());
+        self.state_bytes += bytes.len();
         if self.state_bytes > MAX_STATE_BYTES {
             let reason = format!("more than {MAX_STATE_BYTES} bytes of device state");
             self.session.disconnected();

@@ -4,7 +4,7 @@ use super::background::Streamer;
 use super::memory::SourceMemory;
 use super::request::Responder;
 use super::serving::{Serving, ServingOptions, Underway};
-use super::{MAX_STATE_BYTES, SourceEvent, SourceOptions, SourceShared, StateSection, state_cost};
+use super::{SourceEvent, SourceOptions, SourceShared, StateSection};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::session_link::SessionLink;
@@ -16,8 +16,8 @@ use afterimage_protocol::session::{
     Book, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Generation, Hello, MAX_SECTION_BYTES, MAX_SECTION_NAME,
-    Refusal, RefuseCode, Role, Stamp,
+    Capabilities, Channel, ControlFrame, Generation, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode,
+    Role, Stamp,
 };
 use crossbeam_channel::Sender;
 use std::collections::BTreeMap;
@@ -25,6 +25,10 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How long a source that is done waits for the destination to have heard so.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// What comes to the session thread.
 #[derive(Debug)]
@@ -73,7 +77,7 @@ pub(super) struct Driver {
     generations: BTreeMap<Channel, Generation>,
     /// Replaced channels whose threads have not ended.
     retired: Vec<(Channel, DataChannel)>,
-    state: Option<Vec<StateSection>>,
+    state: Option<Arc<Vec<StateSection>>>,
     attachments: u64,
 }
 
@@ -137,6 +141,9 @@ impl Driver {
     }
 
     fn stop(&mut self) {
+        if self.session.is_over() {
+            self.link.linger(LINGER);
+        }
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the source was shut down")));
     }
 
@@ -160,9 +167,8 @@ impl Driver {
     fn call(&mut self, call: Call) -> Result<(), NotNow> {
         match call {
             Call::SwitchOver(sections) => {
-                check_state(&sections)?;
                 self.session.freeze()?;
-                self.state = Some(sections);
+                self.state = Some(Arc::new(sections));
                 if let Some(serving) = &self.serving {
                     serving.signal.memory_is_final();
                 }
@@ -210,6 +216,7 @@ impl Driver {
     fn greeted(&mut self, stream: Stream, theirs: &Hello) {
         if let Err(refusal) = self.session.greeted(theirs, self.link.now()) {
             refuse(&stream, refusal);
+            self.link.redial_later();
             return;
         }
         let common = self.options.capabilities().common(theirs.capabilities);
@@ -274,19 +281,25 @@ impl Driver {
     }
 
     fn send_state(&mut self) {
-        let sections = self.state.as_deref().unwrap_or_default();
-        for section in sections {
-            let mut pieces = section.bytes.chunks(MAX_SECTION_BYTES).peekable();
-            let mut is_first = true;
-            while is_first || pieces.peek().is_some() {
-                let bytes = pieces.next().unwrap_or_default().to_vec();
-                is_first = false;
-                let last = pieces.peek().is_none();
-                let (name, version) = (section.name.clone(), section.version);
-                self.link.send(&ControlFrame::Section { name, version, last, bytes });
-            }
-        }
-        self.link.send(&ControlFrame::StateEnd { sections: sections.len() as u32 });
+        let sections = self.state.clone().unwrap_or_default();
+        let end = ControlFrame::StateEnd { sections: sections.len() as u32 };
+        let pieces = (0..sections.len()).flat_map(move |index| {
+            let sections = Arc::clone(&sections);
+            // An empty section is one empty piece.
+            let count = sections[index].bytes.len().div_ceil(MAX_SECTION_BYTES).max(1);
+            (0..count).map(move |piece| {
+                let section = &sections[index];
+                let start = piece * MAX_SECTION_BYTES;
+                let stop = section.bytes.len().min(start + MAX_SECTION_BYTES);
+                ControlFrame::Section {
+                    name: section.name.clone(),
+                    version: section.version,
+                    last: piece + 1 == count,
+                    bytes: section.bytes[start..stop].to_vec(),
+                }
+            })
+        });
+        self.link.send_stream(pieces.chain(std::iter::once(end)));
     }
 
     fn reset_book(&mut self) {
@@ -514,7 +527,7 @@ impl Driver {
     }
 
     fn receive(&mut self) {
-        loop {
+        for () in self.link.round() {
             match self.link.receive() {
                 Ok(Some(frame)) => {
                     self.session.frame(frame, self.link.now());
@@ -549,12 +562,7 @@ impl Driver {
             Said::Running => SourceEvent::Running,
             Said::Reclaimed => SourceEvent::Reclaimed,
             Said::ReclaimDenied => SourceEvent::ReclaimDenied,
-            Said::Finished => {
-                // The destination says so of every page; the last acknowledgements may have
-                // been overtaken by that.
-                self.shared.acknowledge(self.session.served().all_pages());
-                SourceEvent::Finished
-            }
+            Said::Finished => SourceEvent::Finished,
             Said::PersistFailed => SourceEvent::PersistFailed,
             other => {
                 tracing::error!(?other, "an event of a newer protocol");
@@ -563,17 +571,4 @@ impl Driver {
         };
         self.events.send(event);
     }
-}
-
-/// Whether device state can travel, and be kept at the destination.
-fn check_state(sections: &[StateSection]) -> Result<(), NotNow> {
-    let call = "switch over";
-    if sections.iter().any(|it| it.name.is_empty() || it.name.len() > MAX_SECTION_NAME) {
-        return Err(NotNow { call, reason: "the name of a section must have 1 to 255 bytes" });
-    }
-    let cost = |section: &StateSection| state_cost(&section.name, section.bytes.len());
-    if sections.iter().map(cost).sum::<usize>() > MAX_STATE_BYTES {
-        return Err(NotNow { call, reason: "device state may have 1 GiB" });
-    }
-    Ok(())
 }

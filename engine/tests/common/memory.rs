@@ -210,7 +210,7 @@ impl Memory {
     pub fn as_source(&self) -> Arc<SourceMemory> {
         let regions = self.areas.iter().map(|area| match &area.file {
             // SAFETY: the mapping outlives the source: tests keep both until the end.
-            None => unsafe { SourceRegion::mapped(area.guest, area.start, area.length) },
+            None => unsafe { SourceRegion::anonymous(area.guest, area.start, area.length) },
             Some(file) => {
                 let file = file.try_clone().expect("a descriptor");
                 SourceRegion::file(area.guest, file, 0, area.length).expect("a memory file")
