@@ -562,7 +562,12 @@ impl Driver {
             Said::Running => SourceEvent::Running,
             Said::Reclaimed => SourceEvent::Reclaimed,
             Said::ReclaimDenied => SourceEvent::ReclaimDenied,
-            Said::Finished => SourceEvent::Finished,
+            Said::Finished => {
+                // The destination has said so of every page; acknowledgements of its last
+                // ones may have been overtaken by that.
+                self.shared.acknowledge(self.session.served().all_pages());
+                SourceEvent::Finished
+            }
             Said::PersistFailed => SourceEvent::PersistFailed,
             other => {
                 tracing::error!(?other, "an event of a newer protocol");
