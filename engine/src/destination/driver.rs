@@ -156,6 +156,10 @@ impl Driver {
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the destination was shut down")));
         if self.arrived.pages.remaining() > 0 {
             self.events.send(DestinationEvent::Abandoned);
+        } else {
+            // The news that the last page has arrived may still be in the inbox; without
+            // this, nobody would answer a fault on what has arrived and was never touched.
+            self.arrived.pages.memory().unregister();
         }
     }
 
