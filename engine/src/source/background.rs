@@ -47,7 +47,7 @@ impl<'s> Streamer<'s> {
 
     /// Sends until the connection ends.
     pub(super) fn run(mut self) -> io::Result<()> {
-        if !self.serving.wait_final() {
+        if !self.serving.wait_final(&self.stream) {
             return Ok(());
         }
         while !self.serving.is_closing() {
@@ -55,14 +55,15 @@ impl<'s> Streamer<'s> {
             self.stand_back();
             if self.underway.is_full() {
                 self.underway.settle(&self.serving.book);
-                if self.underway.is_full() {
-                    self.serving.wait_change(seen);
+                if self.underway.is_full() && !self.serving.wait_change(&self.stream, seen) {
+                    return Ok(());
                 }
                 continue;
             }
             match self.take() {
                 Some((run, is_hole)) => self.send_run(&run, is_hole)?,
-                None => self.serving.wait_change(seen),
+                None if self.serving.wait_change(&self.stream, seen) => {}
+                None => return Ok(()),
             }
         }
         Ok(())

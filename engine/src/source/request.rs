@@ -51,7 +51,7 @@ impl<'s> Responder<'s> {
                 continue;
             }
             // Answers to requests that came before the switchover wait for it.
-            if !self.serving.wait_final() {
+            if !self.serving.wait_final(&self.stream) {
                 return Ok(());
             }
             self.serving.urgent.fetch_add(1, Ordering::AcqRel);
