@@ -361,12 +361,17 @@ impl Driver {
             return refusal(RefuseCode::Role, "both sides are destinations".to_owned());
         }
         if hello.session != self.session.record().session {
-            let reason = format!("this destination is not in session {}", hello.session);
+            let reason = format!(
+                "this destination is not in session {} but in {}",
+                hello.session,
+                self.session.record().session
+            );
             return refusal(RefuseCode::UnknownSession, reason);
         }
         let epoch = self.arrivals.as_ref().map(|arrivals| arrivals.epoch);
         if epoch != Some(hello.stamp.epoch) {
-            let reason = format!("epoch {} is not the present one", hello.stamp.epoch.0);
+            let present = epoch.map_or("none".to_owned(), |epoch| epoch.0.to_string());
+            let reason = format!("epoch {} is not the present one, {present}", hello.stamp.epoch.0);
             return refusal(RefuseCode::Stale, reason);
         }
         if !self.channels.contains(&hello.channel) {
@@ -375,7 +380,10 @@ impl Driver {
         }
         let last = self.generations.get(&hello.channel).copied().unwrap_or_default();
         if hello.stamp.generation <= last {
-            let reason = format!("generation {} has passed", hello.stamp.generation.0);
+            let reason = format!(
+                "generation {} of channel {} has passed, {} is the last",
+                hello.stamp.generation.0, hello.channel, last.0
+            );
             return refusal(RefuseCode::Stale, reason);
         }
         Ok(())
