@@ -2,8 +2,10 @@
 
 mod common;
 
-use afterimage::{CallError, DestinationEvent, StateSection};
-use common::{Content, Kind, Memory, Pair, Setup, Toucher};
+use afterimage::{
+    CallError, Destination, DestinationEvent, DiscardNotice, Endpoint, SnapshotServer, StateSection,
+};
+use common::{Content, EventLog, Kind, Memory, Pair, Setup, Toucher};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -58,4 +60,28 @@ fn a_destination_dropped_when_all_has_arrived_leaves_a_guest_that_reads_everythi
         reader.finish("reading after the destination is gone", || format!("round {round}"));
         drop(source);
     }
+}
+
+#[test]
+fn a_snapshot_that_arrived_before_ready_may_still_run() {
+    prologue!("a_snapshot_that_arrived");
+    let setup = Setup { kinds: vec![(Kind::Memfd, MIB)], ..Setup::default() };
+    let image = Memory::new(&setup.kinds);
+    image.fill(setup.seed, setup.content);
+    let listener = common::session::listen();
+    let address = listener.address().clone();
+    let options = common::session::source_options(&setup);
+    let (server, _events) =
+        SnapshotServer::start(image.as_source(), listener, options, 1).expect("a server");
+    let new = Memory::new(&setup.kinds);
+    let memory = new.register(DiscardNotice::Called).expect("registered memory");
+    let options = common::session::destination_options(&setup);
+    let (destination, events) =
+        Destination::start(memory, Endpoint::Connect(address), options).expect("a destination");
+    let events = EventLog::new(events);
+    let dump = || format!("{:?} {:?}", server.stats(), destination.stats());
+    events.wait("the end", dump, |event| *event == DestinationEvent::Finished);
+    destination.ready().expect("all of it is there");
+    events.wait("run", dump, |event| *event == DestinationEvent::Run);
+    new.check(setup.seed, setup.content);
 }

@@ -355,7 +355,10 @@ impl DestinationSession {
     /// snapshot needs no device state.
     pub fn ready(&mut self) -> Result<(), NotNow> {
         let call = "be ready";
-        if self.over || self.record.ownership == DestinationOwnership::Refused {
+        // A snapshot may have arrived whole before anybody was ready to run it.
+        let has_everything = self.is_snapshot() && self.complete;
+        if (self.over && !has_everything) || self.record.ownership == DestinationOwnership::Refused
+        {
             return Err(NotNow { call, reason: "the guest will not run here" });
         }
         if !self.state_complete
