@@ -193,6 +193,7 @@ impl<'s> Streamer<'s> {
         }
         let counter = match frame {
             DataFrame::Content(..) => &serving.counters.background,
+            DataFrame::Unreadable(..) => &serving.counters.unreadable,
             _ => &serving.counters.zero,
         };
         let (DataFrame::Content(pages, _)

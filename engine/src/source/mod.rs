@@ -286,6 +286,7 @@ impl SourceShared {
             pages_requested: of(&counters.requested),
             pages_background: of(&counters.background),
             pages_zero: of(&counters.zero),
+            pages_unreadable: of(&counters.unreadable),
             frames_stale: of(&counters.stale),
             recoveries: of(&counters.recoveries),
         }
