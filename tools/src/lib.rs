@@ -10,5 +10,6 @@
 pub mod guest;
 pub mod handoff;
 pub mod microvm;
+pub mod page_server;
 pub mod ram;
 pub mod require;
