@@ -10,14 +10,11 @@ use serde::Serialize;
 use super::error::{DemoError, Status, one_line};
 use super::options::{GuestChoice, Options};
 use super::report;
-use crate::guest::GuestKind;
+use crate::guest::{GuestError, GuestKind};
 use crate::microvm::PreparedVm;
 use crate::migrate;
 use crate::ram::{Backing, GuestRam, HUGE_PAGE_BYTES, HugePages};
 use crate::size::Size;
-
-const KVM_REMEDY: &str = "load kvm_intel or kvm_amd, enable virtualisation in the firmware (or \
-     nested virtualisation on the host), and get access to /dev/kvm (group kvm, or root)";
 
 /// What the guest will run on.
 #[derive(Clone, Debug)]
@@ -40,7 +37,7 @@ pub(super) fn choose(wanted: GuestChoice) -> Result<Choice, DemoError> {
         (GuestChoice::Kvm, kvm, full) => {
             let lacking = [kvm.err(), full.err()].into_iter().flatten().collect::<Vec<_>>();
             Err(DemoError::Lacking(format!(
-                "no guest on KVM: {}; or use --guest threads",
+                "--guest kvm is not possible here: {}; or use --guest threads",
                 lacking.join("; ")
             )))
         }
@@ -105,9 +102,26 @@ fn available_memory() -> Option<u64> {
 fn kvm() -> Result<(), String> {
     let ram = GuestRam::allocate(2 * HUGE_PAGE_BYTES, Backing::Anonymous);
     let ram = Arc::new(ram.map_err(|error| one_line(&error))?);
-    PreparedVm::new(ram, 1)
-        .map(drop)
-        .map_err(|error| format!("{} ({KVM_REMEDY})", one_line(&error)))
+    PreparedVm::new(ram, 1).map(drop).map_err(|error| {
+        let remedy = match &error {
+            GuestError::Kvm { source, .. } => kvm_remedy(source.kind()),
+            _ => "",
+        };
+        format!("{}{remedy}", one_line(&error))
+    })
+}
+
+const fn kvm_remedy(kind: io::ErrorKind) -> &'static str {
+    match kind {
+        io::ErrorKind::PermissionDenied => {
+            " (run as root, or join the group of /dev/kvm: usermod -aG kvm USER)"
+        }
+        io::ErrorKind::NotFound => {
+            " (load kvm_intel or kvm_amd; the firmware, or the host of this machine, must allow \
+             virtualisation)"
+        }
+        _ => "",
+    }
 }
 
 /// Whether guest memory can be registered here with faults of this scope.
@@ -152,7 +166,7 @@ pub(super) fn probe(json: bool) -> Status {
 
 fn as_json(probe: &Probe) -> String {
     // Numbers and strings only: this cannot fail.
-    serde_json::to_string_pretty(probe).expect("plain data serialises") + "\n"
+    serde_json::to_string(probe).expect("plain data serialises") + "\n"
 }
 
 fn as_text(probe: &Probe) -> String {

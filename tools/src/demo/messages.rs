@@ -5,7 +5,8 @@
 //! parent.
 
 use std::io::{self, BufRead, Write};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -149,7 +150,7 @@ pub(super) struct Line {
 impl Line {
     /// Says something to the parent. If it is gone, so will this process be at once.
     pub(super) fn say(&self, message: &Message) {
-        let mut output = self.output.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = write_line(&mut *output, message) {
             tracing::error!(%error, "the parent cannot be told anything any more");
         }
@@ -172,18 +173,23 @@ impl Line {
 pub(super) fn run_role(role: impl FnOnce(&Line, &Setup) -> Result<(), DemoError>) -> Status {
     let (sender, commands) = crossbeam_channel::unbounded();
     let line = Line { commands, output: Mutex::new(io::stdout()) };
-    let result = start_role().and_then(|setup| {
-        std::thread::spawn(move || {
-            for command in io::stdin().lines().map_while(Result::ok) {
-                let Ok(command) = serde_json::from_str(&command) else { break };
-                if sender.send(command).is_err() {
-                    break;
-                }
+    let setup = match start_role() {
+        Ok(setup) => setup,
+        // There may be no parent to tell.
+        Err(error) => {
+            eprintln!("demo: {error}");
+            return error.status();
+        }
+    };
+    thread::spawn(move || {
+        for command in io::stdin().lines().map_while(Result::ok) {
+            let Ok(command) = serde_json::from_str(&command) else { break };
+            if sender.send(command).is_err() {
+                break;
             }
-        });
-        role(&line, &setup)
+        }
     });
-    match result {
+    match role(&line, &setup) {
         Ok(()) => Status::Verified,
         Err(error) => {
             let status = error.status();
@@ -201,7 +207,7 @@ fn start_role() -> Result<Setup, DemoError> {
         .read_line(&mut first)
         .map_err(|error| DemoError::failed("cannot read from the parent", &error))?;
     let setup: Setup = serde_json::from_str(&first).map_err(|error| {
-        DemoError::failed("--role is for the demo itself, which says what to do", &error)
+        DemoError::failed("--role is for processes that the demo starts itself", &error)
     })?;
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
         .map_err(|error| DemoError::failed("cannot be tied to the parent", &error))?;

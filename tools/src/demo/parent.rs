@@ -53,7 +53,7 @@ fn fail(options: &Options, error: &DemoError) -> Status {
 
 fn json(what: &impl serde::Serialize) -> String {
     // Numbers, strings and lists of them: this cannot fail.
-    serde_json::to_string_pretty(what).expect("plain data serialises") + "\n"
+    serde_json::to_string(what).expect("plain data serialises") + "\n"
 }
 
 fn move_guest(options: &Options) -> Result<Report, DemoError> {

@@ -14,6 +14,7 @@ pub(super) struct Bars {
     memory: ProgressBar,
     pages: ProgressBar,
     faults: ProgressBar,
+    guest: ProgressBar,
     page_bytes: u64,
     last: Progress,
 }
@@ -34,6 +35,7 @@ impl Bars {
             ),
             pages: line("  pages   {wide_msg}"),
             faults: line("  faults  {wide_msg}"),
+            guest: line("  guest   {wide_msg}"),
             step,
             all,
             page_bytes,
@@ -59,12 +61,13 @@ impl Bars {
         if self.last.at_us > 0 && seconds > 0.0 {
             let rate = |now: u64, last: u64| now.saturating_sub(last) as f64 / seconds;
             self.faults.set_message(format!(
-                "{:.0}/s; half within {}, 99 % within {}; the guest does {:.0} operations/s",
+                "{:.0}/s, half within {}, 99 % within {}",
                 rate(now.faults, self.last.faults),
                 time(now.p50_us),
                 time(now.p99_us),
-                rate(now.operations, self.last.operations)
             ));
+            let operations = rate(now.operations, self.last.operations);
+            self.guest.set_message(format!("{:.3} million operations/s", operations / 1e6));
         }
         self.last = now;
     }

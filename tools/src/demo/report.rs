@@ -158,62 +158,28 @@ fn judge(verified: Result<String, String>, source: &str, destination: &str) -> (
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match (self.guest, self.user_faults_only) {
-            (GuestKind::Kvm, _) => "KVM",
-            (GuestKind::Threads, false) => "threads",
-            (GuestKind::Threads, true) => "threads, user-mode faults",
-        };
-        let plural = |count: u64| if count == 1 { "" } else { "s" };
-        writeln!(
-            f,
-            "A running guest of {} moved over {} ({kind}, {} vCPU{}, {})",
-            Size(self.memory_bytes),
-            self.address,
-            self.vcpus,
-            plural(self.vcpus.into()),
-            name_of(self.workload),
-        )?;
-        writeln!(f)?;
-        let mut row = |name: &str, value: String, what: String| {
-            writeln!(f, "  {name:<11}{value:>11}   {what}")
-        };
-        row(
-            "blackout",
-            time(self.blackout_us as f64),
-            "from the stop of the vCPUs until they run at the destination".into(),
-        )?;
-        row(
-            "all memory",
-            time(self.total_us as f64),
-            "from the stop until every page was there".into(),
-        )?;
-        row("pages", self.pages_total.to_string(), self.shares())?;
-        row("faults", self.fault_latency_us.count.to_string(), self.faults())?;
-        row(
-            "background",
-            format!("{}/s", Size(self.background_bytes_per_s)),
-            format!(
-                "over {} stream{}; {} of pages received in all",
-                self.streams,
-                plural(self.streams.into()),
-                Size(self.bytes_received)
-            ),
-        )?;
-        row(
-            "guest",
-            format!("{} rounds", self.guest_rounds_after - self.guest_rounds_before),
-            format!(
-                "more than the {} before; it ran on when the source's process had ended",
-                self.guest_rounds_before
-            ),
-        )?;
+        writeln!(f, "{}\n", self.title())?;
+        let mut row =
+            |name: &str, value: String, what: &str| writeln!(f, "  {name:<10} {value:>11}  {what}");
+        row("blackout", time(self.blackout_us as f64), "in which no vCPU ran anywhere")?;
+        let total = time(self.total_us as f64);
+        row("all memory", total, "from the stop of the vCPUs until every page was there")?;
+        row("pages", self.pages_total.to_string(), &self.shares())?;
+        row("faults", self.fault_latency_us.count.to_string(), &self.faults())?;
+        row("background", format!("{}/s", Size(self.background_bytes_per_s)), &self.traffic())?;
+        let rounds = self.guest_rounds_after - self.guest_rounds_before;
+        row("guest", format!("{rounds} rounds"), &self.rounds())?;
         let verdict = if self.verified { "yes" } else { "NO" };
-        row("verified", verdict.into(), self.verification.clone())?;
-        row(
-            "SHA-256",
-            self.sha256_destination[..8].into(),
-            format!("of the memory that nobody writes; at the source {}", &self.sha256_source[..8]),
-        )
+        // Two lines, so that none is longer than a terminal is wide.
+        let (pages, increments) =
+            self.verification.rsplit_once(", ").unwrap_or((&self.verification, ""));
+        row("verified", verdict.to_owned(), pages)?;
+        if !increments.is_empty() {
+            row("", String::new(), increments)?;
+        }
+        let short = |digest: &str| digest.chars().take(8).collect::<String>();
+        let what = format!("{} at the source; of what nobody writes", short(&self.sha256_source));
+        row("SHA-256", short(&self.sha256_destination), &what)
     }
 }
 
@@ -221,6 +187,22 @@ impl Report {
     /// What verification said.
     pub(super) fn verification(&self) -> &str {
         &self.verification
+    }
+
+    fn title(&self) -> String {
+        let kind = match (self.guest, self.user_faults_only) {
+            (GuestKind::Kvm, _) => "KVM",
+            (GuestKind::Threads, false) => "threads",
+            (GuestKind::Threads, true) => "threads, user-mode faults",
+        };
+        format!(
+            "A running guest of {} moved over {} ({kind}, {} vCPU{}, {}).",
+            Size(self.memory_bytes),
+            self.address,
+            self.vcpus,
+            plural(self.vcpus.into()),
+            name_of(self.workload),
+        )
     }
 
     fn shares(&self) -> String {
@@ -236,14 +218,37 @@ impl Report {
 
     fn faults(&self) -> String {
         let latency = &self.fault_latency_us;
+        if latency.count == 0 {
+            return "every page was there before a vCPU touched it".to_owned();
+        }
         format!(
-            "half within {}, 99 % within {}, the longest {}; the vCPUs waited {} in all",
+            "half within {}, 99 % within {}, the longest {}; {} in all",
             time(latency.p50),
             time(latency.p99),
             time(latency.max),
             time(self.stall_us)
         )
     }
+
+    fn traffic(&self) -> String {
+        format!(
+            "over {} stream{}; {} of pages received in all",
+            self.streams,
+            plural(self.streams.into()),
+            Size(self.bytes_received)
+        )
+    }
+
+    fn rounds(&self) -> String {
+        format!(
+            "and {} before the move; it ran on when the source's process had ended",
+            self.guest_rounds_before
+        )
+    }
+}
+
+const fn plural(count: u64) -> &'static str {
+    if count == 1 { "" } else { "s" }
 }
 
 fn name_of(workload: Workload) -> String {
