@@ -57,6 +57,9 @@ pub fn main() -> ExitCode {
 }
 
 fn serve(options: &Options, mode: Mode) -> Result<Report, Failure> {
+    if options.silence <= options.heartbeat {
+        return Err(Failure::usage("--silence must be longer than --heartbeat"));
+    }
     let mut waiter = Waiter::new().map_err(Failure::of("wait for signals"))?;
     let progress = Progress::new();
     let journal = Journal::new(mode);

@@ -56,7 +56,16 @@ fn finding(
 }
 
 fn said<T>(result: &io::Result<T>, good: &str) -> String {
-    result.as_ref().map_or_else(ToString::to_string, |_| good.to_owned())
+    match result {
+        Ok(_) => good.to_owned(),
+        Err(error) => why(error),
+    }
+}
+
+/// What the system said, without its number.
+fn why(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
 fn kernel() -> Finding {
@@ -83,7 +92,7 @@ fn userfaultfd() -> Vec<Finding> {
         (Ok(()), ..) => "by the system call".to_owned(),
         (_, Ok(()), _) => "by /dev/userfaultfd".to_owned(),
         (.., Err(UffdError::NotPermitted)) => "not permitted".to_owned(),
-        (Err(error), ..) => error.to_string(),
+        (Err(error), ..) => why(error),
     };
     vec![
         finding(
@@ -126,7 +135,7 @@ fn userfaultfd() -> Vec<Finding> {
             "vm.unprivileged_userfaultfd",
             sysctl.as_ref().is_ok_and(|value| *value == 1),
             Need::Useful,
-            sysctl.map_or_else(|error| error.to_string(), |value| value.to_string()),
+            sysctl.map_or_else(|error| why(&error), |value| value.to_string()),
             "a third way, for every process of the machine",
             "not needed where one of the others is there; else sysctl vm.unprivileged_userfaultfd=1",
         ),
@@ -227,7 +236,7 @@ fn mappings() -> Finding {
         "vm.max_map_count",
         limit.as_ref().map_or(true, |limit| *limit >= MAPPINGS),
         Need::Useful,
-        limit.map_or_else(|error| error.to_string(), |limit| limit.to_string()),
+        limit.map_or_else(|error| why(&error), |limit| limit.to_string()),
         "registering and unregistering parts of RAM splits mappings",
         format!("sysctl vm.max_map_count={MAPPINGS}"),
     )
