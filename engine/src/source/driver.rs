@@ -216,12 +216,15 @@ impl Driver {
     fn greeted(&mut self, stream: Stream, theirs: &Hello) {
         if let Err(refusal) = self.session.greeted(theirs, self.link.now()) {
             refuse(&stream, refusal);
+            self.shared.set_away(true);
             self.link.redial_later();
             return;
         }
         let common = self.options.capabilities().common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
-        if let Err(error) = self.link.connected(stream, self.session.stamp(), checksums) {
+        let connected = self.link.connected(stream, self.session.stamp(), checksums);
+        self.shared.set_away(connected.is_err());
+        if let Err(error) = connected {
             tracing::warn!(%error, "a control connection cannot be used");
             self.session.disconnected();
         }
@@ -274,6 +277,7 @@ impl Driver {
                 Ok(()) => self.greeted(stream, &theirs),
                 Err(error) => {
                     tracing::info!(%error, "a destination went away while it was greeted");
+                    self.shared.set_away(true);
                     self.session.disconnected();
                 }
             },
@@ -511,6 +515,7 @@ impl Driver {
             self.link.send(&ControlFrame::Refuse(refusal));
         }
         self.link.disconnect();
+        self.shared.set_away(true);
         if let Some(serving) = self.serving.take() {
             serving.close();
         }
