@@ -40,7 +40,7 @@ fn serve(image: &Image, more: &[&str]) -> (Server, Address) {
 }
 
 fn fetch(pages: u64, address: &Address) -> String {
-    sha256(&Target::connect(&[(0, pages * PAGE)], address).finish().contents[0])
+    sha256(&Target::of_snapshot(&[(0, pages * PAGE)], address).finish().contents[0])
 }
 
 #[test]
@@ -74,8 +74,7 @@ fn three_destinations_at_once_and_a_late_one_get_everything() {
 #[test]
 fn role_unfinished_destination() {
     let Some(address) = argument() else { return };
-    let mut target = Target::start_quietly(&[(0, 1 << 30)], &address.parse().unwrap());
-    target.until_attached();
+    let target = Target::of_snapshot(&[(0, 1 << 30)], &address.parse().unwrap());
     while target.destination.stats().pages_complete == 0 {
         thread::yield_now();
     }
@@ -99,7 +98,7 @@ fn a_destination_that_dies_in_the_middle_harms_nobody() {
     child.wait().unwrap();
     server.line("is away");
     assert!(server.is_running());
-    let mut target = Target::connect(&[(0, 1 << 30)], &address);
+    let mut target = Target::of_snapshot(&[(0, 1 << 30)], &address);
     target.until(|event| *event == DestinationEvent::Finished);
     let fetched = target.finish();
     assert_eq!(sha256(&fetched.contents[0][..image.bytes.len()]), sha256(&image.bytes));

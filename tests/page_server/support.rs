@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use afterimage::{
     Address, Checksums, Destination, DestinationEvent, DestinationMemory, DestinationOptions,
-    DestinationRegion, DestinationStats, DiscardNotice, Endpoint, Events, FaultScope, GuestAddress,
-    NoEvent, StateSection,
+    DestinationRegion, DiscardNotice, Endpoint, Events, FaultScope, GuestAddress, NoEvent,
+    StateSection,
 };
 use memmap2::{MmapOptions, MmapRaw};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -142,6 +142,7 @@ pub(crate) struct Target {
     pub(crate) events: Events<DestinationEvent>,
     pub(crate) said: Vec<DestinationEvent>,
     is_quiet: bool,
+    is_snapshot: bool,
 }
 
 impl Target {
@@ -167,7 +168,7 @@ impl Target {
         let mut options = DestinationOptions::default();
         options.checksums = checksums;
         let (destination, events) = Destination::start(memory, endpoint, options).unwrap();
-        Self { pieces, destination, events, said: Vec::new(), is_quiet: false }
+        Self { pieces, destination, events, said: Vec::new(), is_quiet: false, is_snapshot: false }
     }
 
     pub(crate) fn connect(regions: &[(u64, u64)], address: &Address) -> Self {
@@ -177,6 +178,11 @@ impl Target {
     /// One whose guest touches nothing.
     pub(crate) fn start_quietly(regions: &[(u64, u64)], address: &Address) -> Self {
         Self { is_quiet: true, ..Self::connect(regions, address) }
+    }
+
+    /// One of a snapshot.
+    pub(crate) fn of_snapshot(regions: &[(u64, u64)], address: &Address) -> Self {
+        Self { is_snapshot: true, ..Self::connect(regions, address) }
     }
 
     pub(crate) fn until_attached(&mut self) {
@@ -192,8 +198,8 @@ impl Target {
             }
         };
         match &event {
-            // A snapshot has no state to wait for; in a migration this is too early.
-            DestinationEvent::Attached(_) => drop(self.destination.ready()),
+            // A snapshot has no state to wait for.
+            DestinationEvent::Attached(_) if self.is_snapshot => self.destination.ready().unwrap(),
             DestinationEvent::State(_) => self.destination.ready().unwrap(),
             DestinationEvent::Run if !self.is_quiet => self.touch(),
             _ => {}
@@ -212,12 +218,11 @@ impl Target {
         if !self.said.contains(&DestinationEvent::Finished) {
             self.until(|event| *event == DestinationEvent::Finished);
         }
-        let stats = self.destination.stats();
         let Self { pieces, destination, said, .. } = self;
         drop(destination);
         let contents = pieces.iter().map(|(file, length, _)| read(file, *length)).collect();
         let files = pieces.into_iter().map(|(file, ..)| file).collect();
-        Fetched { contents, files, said, stats }
+        Fetched { contents, files, said }
     }
 
     /// Reads some pages as a guest does: its last page first.
@@ -237,7 +242,6 @@ pub(crate) struct Fetched {
     pub(crate) contents: Vec<Vec<u8>>,
     pub(crate) files: Vec<File>,
     pub(crate) said: Vec<DestinationEvent>,
-    pub(crate) stats: DestinationStats,
 }
 
 impl Fetched {
