@@ -79,6 +79,8 @@ pub(super) struct Driver {
     retired: Vec<(Channel, DataChannel)>,
     state: Option<Arc<Vec<StateSection>>>,
     attachments: u64,
+    /// What a destination refused for last.
+    refused: Option<Refusal>,
 }
 
 impl Driver {
@@ -109,6 +111,7 @@ impl Driver {
             retired: Vec::new(),
             state: None,
             attachments: 0,
+            refused: None,
         }
     }
 
@@ -535,6 +538,9 @@ impl Driver {
         for () in self.link.round() {
             match self.link.receive() {
                 Ok(Some(frame)) => {
+                    if let ControlFrame::Refuse(refusal) = &frame {
+                        self.note_refusal(refusal);
+                    }
                     self.session.frame(frame, self.link.now());
                     self.act();
                 }
@@ -549,6 +555,14 @@ impl Driver {
                     return;
                 }
             }
+        }
+    }
+
+    /// A destination that refuses comes back and refuses again: it is told of once.
+    fn note_refusal(&mut self, refusal: &Refusal) {
+        if self.refused.as_ref() != Some(refusal) {
+            tracing::warn!(%refusal, "the destination refuses this source");
+            self.refused = Some(refusal.clone());
         }
     }
 
