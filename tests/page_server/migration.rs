@@ -222,3 +222,15 @@ fn a_signal_before_the_guest_is_given_away_ends_it_at_once() {
         assert!(lines.iter().any(|line| line.contains("nothing is lost")), "{lines:#?}");
     }
 }
+#[test]
+fn memory_that_does_not_fit_the_destination_is_told() {
+    let ram = ram(12);
+    let path = ram.path.to_str().unwrap();
+    let mut server = Server::start(&["--listen", "tcp:127.0.0.1:0", "--memory", path]);
+    let target = Target::connect(&[(0, 2 * LENGTH)], &server.address());
+    let line = server.line("refuses this source");
+    assert!(line.contains("0x800000 bytes at the source"), "{line}");
+    drop(target);
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.end().0, 3);
+}

@@ -17,6 +17,7 @@ mod snapshot;
 mod wait;
 mod waiting;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -44,7 +45,11 @@ pub fn main() -> ExitCode {
         return probing::show(options.json);
     }
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     let mode = if options.snapshot { Mode::Snapshot } else { Mode::Migration };
     let report = serve(&options, mode).unwrap_or_else(|failure| {
         eprintln!("page-server: {failure}");
