@@ -12,6 +12,7 @@ use crate::sys::words::LazyWords;
 use crate::threads::{self, ThreadRole};
 use crate::transport::{Accepted, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::words_for;
+use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
     Book, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
 };
@@ -323,7 +324,7 @@ impl Driver {
         }
     }
 
-    fn acknowledge(&mut self, runs: &[afterimage_protocol::layout::PageRange]) {
+    fn acknowledge(&mut self, runs: &[PageRange]) {
         for run in runs {
             self.shared.acknowledge(*run);
         }
@@ -558,6 +559,13 @@ impl Driver {
         }
     }
 
+    /// The destination has every page. It says so even before the acks of the last ones.
+    fn acknowledge_all(&self) {
+        if let Some(book) = self.shared.book() {
+            book.acknowledge(PageRange::new(PageNumber(0), book.pages()));
+        }
+    }
+
     /// A destination that refuses comes back and refuses again: it is told of once.
     fn note_refusal(&mut self, refusal: &Refusal) {
         if self.refused.as_ref() != Some(refusal) {
@@ -581,7 +589,10 @@ impl Driver {
             Said::Running => SourceEvent::Running,
             Said::Reclaimed => SourceEvent::Reclaimed,
             Said::ReclaimDenied => SourceEvent::ReclaimDenied,
-            Said::Finished => SourceEvent::Finished,
+            Said::Finished => {
+                self.acknowledge_all();
+                SourceEvent::Finished
+            }
             Said::PersistFailed => SourceEvent::PersistFailed,
             other => {
                 tracing::error!(?other, "an event of a newer protocol");
