@@ -46,7 +46,10 @@ fn the_probe_works_as_nobody() {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let binary = directory.path().join("page-server");
-    fs::copy(env!("CARGO_BIN_EXE_page-server"), &binary).unwrap();
+    // Written by another process: a file that is open for writing, perhaps in a child that
+    // another test has just forked, cannot be executed.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_page-server")).arg(&binary).status();
+    assert!(copied.unwrap().success());
     let output = Command::new(&binary)
         .args(["--probe", "--json"])
         .uid(65534)
