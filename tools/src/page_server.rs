@@ -162,7 +162,7 @@ fn endpoint(options: &Options) -> Result<Endpoint, Failure> {
     match (&options.listen, &options.connect) {
         (Some(address), _) => {
             let listener = Listener::bind(address, plaintext)
-                .map_err(|error| Failure::listen(address, error))?;
+                .map_err(|error| Failure::listen(address, &error))?;
             Ok(Endpoint::Listen(listener))
         }
         (None, Some(address)) => {

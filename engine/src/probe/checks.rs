@@ -48,9 +48,10 @@ fn finding(
     meaning: impl Into<String>,
     remedy: impl Into<String>,
 ) -> Finding {
-    let (state, remedy) = match is_ok {
-        true => (FindingState::Ok, String::new()),
-        false => (FindingState::Lacking, remedy.into()),
+    let (state, remedy) = if is_ok {
+        (FindingState::Ok, String::new())
+    } else {
+        (FindingState::Lacking, remedy.into())
     };
     Finding { name: name.into(), state, need, found: found.into(), meaning: meaning.into(), remedy }
 }

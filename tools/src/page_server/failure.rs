@@ -36,7 +36,7 @@ impl Failure {
     }
 
     /// An address that cannot be listened on.
-    pub(super) fn listen(address: &Address, error: io::Error) -> Self {
+    pub(super) fn listen(address: &Address, error: &io::Error) -> Self {
         let remedy = match (error.kind(), address) {
             (io::ErrorKind::AddrInUse, _) => {
                 "; another process listens there: stop it, or choose another address"

@@ -4,7 +4,7 @@ use afterimage::{Events, Source, SourceEvent};
 
 use super::failure::Failure;
 use super::progress::Progress;
-use super::report::{Journal, Outcome, Pages, Report};
+use super::report::{Counts, Journal, Outcome, Report};
 use super::wait::Waiter;
 
 /// Where the guest came from, and so what stopping early would lose.
@@ -108,8 +108,8 @@ impl Migration {
         }
     }
 
-    fn pages(&self) -> Pages {
-        Pages::of(&self.source.stats(), self.journal.pages)
+    fn pages(&self) -> Counts {
+        Counts::of(&self.source.stats(), self.journal.pages)
     }
 
     fn close(self, outcome: Outcome) -> Report {

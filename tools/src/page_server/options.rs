@@ -45,6 +45,7 @@ says so, and a second one abandons them.";
 #[derive(Debug, Parser)]
 #[command(name = "page-server", version, about = ABOUT, long_about = LONG_ABOUT)]
 #[command(after_help = AFTER_HELP, max_term_width = 100)]
+#[expect(clippy::struct_excessive_bools, reason = "one for each flag")]
 pub struct Options {
     /// Where destinations connect: tcp:HOST:PORT, unix:PATH or fd:N (a listening socket)
     #[arg(long, value_name = "ADDR", conflicts_with = "connect")]

@@ -52,7 +52,7 @@ pub(super) struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     handoff: Option<HandoffReport>,
     #[serde(flatten)]
-    pages: Pages,
+    pages: Counts,
     total_us: u64,
     events: Vec<EventReport>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -91,12 +91,12 @@ pub(super) struct DestinationReport {
     /// `connected`, `away` or `done`.
     pub(super) state: &'static str,
     #[serde(flatten)]
-    pub(super) pages: Pages,
+    pub(super) pages: Counts,
 }
 
 /// What was sent, in the contract's words.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
-pub(super) struct Pages {
+pub(super) struct Counts {
     pub(super) pages_total: u64,
     pub(super) pages_missing: u64,
     pages_requested: u64,
@@ -107,7 +107,7 @@ pub(super) struct Pages {
     recoveries: u64,
 }
 
-impl Pages {
+impl Counts {
     /// `pages` are in the memory; the destination's may be larger.
     pub(super) fn of(stats: &SourceStats, pages: u64) -> Self {
         let total = if stats.pages_total == 0 { pages } else { stats.pages_total };
@@ -140,7 +140,7 @@ impl Pages {
 
 impl Report {
     pub(super) fn failed(mode: Mode, failure: &Failure) -> Self {
-        let mut report = Journal::new(mode).close(Outcome::Failed, Pages::default(), Vec::new());
+        let mut report = Journal::new(mode).close(Outcome::Failed, Counts::default(), Vec::new());
         report.error = Some(failure.to_string());
         report.exit = failure.exit;
         report
@@ -163,7 +163,7 @@ pub(super) struct Journal {
     session: Option<String>,
     handoff: Option<HandoffReport>,
     events: Vec<EventReport>,
-    /// Pages of the memory served.
+    /// Counts of the memory served.
     pub(super) pages: u64,
 }
 
@@ -209,13 +209,13 @@ impl Journal {
 
     /// Stopped before there was anything to serve.
     pub(super) fn stopped(self) -> Report {
-        self.close(Outcome::Stopped, Pages::default(), Vec::new())
+        self.close(Outcome::Stopped, Counts::default(), Vec::new())
     }
 
     pub(super) fn close(
         self,
         outcome: Outcome,
-        pages: Pages,
+        pages: Counts,
         destinations: Vec<DestinationReport>,
     ) -> Report {
         let exit = match outcome {

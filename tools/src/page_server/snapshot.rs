@@ -6,7 +6,7 @@ use afterimage::{Events, Incarnation, SnapshotServer, SourceEvent};
 
 use super::failure::Failure;
 use super::progress::Progress;
-use super::report::{DestinationReport, Journal, Outcome, Pages, Report};
+use super::report::{Counts, DestinationReport, Journal, Outcome, Report};
 use super::wait::Waiter;
 
 /// Destinations that are remembered for the report; beyond, those that are done go first.
@@ -27,7 +27,7 @@ pub(super) struct Snapshot {
 /// What is known of a destination, which the server forgets when it needs its place.
 struct Known {
     presence: Presence,
-    pages: Pages,
+    pages: Counts,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -86,7 +86,7 @@ impl Snapshot {
             _ => return,
         };
         let known = self.destinations.entry(name);
-        let known = known.or_insert(Known { presence, pages: Pages::default() });
+        let known = known.or_insert(Known { presence, pages: Counts::default() });
         if known.presence == Presence::Done && presence != Presence::Connected {
             return;
         }
@@ -103,7 +103,7 @@ impl Snapshot {
         let (mut arrived, mut total) = (0, 0);
         for (name, stats) in self.server.stats().destinations {
             let Some(known) = self.destinations.get_mut(&name) else { continue };
-            known.pages = Pages::of(&stats, self.journal.pages);
+            known.pages = Counts::of(&stats, self.journal.pages);
             if known.presence == Presence::Connected {
                 total += known.pages.pages_total;
                 arrived += known.pages.pages_total - known.pages.pages_missing;
@@ -150,7 +150,7 @@ impl Snapshot {
             pages: known.pages,
         });
         let destinations = destinations.collect();
-        let pages = Pages::sum(self.destinations.values().map(|known| known.pages));
+        let pages = Counts::sum(self.destinations.values().map(|known| known.pages));
         self.journal.close(outcome, pages, destinations)
     }
 }

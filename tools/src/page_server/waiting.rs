@@ -43,7 +43,7 @@ impl Doorway {
         let before = umask(Mode::from_bits_truncate(0o177));
         let bound = bind(path);
         umask(before);
-        let listener = bound.map_err(|error| Failure::listen(address, error))?;
+        let listener = bound.map_err(|error| Failure::listen(address, &error))?;
         Ok(Self { listener, path: path.clone() })
     }
 
