@@ -41,6 +41,11 @@ pub(crate) struct Plan {
     pub(crate) sends_per_mille: u64,
     pub(crate) receives_per_mille: u64,
     pub(crate) discards_per_mille: u64,
+    /// How quickly disks answer and a VMM restores, in 1000 of the quickest.
+    pub(crate) records_per_mille: u64,
+    pub(crate) restores_per_mille: u64,
+    /// The guest is wanted back only once it was given.
+    pub(crate) waits_until_given: bool,
     /// How rough the network is, of 1000 steps.
     pub(crate) breaks_per_mille: u64,
     pub(crate) crashes_per_mille: u64,
@@ -67,6 +72,9 @@ impl Plan {
             sends_per_mille: 20 + random.below(980),
             receives_per_mille: 50 + random.below(950),
             discards_per_mille: random.below(500),
+            records_per_mille: 50 + random.below(950),
+            restores_per_mille: 20 + random.below(980),
+            waits_until_given: random.chance(700),
             breaks_per_mille: random.below(30),
             crashes_per_mille: random.below(12),
             chaos: 200 + random.below(1800),
