@@ -156,7 +156,7 @@ impl World {
         if !self.source.is_alive {
             self.restart_source();
         } else if !self.destination.is_alive {
-            let loses = !self.is_healed && self.plan.may_lose_memory && self.random.chance(400);
+            let loses = !self.is_healed && self.plan.may_lose_memory && self.random.chance(600);
             if loses {
                 self.replace_destination();
             } else {
