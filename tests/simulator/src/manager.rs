@@ -53,7 +53,9 @@ impl World {
     }
 
     pub(crate) fn resolve_persist(&mut self, side: Side) {
-        if !self.random.chance(self.plan.records_per_mille) {
+        // A side says nothing while it records: a disk slower than the silence that the
+        // other bears is one that has to be healed too.
+        if !self.is_healed && !self.random.chance(self.plan.records_per_mille) {
             return;
         }
         let fails = !self.is_healed && self.plan.disks_fail && self.random.chance(150);
