@@ -32,6 +32,7 @@ pub(crate) struct SourceChannel {
     shadow: BTreeSet<PageNumber>,
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
 pub(crate) struct SourceHost {
     pub(crate) is_alive: bool,
     pub(crate) session: SourceSession,
