@@ -146,11 +146,11 @@ impl FaultThread {
             self.place_held();
             is_busy |= self.take_answers();
             self.flush();
+            self.retry_if_due();
             if is_busy {
                 self.polling.busy();
                 continue;
             }
-            self.retry_if_due();
             match self.polling.idle() {
                 Idle::Poll => std::thread::yield_now(),
                 Idle::Block => self.block(&mut events)?,
