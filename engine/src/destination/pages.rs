@@ -34,6 +34,9 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+/// Zero pages that are marked in one go: a hole may be a terabyte, and whoever reads events
+/// waits meanwhile.
+const ZERO_STEP: u64 = 1 << 16;
 /// The alias gives its page tables back after this many bytes were written through it.
 const ALIAS_WINDOW: u64 = 32 << 20;
 
@@ -308,19 +311,24 @@ impl Pages {
     /// Marks pages complete that are zero at the source, and wakes whoever waits for them.
     /// Those that somebody has claimed are left to him. Returns how many were marked.
     pub(crate) fn zero(&self, pages: PageRange) -> u64 {
-        let mut marked = 0;
-        // A discard that saw the claim and not yet its end would wait for a writer to empty
-        // the page, and there is none.
-        let gate = self.installing();
-        self.planes.claim(pages, |run| {
-            pass(Place::ZeroClaimed);
-            marked += self.mark_complete(run, |_| ());
-            // A fault or an urgent copy may have seen the claim and relied on its owner.
-            for run in self.layout().split(run) {
-                self.wake(&run);
-            }
-        });
-        drop(gate);
+        let (mut marked, mut done) = (0, 0);
+        while done < pages.count {
+            let count = ZERO_STEP.min(pages.count - done);
+            let step = PageRange::new(PageNumber(pages.start.0 + done), count);
+            done += count;
+            // A discard that saw the claim and not yet its end would wait for a writer to
+            // empty the page, and there is none.
+            let gate = self.installing();
+            self.planes.claim(step, |run| {
+                pass(Place::ZeroClaimed);
+                marked += self.mark_complete(run, |_| ());
+                // A fault or an urgent copy may have seen the claim and relied on its owner.
+                for run in self.layout().split(run) {
+                    self.wake(&run);
+                }
+            });
+            drop(gate);
+        }
         self.counters.zero.fetch_add(marked, Ordering::Relaxed);
         self.counters.duplicate.fetch_add(pages.count - marked, Ordering::Relaxed);
         marked
