@@ -10,6 +10,7 @@ use std::process::Child;
 use afterimage::{GuestAddress, StateSection};
 use afterimage_tools::handoff::{GiveError, Piece, give};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
 
 use crate::support::{PAGE, Server, Target, argument, line_of, memfd, pattern, role, sha256};
@@ -156,4 +157,32 @@ fn a_signal_before_a_guest_comes_ends_it_at_once() {
         Piece { guest_address: GuestAddress(0), length: LENGTH, file: file.as_fd(), offset: 0 };
     let error = give(Path::new(&path), "late", &[piece], &[]).unwrap_err();
     assert!(matches!(error, GiveError::Connect { .. }), "{error}");
+}
+
+#[test]
+fn huge_pages_are_handed_over() {
+    const HUGE: u64 = 2 << 20;
+    let Some(_pages) = afterimage_tools::require::hugetlb(4) else { return };
+    let flags = MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    let file = File::from(memfd_create(c"huge", flags).unwrap());
+    file.set_len(3 * HUGE).unwrap();
+    let content = pattern(HUGE / PAGE, 34);
+    let map = memmap2::MmapOptions::new().len(3 * HUGE as usize).map_raw(&file).unwrap();
+    for at in [0, 2 * HUGE as usize] {
+        // SAFETY: inside the mapping, which nobody else uses.
+        unsafe {
+            map.as_mut_ptr().add(at).copy_from_nonoverlapping(content.as_ptr(), content.len());
+        }
+    }
+    drop(map);
+    let directory = tempfile::tempdir().unwrap();
+    let (mut server, path) = server(directory.path());
+    let address = server.address();
+    let piece =
+        Piece { guest_address: GuestAddress(0), length: 3 * HUGE, file: file.as_fd(), offset: 0 };
+    give(Path::new(&path), "huge", &[piece], &[]).unwrap();
+    let fetched = Target::start_quietly(&[(0, 3 * HUGE)], &address).finish();
+    let expected = [&content[..], &vec![0; HUGE as usize], &content].concat();
+    assert_eq!(sha256(&fetched.contents[0]), sha256(&expected));
+    assert_eq!(server.end().0, 0);
 }
