@@ -37,7 +37,7 @@
 //! }
 //! let start = NonNull::new(old.as_mut_ptr()).unwrap();
 //! // SAFETY: `old` outlives the source and is not written any more.
-//! let region = unsafe { SourceRegion::mapped(GuestAddress(0), start, LENGTH) };
+//! let region = unsafe { SourceRegion::anonymous(GuestAddress(0), start, LENGTH) };
 //! let memory = Arc::new(SourceMemory::new(vec![region])?);
 //! let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?, Plaintext::LoopbackOnly)?;
 //! let address = listener.address().clone();
@@ -121,6 +121,7 @@ pub use source::{
     SourceRecord, SourceRegion, StartError, StateSection,
 };
 pub use stats::{DestinationStats, FaultLatency, SourceStats};
+pub use sys::maps::MappingError;
 pub use sys::uffd::{FaultScope, UffdError};
 pub use threads::{ThreadHook, ThreadRole};
 pub use transport::{Address, AddressError, Listener, Plaintext};

@@ -14,6 +14,16 @@ const CONTROL: Token = Token(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 
+/// Frames of one round, so that a peer that floods cannot keep the thread from its clock.
+const ROUND: usize = 256;
+/// Bytes of frames that are made ahead of the socket.
+const AHEAD: usize = 1 << 20;
+/// A peer that lets so much wait unread is given up.
+const MAX_QUEUED: usize = 16 << 20;
+
+/// Frames that are made as they go out.
+pub(crate) type FrameStream = Box<dyn Iterator<Item = ControlFrame> + Send>;
+
 /// Where connections come from.
 #[derive(Debug)]
 pub(crate) enum Line {
@@ -29,12 +39,15 @@ pub(crate) enum Line {
 }
 
 /// Waits for the session thread, and carries its frames.
-#[derive(Debug)]
 pub(crate) struct SessionLink {
     poll: Poll,
     events: Events,
     line: Line,
     connection: Option<ControlConnection>,
+    /// Frames that are made as they go out.
+    stream: Option<FrameStream>,
+    /// Frames may be there that were not taken in the last round.
+    has_more: bool,
     checksums: bool,
     origin: Instant,
     pause: Duration,
@@ -49,6 +62,8 @@ impl SessionLink {
             events: Events::with_capacity(8),
             line,
             connection: None,
+            stream: None,
+            has_more: false,
             checksums: false,
             origin: Instant::now(),
             pause: FIRST_PAUSE,
@@ -96,6 +111,7 @@ impl SessionLink {
         let tick = tick.map(|at| at.saturating_sub(self.now()));
         let redial = self.redial_at.map(|at| at.saturating_duration_since(Instant::now()));
         let timeout = match (tick, redial) {
+            _ if self.has_more => Some(Duration::ZERO),
             (Some(one), Some(other)) => Some(one.min(other)),
             (one, other) => one.or(other),
         };
@@ -133,12 +149,44 @@ impl SessionLink {
         }
     }
 
+    /// Sends frames, each made when there is room for it. They may be mixed with others.
+    pub(crate) fn send_stream(
+        &mut self,
+        frames: impl Iterator<Item = ControlFrame> + Send + 'static,
+    ) {
+        self.stream = Some(Box::new(frames));
+    }
+
     /// Sends what goes.
+    ///
+    /// # Errors
+    /// The connection broke, or the peer does not read.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
-        match &mut self.connection {
-            Some(connection) => connection.flush(self.poll.registry(), CONTROL),
-            None => Ok(()),
+        let Some(connection) = &mut self.connection else { return Ok(()) };
+        loop {
+            while connection.queued() < AHEAD
+                && let Some(frames) = &mut self.stream
+            {
+                match frames.next() {
+                    Some(frame) => connection.push(&frame),
+                    None => self.stream = None,
+                }
+            }
+            connection.flush(self.poll.registry(), CONTROL)?;
+            if connection.queued() > 0 || self.stream.is_none() {
+                break;
+            }
         }
+        if connection.queued() > MAX_QUEUED {
+            return Err(io::Error::other("the peer does not read its control channel"));
+        }
+        Ok(())
+    }
+
+    /// The frames of one round, at most.
+    pub(crate) fn round(&mut self) -> impl Iterator<Item = ()> + use<> {
+        self.has_more = true;
+        std::iter::repeat_n((), ROUND)
     }
 
     /// The next frame, if one is there.
@@ -147,11 +195,17 @@ impl SessionLink {
     /// The connection is at its end; if the peer broke the protocol, with what to tell it.
     pub(crate) fn receive(&mut self) -> Result<Option<ControlFrame>, Option<Refusal>> {
         loop {
-            let Some(connection) = &mut self.connection else { return Ok(None) };
+            let Some(connection) = &mut self.connection else {
+                self.has_more = false;
+                return Ok(None);
+            };
             match connection.receive() {
                 Ok(Received::Frame(frame)) => return Ok(Some(frame)),
                 Ok(Received::Stale) => self.stale += 1,
-                Ok(Received::Nothing) => return Ok(None),
+                Ok(Received::Nothing) => {
+                    self.has_more = false;
+                    return Ok(None);
+                }
                 Err(ControlError::Io(error)) => {
                     tracing::info!(%error, "the control connection ended");
                     return Err(None);
@@ -163,8 +217,24 @@ impl SessionLink {
         }
     }
 
+    /// Waits until the peer hangs up, so that what was said last is not lost with the
+    /// connection, but not longer than `limit`.
+    pub(crate) fn linger(&mut self, limit: Duration) {
+        let end = self.now() + limit;
+        while self.connection.is_some() && self.now() < end {
+            if self.flush().is_err() || self.wait(Some(end)).is_err() {
+                break;
+            }
+            while let Ok(Some(_)) = self.receive() {}
+            if self.receive().is_err() {
+                break;
+            }
+        }
+    }
+
     /// Ends the connection, if there is one.
     pub(crate) fn disconnect(&mut self) {
+        self.stream = None;
         if let Some(connection) = self.connection.take() {
             connection.close(self.poll.registry());
         }

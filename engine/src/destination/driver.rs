@@ -292,17 +292,15 @@ impl Driver {
     /// What is complete now. Pages that become complete from here on are acknowledged.
     fn send_received(&mut self) {
         self.arrived.forget_acks();
-        let planes = self.arrived.pages.planes();
-        let pages = planes.pages();
-        let mut start = 0;
-        while start < pages {
+        let arrived = Arc::clone(&self.arrived);
+        let pages = arrived.pages.planes().pages();
+        let segments = (0..pages).step_by(MAX_SEGMENT_PAGES as usize).map(move |start| {
             let count = MAX_SEGMENT_PAGES.min(pages - start);
             let range = PageRange::new(PageNumber(start), count);
-            start += count;
-            let segment = Segment::encode(planes.completed(), range);
-            let last = start == pages;
-            self.link.send(&ControlFrame::Received { range, segment, last });
-        }
+            let segment = Segment::encode(arrived.pages.planes().completed(), range);
+            ControlFrame::Received { range, segment, last: start + count == pages }
+        });
+        self.link.send_stream(segments);
     }
 
     fn open_channels(&mut self, stamp: Stamp, streams: u16) {
@@ -471,7 +469,7 @@ impl Driver {
     }
 
     fn receive(&mut self) {
-        loop {
+        for () in self.link.round() {
             match self.link.receive() {
                 Ok(Some(frame)) => {
                     self.session.frame(frame, self.link.now());

@@ -143,11 +143,11 @@ impl FaultThread {
             self.place_held();
             is_busy |= self.take_answers();
             self.flush();
+            self.retry_if_due();
             if is_busy {
                 self.polling.busy();
                 continue;
             }
-            self.retry_if_due();
             match self.polling.idle() {
                 Idle::Poll => std::thread::yield_now(),
                 Idle::Block => self.block(&mut events)?,
@@ -350,7 +350,7 @@ impl FaultThread {
 
     fn place(&mut self, page: PageNumber, content: &[u8]) -> io::Result<()> {
         match self.arrived.pages.urgent(page, content) {
-            Ok(Urgent::Installed) => {
+            Ok(Urgent::Installed | Urgent::Discarded) => {
                 // The page is there and who waited is awake: the rest is bookkeeping.
                 self.waited(page);
                 self.arrived.acknowledge(PageRange::one(page));

@@ -6,6 +6,7 @@
 //! userfaultfd turns missing pages into zeros: see [`keep_forever`].
 
 use crate::sys::mapping::{self, Alias};
+use crate::sys::maps::{self, MappingError};
 use crate::sys::uffd::{self, FaultScope, Features, UffdError};
 use afterimage_protocol::layout::{
     Backing, GuestAddress, GuestLayout, LayoutError, LocalAddress, PageSize, Region,
@@ -97,6 +98,21 @@ impl DestinationRegion {
     }
 }
 
+impl DestinationRegion {
+    /// Checks that memory of this process is what it was said to be, before it is emptied.
+    fn check_mapping(&self) -> Result<(), MemoryError> {
+        let Region { guest_address, length, local, .. } = self.region;
+        let Some(start) = local else { return Ok(()) };
+        let checked = match &self.file {
+            None => maps::check_private(start.0, length),
+            Some((file, offset)) => maps::check_shared(start.0, length, file, *offset),
+        };
+        checked
+            .map_err(|error| UffdError::system("read /proc/self/maps", error))?
+            .map_err(|source| MemoryError::Mapping { guest_address, source })
+    }
+}
+
 fn at(region: Region, start: NonNull<u8>) -> Region {
     let address = start.as_ptr() as u64;
     region.registered_at(RegisteredAddress(address)).local_at(LocalAddress(address))
@@ -126,6 +142,14 @@ pub enum MemoryError {
     /// No userfaultfd.
     #[error(transparent)]
     Uffd(#[from] UffdError),
+    /// A region is not what it was said to be.
+    #[error("the region at guest address {guest_address} is not what it was said to be")]
+    Mapping {
+        /// Which region.
+        guest_address: GuestAddress,
+        /// What is wrong with it.
+        source: MappingError,
+    },
     /// The kernel refuses to register a region.
     #[error(
         "could not register the region at guest address {guest_address} ({length:#x} bytes) with \
@@ -185,21 +209,31 @@ impl DestinationMemory {
         let has_events = discards == DiscardNotice::Events;
         let features = needed_features(&regions, has_events);
         let uffd = uffd::create(scope, features)?;
+        for region in &regions {
+            region.check_mapping()?;
+        }
         let memory = Self::assemble(regions, uffd, has_events)?;
         // The engine's own zaps come before registration: nobody reads events yet.
         memory.empty()?;
         for region in memory.layout.regions() {
-            memory.register_region(region)?;
+            if let Err(error) = memory.register_region(region) {
+                // Nothing has been asked of the userfaultfd yet, and the memory is empty:
+                // it goes back to the VMM, which may try again.
+                memory.unregister();
+                return Err(error);
+            }
         }
         Ok(memory)
     }
 
     /// Takes over memory that another process registered, with its userfaultfd. That
     /// process must have registered every region, with mode missing (and minor, where a
-    /// file is given), and must not touch a page before it did.
+    /// file is given), and must not touch a page before it did. What the files hold in the
+    /// regions' ranges is dropped: a page that is zero at the source is shown as the file has
+    /// it, which must be as nothing.
     ///
     /// # Errors
-    /// [`MemoryError`] where the regions are no layout or a file cannot be mapped.
+    /// [`MemoryError`] where the regions are no layout or a file cannot be mapped or emptied.
     pub fn attach(
         descriptor: OwnedFd,
         regions: Vec<DestinationRegion>,
@@ -209,7 +243,11 @@ impl DestinationMemory {
         crate::sys::set_nonblocking(&uffd)
             .map_err(|error| UffdError::system("make the userfaultfd non-blocking", error))?;
         // Which events the other process asked for cannot be told from the descriptor.
-        Self::assemble(regions, uffd, true)
+        let memory = Self::assemble(regions, uffd, true)?;
+        // A hole punched through a file raises no event, so nobody need read any. Memory of
+        // the other process without a file cannot be emptied from here, and need not be.
+        memory.empty()?;
+        Ok(memory)
     }
 
     fn assemble(
@@ -338,3 +376,6 @@ fn needed_features(regions: &[DestinationRegion], has_events: bool) -> Features 
     }
     if has_events { features.with(Features::EVENT_REMOVE) } else { features }
 }
+
+#[cfg(test)]
+mod tests;

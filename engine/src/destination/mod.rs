@@ -231,7 +231,8 @@ impl Destination {
     /// The guest gives up the whole pages in `length` bytes from `start` (balloon, free page
     /// reporting): those that have not arrived are zero from now on, and nothing that is
     /// under way brings them back. Pages that have arrived are left as they are; to drop
-    /// them is the VMM's affair, before or after.
+    /// them is the VMM's affair, after this call. Before it, a copy that is under way could
+    /// still be placed where the VMM has just dropped the page.
     ///
     /// Waits for copies of background pieces under way, some microseconds.
     pub fn discard(&self, start: GuestAddress, length: u64) {

@@ -14,6 +14,9 @@
 
 mod claim;
 mod fault;
+mod hold;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use claim::Target;
 pub(crate) use fault::{FaultAnswer, MissingPage};
@@ -25,6 +28,7 @@ use afterimage_protocol::bitmap::Planes;
 use afterimage_protocol::layout::{
     GuestLayout, PageNumber, PageRange, RegionRun, RegisteredAddress,
 };
+use hold::{Place, pass};
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -70,6 +74,8 @@ pub(crate) enum Urgent {
     Installed,
     /// The page had arrived by another way; the copy was dropped.
     Late,
+    /// The page was discarded while it was being written: it is complete now, and zero.
+    Discarded,
     /// Somebody else is writing it this moment and will wake whoever waits; dropped.
     BeingWritten,
     /// An event must be read first; the caller keeps the copy and tries again.
@@ -196,7 +202,7 @@ impl Pages {
         };
         match outcome {
             Urgent::Installed => self.counters.urgent.fetch_add(1, Ordering::Relaxed),
-            Urgent::Late | Urgent::BeingWritten => {
+            Urgent::Late | Urgent::BeingWritten | Urgent::Discarded => {
                 self.counters.duplicate.fetch_add(1, Ordering::Relaxed)
             }
             Urgent::EventPending => 0,
@@ -211,12 +217,14 @@ impl Pages {
             self.wake(run);
             return Ok(Urgent::Late);
         }
+        pass(Place::Looked);
         let filled = self.fill(Fill::Copy(content), run);
         match filled.stopped {
             Some(Stopped::EventPending) => return Ok(Urgent::EventPending),
             Some(stopped) => return Err(self.install_error(run, filled.reached(), stopped)),
             None => {}
         }
+        pass(Place::Copied);
         let is_first = self.mark_complete(run.pages, |_| ()) == 1;
         drop(gate);
         if filled.present > 0 {
@@ -238,8 +246,8 @@ impl Pages {
         }
         // SAFETY: the page is claimed by this thread, so nobody else writes its alias.
         unsafe { file.alias.run(run.offset, run.length).write(content) };
-        self.show(run, file);
-        Urgent::Installed
+        pass(Place::Written);
+        if self.show(run, file) == 0 { Urgent::Installed } else { Urgent::Discarded }
     }
 
     /// Shows a claimed run that has been written through the alias: complete first, then
@@ -255,6 +263,7 @@ impl Pages {
             self.empty_file_pages(PageRange::one(page), file);
         }
         self.mark_complete(run.pages, |_| ());
+        pass(Place::Completed);
         let filled = self.fill(Fill::Continue, run);
         drop(gate);
         // The pages are complete: a thread that still waits for one looks again, faults
@@ -296,18 +305,29 @@ impl Pages {
         }
     }
 
-    /// Marks pages complete that are zero at the source. Those that somebody has claimed
-    /// are left to him. Returns how many were marked.
+    /// Marks pages complete that are zero at the source, and wakes whoever waits for them.
+    /// Those that somebody has claimed are left to him. Returns how many were marked.
     pub(crate) fn zero(&self, pages: PageRange) -> u64 {
         let mut marked = 0;
-        let won = self.planes.claim(pages, |run| marked += self.mark_complete(run, |_| ()));
-        debug_assert!(marked <= won);
+        // A discard that saw the claim and not yet its end would wait for a writer to empty
+        // the page, and there is none.
+        let gate = self.installing();
+        self.planes.claim(pages, |run| {
+            pass(Place::ZeroClaimed);
+            marked += self.mark_complete(run, |_| ());
+            // A fault or an urgent copy may have seen the claim and relied on its owner.
+            for run in self.layout().split(run) {
+                self.wake(&run);
+            }
+        });
+        drop(gate);
         self.counters.zero.fetch_add(marked, Ordering::Relaxed);
         self.counters.duplicate.fetch_add(pages.count - marked, Ordering::Relaxed);
         marked
     }
 
-    /// The same for pages that are waited for: who waits looks again.
+    /// The same where pages were asked for: wakes whoever waits for any of them, also for
+    /// one that had arrived by another way.
     pub(crate) fn zero_urgent(&self, pages: PageRange) -> u64 {
         let marked = self.zero(pages);
         for run in self.layout().split(pages) {
@@ -319,7 +339,8 @@ impl Pages {
     /// Forgets pages that the guest has given up: those that have not arrived are zero from
     /// now on, whatever is still under way. When it returns, no copy of them will be placed
     /// by the engine any more; a page that is being written through its alias this moment is
-    /// emptied by its writer before anybody can see it.
+    /// emptied by its writer before anybody can see it. Whoever frees the pages does so
+    /// afterwards, because until then copies of them may arrive.
     pub(crate) fn discard(&self, pages: PageRange) {
         let mut gate = self.discarding();
         self.discard_locked(pages, &mut gate);
@@ -340,8 +361,8 @@ impl Pages {
             }
             self.planes.claim(run.pages, |free| discarded += self.mark_complete(free, |_| ()));
             self.planes.incomplete_in(run.pages, |claimed| {
-                discarded += claimed.count;
-                gate.extend(claimed.iter());
+                // A guest may give up a page twice before its writer has noticed.
+                discarded += claimed.iter().filter(|&page| gate.insert(page)).count() as u64;
             });
         }
         self.counters.discarded.fetch_add(discarded, Ordering::Relaxed);

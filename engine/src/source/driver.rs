@@ -25,6 +25,10 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How long a source that is done waits for the destination to have heard so.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// What comes to the session thread.
 #[derive(Debug)]
@@ -73,7 +77,7 @@ pub(super) struct Driver {
     generations: BTreeMap<Channel, Generation>,
     /// Replaced channels whose threads have not ended.
     retired: Vec<(Channel, DataChannel)>,
-    state: Option<Vec<StateSection>>,
+    state: Option<Arc<Vec<StateSection>>>,
     attachments: u64,
 }
 
@@ -137,6 +141,9 @@ impl Driver {
     }
 
     fn stop(&mut self) {
+        if self.session.is_over() {
+            self.link.linger(LINGER);
+        }
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the source was shut down")));
     }
 
@@ -161,7 +168,7 @@ impl Driver {
         match call {
             Call::SwitchOver(sections) => {
                 self.session.freeze()?;
-                self.state = Some(sections);
+                self.state = Some(Arc::new(sections));
                 if let Some(serving) = &self.serving {
                     serving.signal.memory_is_final();
                 }
@@ -209,6 +216,7 @@ impl Driver {
     fn greeted(&mut self, stream: Stream, theirs: &Hello) {
         if let Err(refusal) = self.session.greeted(theirs, self.link.now()) {
             refuse(&stream, refusal);
+            self.link.redial_later();
             return;
         }
         let common = self.options.capabilities().common(theirs.capabilities);
@@ -273,19 +281,25 @@ impl Driver {
     }
 
     fn send_state(&mut self) {
-        let sections = self.state.as_deref().unwrap_or_default();
-        for section in sections {
-            let mut pieces = section.bytes.chunks(MAX_SECTION_BYTES).peekable();
-            let mut is_first = true;
-            while is_first || pieces.peek().is_some() {
-                let bytes = pieces.next().unwrap_or_default().to_vec();
-                is_first = false;
-                let last = pieces.peek().is_none();
-                let (name, version) = (section.name.clone(), section.version);
-                self.link.send(&ControlFrame::Section { name, version, last, bytes });
-            }
-        }
-        self.link.send(&ControlFrame::StateEnd { sections: sections.len() as u32 });
+        let sections = self.state.clone().unwrap_or_default();
+        let end = ControlFrame::StateEnd { sections: sections.len() as u32 };
+        let pieces = (0..sections.len()).flat_map(move |index| {
+            let sections = Arc::clone(&sections);
+            // An empty section is one empty piece.
+            let count = sections[index].bytes.len().div_ceil(MAX_SECTION_BYTES).max(1);
+            (0..count).map(move |piece| {
+                let section = &sections[index];
+                let start = piece * MAX_SECTION_BYTES;
+                let stop = section.bytes.len().min(start + MAX_SECTION_BYTES);
+                ControlFrame::Section {
+                    name: section.name.clone(),
+                    version: section.version,
+                    last: piece + 1 == count,
+                    bytes: section.bytes[start..stop].to_vec(),
+                }
+            })
+        });
+        self.link.send_stream(pieces.chain(std::iter::once(end)));
     }
 
     fn reset_book(&mut self) {
@@ -513,7 +527,7 @@ impl Driver {
     }
 
     fn receive(&mut self) {
-        loop {
+        for () in self.link.round() {
             match self.link.receive() {
                 Ok(Some(frame)) => {
                     self.session.frame(frame, self.link.now());

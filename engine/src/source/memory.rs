@@ -5,6 +5,7 @@
 
 use crate::sys::holes::{self, Extent, Pagemap};
 use crate::sys::mapping::{RawRun, is_readable};
+use crate::sys::maps::{self, MappingError};
 use afterimage_protocol::layout::{
     Backing, GuestAddress, GuestLayout, LayoutError, LocalAddress, PageSize, Region,
 };
@@ -50,6 +51,14 @@ pub enum SourceMemoryError {
         /// Its length.
         length: u64,
     },
+    /// A region is not what it was said to be.
+    #[error("the region at guest address {guest_address} is not what it was said to be")]
+    Mapping {
+        /// Which region.
+        guest_address: GuestAddress,
+        /// What is wrong with it.
+        source: MappingError,
+    },
     /// The file cannot be mapped.
     #[error("could not {operation}")]
     Io {
@@ -61,13 +70,14 @@ pub enum SourceMemoryError {
 }
 
 impl SourceRegion {
-    /// Memory that the VMM has mapped in this process.
+    /// Private anonymous memory that the VMM has mapped in this process. Memory that has a
+    /// file is served from its file: [`file`](Self::file).
     ///
     /// # Safety
     /// `start` must be a mapping of `length` readable bytes that stays in place as long as the
     /// source lives. From the switchover on nobody may write it.
     #[must_use]
-    pub unsafe fn mapped(guest: GuestAddress, start: NonNull<u8>, length: u64) -> Self {
+    pub unsafe fn anonymous(guest: GuestAddress, start: NonNull<u8>, length: u64) -> Self {
         let local = LocalAddress(start.as_ptr() as u64);
         let region =
             Region::new(guest, length, PageSize::KIB_4, Backing::Anonymous).local_at(local);
@@ -105,6 +115,22 @@ impl SourceRegion {
     }
 }
 
+/// The page map says where private memory has pages; of a file it would only say what has
+/// been touched through this mapping, and the rest would become zeros.
+fn check_private(region: &Region) -> Result<(), SourceMemoryError> {
+    let start = region.local.unwrap_or_default().0;
+    match maps::check_private(start, region.length) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(source)) => {
+            Err(SourceMemoryError::Mapping { guest_address: region.guest_address, source })
+        }
+        Err(source) => {
+            let operation = "read /proc/self/maps";
+            Err(SourceMemoryError::Io { operation, source })
+        }
+    }
+}
+
 /// All memory of a source; several sessions may serve it at once.
 #[derive(Debug)]
 pub struct SourceMemory {
@@ -123,10 +149,15 @@ impl SourceMemory {
     /// Puts regions together.
     ///
     /// # Errors
-    /// [`SourceMemoryError::Layout`] where they are no layout.
+    /// [`SourceMemoryError`] where they are no layout, or mapped memory is not private.
     pub fn new(mut regions: Vec<SourceRegion>) -> Result<Self, SourceMemoryError> {
         regions.sort_by_key(|region| region.region.guest_address);
         let layout = GuestLayout::new(regions.iter().map(|region| region.region).collect())?;
+        for SourceRegion { region, file } in &regions {
+            if file.is_none() {
+                check_private(region)?;
+            }
+        }
         let files: Vec<_> = regions.into_iter().map(|region| region.file).collect();
         let pagemap = if files.iter().any(Option::is_none) {
             Pagemap::of_this_process()

@@ -145,14 +145,16 @@ impl SourceOptions {
         }
     }
 
-    fn check(&self) -> Result<(), StartError> {
+    fn check(&self, memory: &SourceMemory) -> Result<(), StartError> {
         if !(1..=16).contains(&self.streams) {
             return Err(StartError::Streams { streams: self.streams });
         }
-        if self.heartbeat.as_millis() == 0 || self.silence <= self.heartbeat {
+        if self.heartbeat.as_millis() == 0 || self.silence.as_millis() <= self.heartbeat.as_millis()
+        {
             return Err(StartError::Heartbeat { heartbeat: self.heartbeat, silence: self.silence });
         }
-        Ok(())
+        let offer = self.config(SessionKind::Migration, memory).offer();
+        offer.check().map_err(|error| StartError::Offer { reason: error.to_string() })
     }
 }
 
@@ -176,6 +178,12 @@ pub enum StartError {
         heartbeat: Duration,
         /// Until death.
         silence: Duration,
+    },
+    /// Parameters or a layout that cannot travel.
+    #[error("the session cannot be offered: {reason}")]
+    Offer {
+        /// What is wrong.
+        reason: String,
     },
     /// The system refuses something.
     #[error("could not start the session")]
@@ -214,6 +222,12 @@ pub enum CallError {
     /// Not in this state of the session.
     #[error(transparent)]
     NotNow(#[from] NotNow),
+    /// A section of device state whose name is too short or too long.
+    #[error("a section of device state has a name of {length} bytes: 1 to 255 are allowed")]
+    SectionName {
+        /// Bytes in its name.
+        length: usize,
+    },
     /// The session's thread has ended.
     #[error("the session has been shut down")]
     ShutDown,
@@ -319,7 +333,7 @@ impl Source {
         endpoint: Endpoint,
         options: SourceOptions,
     ) -> Result<(Self, Events<SourceEvent>), StartError> {
-        options.check()?;
+        options.check(&memory)?;
         let poll = Poll::new()?;
         let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
         let line = endpoint.line(
@@ -377,8 +391,13 @@ impl Source {
     /// guest may run on this side again only after [`SourceEvent::Reclaimed`].
     ///
     /// # Errors
-    /// [`CallError`] if it has been called before, or the session is over.
+    /// [`CallError`] if it has been called before, the session is over, or a section has a
+    /// name that is empty or longer than 255 bytes.
     pub fn switch_over(&self, state: Vec<StateSection>) -> Result<(), CallError> {
+        let lengths = state.iter().map(|section| section.name.len());
+        if let Some(length) = lengths.into_iter().find(|length| !(1..=255).contains(length)) {
+            return Err(CallError::SectionName { length });
+        }
         self.call(Call::SwitchOver(state))
     }
 

@@ -85,7 +85,7 @@ impl SnapshotServer {
         options: SourceOptions,
         most: usize,
     ) -> Result<(Self, Events<(Incarnation, SourceEvent)>), StartError> {
-        options.check()?;
+        options.check(&memory)?;
         let (sender, events) = events::channel()?;
         let room = Arc::new(Mutex::new(Room { guests: BTreeMap::new(), most }));
         let session = options.record.session;

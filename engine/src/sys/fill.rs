@@ -2,7 +2,8 @@
 //! with exact results.
 //!
 //! The kernel stops a run at the first page it cannot place and says how far it came;
-//! [`run`] steps over pages that are there already and goes on. It never retries what
+//! [`run`] steps over pages that are there already, and over borders of mappings, which the
+//! kernel refuses to cross in one call. It never retries what
 //! only time or another thread can change; it returns instead, saying where it stands.
 
 use afterimage_protocol::layout::RegisteredAddress;
@@ -90,14 +91,21 @@ pub(crate) fn run(
     page_size: u64,
 ) -> Filled {
     let mut filled = Filled::default();
+    let mut limit = length;
     while filled.reached() < length {
         let at = filled.reached();
-        let (placed, result) = once(uffd, fill, start.0 + at, at, length - at);
+        let asked = limit.min(length - at);
+        let (placed, result) = once(uffd, fill, start.0 + at, at, asked);
         filled.installed += placed;
         match result {
+            Ok(()) => limit = limit.saturating_mul(2),
             // Fewer than asked for, and some: the next call says what is in the way.
-            Ok(()) => {}
             Err(Errno::EAGAIN) if placed > 0 => {}
+            // One call serves one mapping, and advice about a part of the memory cuts it in
+            // several: the border is found by halves.
+            Err(Errno::ENOENT) if asked > page_size => {
+                limit = (asked / 2).next_multiple_of(page_size);
+            }
             Err(Errno::EEXIST) => filled.present += page_size,
             Err(Errno::EFAULT) if matches!(fill, Fill::Continue) => filled.holes += page_size,
             Err(errno) => {
@@ -144,3 +152,6 @@ fn once(uffd: &Uffd, fill: Fill<'_>, start: u64, at: u64, len: u64) -> (u64, Res
     // A negative count repeats the error; kernels differ in whether they write one.
     (u64::try_from(done).unwrap_or(0), result.map(drop))
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,10 @@
 pub(crate) mod fill;
 pub(crate) mod holes;
 pub(crate) mod mapping;
+pub(crate) mod maps;
 pub(crate) mod socket;
+#[cfg(test)]
+pub(crate) mod testing;
 pub(crate) mod uffd;
 pub(crate) mod words;
 

@@ -59,6 +59,11 @@ impl ControlConnection {
         self.outgoing.extend(frame.encode(self.stamp, self.checksums));
     }
 
+    /// Bytes queued and not sent.
+    pub(crate) fn queued(&self) -> usize {
+        self.outgoing.len()
+    }
+
     /// Sends what goes without waiting, and asks to be told when more goes.
     pub(crate) fn flush(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
         while !self.outgoing.is_empty() {

@@ -172,6 +172,13 @@ impl InFlight {
         self.runs.len() >= MAX_IN_FLIGHT_RUNS
     }
 
+    /// How many separate runs are under way: never more than one above
+    /// [`MAX_IN_FLIGHT_RUNS`] where [`is_full`](Self::is_full) is heeded.
+    #[must_use]
+    pub fn runs(&self) -> usize {
+        self.runs.len()
+    }
+
     /// Whether nothing is under way.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -1,6 +1,7 @@
 //! Background pieces: claimed before they are received, placed after, given back if the
 //! channel breaks in between.
 
+use super::hold::{Place, pass};
 use super::{InstallError, Pages};
 use crate::destination::memory::RegionFile;
 use crate::sys::fill::{Fill, Stopped};
@@ -106,6 +107,7 @@ impl Claim<'_> {
     ) {
         let gone = self.pages.show(run, file);
         self.pages.counters.background.fetch_add(run.pages.count - gone, Ordering::Relaxed);
+        self.pages.counters.duplicate.fetch_add(gone, Ordering::Relaxed);
         complete(run.pages);
     }
 
@@ -117,7 +119,7 @@ impl Claim<'_> {
     ) -> Result<(), InstallError> {
         let pages = self.pages;
         let page_bytes = pages.page_bytes(run);
-        let mut next = run.pages.start;
+        let (mut next, mut placed) = (run.pages.start, 0);
         let end = PageNumber(run.pages.start.0 + run.pages.count);
         while next < end {
             let gate = pages.installing();
@@ -125,27 +127,32 @@ impl Claim<'_> {
             let Some(missing) = first_incomplete(pages, next, end) else { break };
             let part = pages.run_of(missing);
             let from = ((missing.start.0 - run.pages.start.0) * page_bytes) as usize;
+            pass(Place::Looked);
             let filled = pages.fill(Fill::Copy(&content[from..from + part.length as usize]), &part);
             let reached = filled.reached() / page_bytes;
+            let mut newly = Vec::new();
             if reached > 0 {
-                let mut first = 0;
-                pages.mark_complete(PageRange::new(missing.start, reached), |newly| {
-                    first += newly.count;
-                    complete(newly);
-                });
-                pages.counters.background.fetch_add(first, Ordering::Relaxed);
-                pages.counters.duplicate.fetch_add(reached - first, Ordering::Relaxed);
+                pass(Place::Copied);
+                let reached = PageRange::new(missing.start, reached);
+                placed += pages.mark_complete(reached, |run| newly.push(run));
             }
             drop(gate);
+            // Not under the gate: who is told may have to wait, and reading events with it.
+            newly.into_iter().for_each(&mut *complete);
             next = PageNumber(missing.start.0 + reached);
             match filled.stopped {
                 None => {}
                 // Only the fault thread reads events. A timer rather than a wake-up: an
                 // event can be read between the refusal and our going to sleep.
                 Some(Stopped::EventPending) => std::thread::sleep(EVENT_WAIT),
-                Some(stopped) => return Err(pages.install_error(&part, filled.reached(), stopped)),
+                Some(stopped) => {
+                    pages.counters.background.fetch_add(placed, Ordering::Relaxed);
+                    return Err(pages.install_error(&part, filled.reached(), stopped));
+                }
             }
         }
+        pages.counters.background.fetch_add(placed, Ordering::Relaxed);
+        pages.counters.duplicate.fetch_add(run.pages.count - placed, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -180,6 +187,7 @@ impl Pages {
     /// they were claimed.
     fn give_back_file_pages(&self, pages: PageRange, file: &RegionFile) {
         self.empty_file_pages(pages, file);
+        pass(Place::Emptied);
         let mut gate = self.discarding();
         for page in pages.iter() {
             if gate.remove(&page) {

@@ -1,12 +1,13 @@
 //! Faults: reading events, and answering those whose page has arrived.
 
 use super::Pages;
+use super::hold::{Place, pass};
 use crate::destination::memory::keep_forever;
 use crate::sys::fill::{Fill, Stopped};
 use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{Backing, PageNumber, PageRange, RegionRun, RegisteredAddress};
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use userfaultfd::{Event, EventBuffer, FaultKind};
 
 /// A fault that somebody waits in.
@@ -15,7 +16,7 @@ pub(crate) struct MissingPage {
     pub(crate) page: PageNumber,
     /// Whether the page cache has something at this place. Whether it is the page's content
     /// is said by the planes alone.
-    is_minor: bool,
+    pub(super) is_minor: bool,
 }
 
 /// What is to be done about a fault.
@@ -53,6 +54,7 @@ impl Pages {
                 None
             };
             let events = self.memory.uffd().read_events(buffer).map_err(read_error)?;
+            pass(Place::EventsRead);
             for event in events {
                 match event.map_err(read_error)? {
                     Event::Pagefault { kind, addr, .. } => self.push_fault(kind, addr, faults),
@@ -73,8 +75,8 @@ impl Pages {
                         // become zeros. A VMM keeps guest memory out of children
                         // (MADV_DONTFORK).
                         tracing::warn!("the VMM forked; guest memory in the child is not served");
-                        // SAFETY: the descriptor is the event's own; its ownership moves.
-                        keep_forever(unsafe { OwnedFd::from_raw_fd(uffd.into_raw_fd()) });
+                        // A duplicate: `into_raw_fd` of userfaultfd 0.9 closes what it returns.
+                        keep_forever(uffd.as_fd().try_clone_to_owned()?);
                     }
                     Event::Remap { from, to, len } => {
                         tracing::error!(?from, ?to, len, "guest memory was moved by mremap");
@@ -130,8 +132,14 @@ impl Pages {
                 }
                 continues = true;
             }
-            let fill = if continues { Fill::Continue } else { Fill::Zero };
-            let filled = self.fill(fill, run);
+            let filled = match (continues, backing) {
+                (true, _) => self.fill(Fill::Continue, run),
+                // It may be hugetlbfs, which knows no ZEROPAGE.
+                (false, Backing::Opaque) if self.page_bytes(run) > 4096 => {
+                    self.fill(Fill::Copy(&vec![0; run.length as usize]), run)
+                }
+                (false, _) => self.fill(Fill::Zero, run),
+            };
             match filled.stopped {
                 Some(Stopped::EventPending) => return FaultAnswer::EventPending,
                 // The last page has arrived, and all waiting threads were woken.
@@ -163,7 +171,6 @@ fn read_error(error: userfaultfd::Error) -> io::Error {
 /// Whether there is an event to read.
 fn is_readable(uffd: &userfaultfd::Uffd) -> io::Result<bool> {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::AsFd;
     let mut fds = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
     let ready = poll(&mut fds, PollTimeout::ZERO)?;
     let has_failed = fds[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLERR));

@@ -1,87 +1,18 @@
 //! The destination's state machine.
 
+mod action;
+mod admission;
+
+pub use action::{DestinationAction, DestinationConfig, DestinationEvent};
+
 use super::pulse::{Due, Pulse};
 use super::{DestinationOwnership, DestinationRecord, NotNow, PersistFailed};
-use crate::layout::GuestLayout;
 use crate::wire::{
-    Attach, Capabilities, Channel, ControlFrame, Hello, Phase, Refusal, RefuseCode, Role,
-    SessionId, SessionKind, Stamp,
+    Attach, Channel, ControlFrame, Hello, Phase, Refusal, RefuseCode, Role, SessionId, SessionKind,
+    Stamp,
 };
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// What a destination brings to a session.
-#[derive(Clone, Debug)]
-pub struct DestinationConfig {
-    /// The guest's memory here.
-    pub layout: GuestLayout,
-    /// What this side can do.
-    pub capabilities: Capabilities,
-    /// How long the source may say nothing before its offer says otherwise.
-    pub silence: Duration,
-}
-
-/// What a driver has to do, in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DestinationAction {
-    /// Make the record durable, then call [`DestinationSession::persisted`].
-    Persist(DestinationRecord),
-    /// Send a frame on the control connection.
-    Send(ControlFrame),
-    /// Send the plane of complete pages as `Received` frames, the last marked so.
-    SendReceived,
-    /// Open the other channels, or accept them.
-    OpenData {
-        /// The epoch; each slot begins with generation 1.
-        stamp: Stamp,
-        /// How many background streams.
-        streams: u16,
-        /// How many request channels.
-        shards: u16,
-    },
-    /// Forget the device state that has come so far: it is sent again from the start.
-    ResetState,
-    /// A piece of a section of device state.
-    Section {
-        /// The section's name.
-        name: String,
-        /// Its version.
-        version: u32,
-        /// Whether it ends here.
-        last: bool,
-        /// The piece.
-        bytes: Vec<u8>,
-    },
-    /// Tell the VMM.
-    Event(DestinationEvent),
-    /// Close every connection of the session. With a refusal, send that first.
-    HangUp(Option<Refusal>),
-}
-
-/// What a VMM is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DestinationEvent {
-    /// A source is connected.
-    Attached(SessionId),
-    /// The connection is gone; what has arrived stays, and faults wait.
-    Disconnected,
-    /// All device state is there.
-    StateComplete,
-    /// The guest may run from now on.
-    Run,
-    /// The guest must never run here: the source has taken it back.
-    Refused,
-    /// The guest must never run here again: an operator declared this side dead.
-    Fenced,
-    /// The source has ended the session before everything had arrived.
-    Ended(Refusal),
-    /// Every page has arrived and the source knows it.
-    Finished,
-    /// A record could not be made durable; what needed it did not happen.
-    PersistFailed,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
@@ -96,6 +27,8 @@ enum Link {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pending {
+    /// Which session this memory belongs to, and its epoch.
+    Bound,
     Running,
     Refused,
 }
@@ -111,6 +44,8 @@ pub struct DestinationSession {
     record: DestinationRecord,
     kind: Option<SessionKind>,
     link: Link,
+    /// The session of the source on this connection.
+    peer: SessionId,
     stamp: Stamp,
     pulse: Option<Pulse>,
     streams: u16,
@@ -118,6 +53,8 @@ pub struct DestinationSession {
     sections: u32,
     state_complete: bool,
     ready: bool,
+    /// What the last attach said.
+    announced: Phase,
     /// `Run` has been said since this process began.
     told_to_run: bool,
     complete: bool,
@@ -134,6 +71,7 @@ impl DestinationSession {
             config,
             kind: None,
             link: Link::Down,
+            peer: SessionId::UNKNOWN,
             stamp: Stamp::default(),
             pulse: None,
             streams: 1,
@@ -141,6 +79,7 @@ impl DestinationSession {
             sections: 0,
             state_complete: false,
             ready: false,
+            announced: Phase::Fresh,
             told_to_run: false,
             complete: false,
             over: false,
@@ -165,6 +104,18 @@ impl DestinationSession {
     #[must_use]
     pub const fn is_over(&self) -> bool {
         self.over
+    }
+
+    /// What the control connection is at, in a word, for messages and statistics.
+    #[must_use]
+    pub const fn link_name(&self) -> &'static str {
+        match self.link {
+            Link::Down => "down",
+            Link::Greeting => "greeting",
+            Link::Greeted => "greeted",
+            Link::Attached => "attached",
+            Link::Up => "up",
+        }
     }
 
     /// The stamp of the control connection.
@@ -194,56 +145,19 @@ impl DestinationSession {
     /// # Errors
     /// The refusal to send before hanging up.
     pub fn greeted(&mut self, peer: &Hello, now: Duration) -> Result<(), Refusal> {
+        if self.link != Link::Greeting {
+            return Err(Refusal::new(RefuseCode::Failed, "no greeting is under way"));
+        }
         if let Err(refusal) = self.admits(peer) {
             self.link = Link::Down;
             return Err(refusal);
         }
-        self.record.session = peer.session;
-        self.record.epoch = peer.stamp.epoch;
+        self.peer = peer.session;
         self.stamp = peer.stamp;
         self.link = Link::Greeted;
         // Until the offer names another.
         let silence = self.config.silence;
         self.pulse = Some(Pulse::new(silence / 4, silence, now));
-        Ok(())
-    }
-
-    /// Whether a peer that says hello on a control connection may have it.
-    ///
-    /// # Errors
-    /// The refusal to answer with.
-    pub fn admits(&self, peer: &Hello) -> Result<(), Refusal> {
-        let refuse = |code, reason: String| Err(Refusal::new(code, reason));
-        if peer.role != Role::Source {
-            return refuse(
-                RefuseCode::Role,
-                "both sides are destinations: one must be a source".to_owned(),
-            );
-        }
-        if peer.channel != Channel::Control {
-            return refuse(
-                RefuseCode::Protocol,
-                "a session begins with its control channel".to_owned(),
-            );
-        }
-        if self.record.session != SessionId::UNKNOWN && peer.session != self.record.session {
-            return refuse(
-                RefuseCode::UnknownSession,
-                format!("this destination belongs to session {}", self.record.session),
-            );
-        }
-        if peer.stamp.epoch <= self.record.epoch {
-            return refuse(
-                RefuseCode::Stale,
-                format!(
-                    "epoch {} has passed, this destination has seen {}",
-                    peer.stamp.epoch.0, self.record.epoch.0
-                ),
-            );
-        }
-        if self.over {
-            return refuse(RefuseCode::Ended, "the session is over at the destination".to_owned());
-        }
         Ok(())
     }
 
@@ -254,33 +168,8 @@ impl DestinationSession {
         }
     }
 
-    /// The peer refused, in its greeting or by a frame.
-    pub fn refused(&mut self, refusal: Refusal) {
-        if self.over {
-            return;
-        }
-        match refusal.code {
-            RefuseCode::Fenced => {
-                self.over = true;
-                self.actions.push_back(DestinationAction::Event(DestinationEvent::Fenced));
-            }
-            RefuseCode::Ended
-            | RefuseCode::Incarnation
-            | RefuseCode::Layout
-            | RefuseCode::Version
-            | RefuseCode::Role
-            | RefuseCode::UnknownSession => {
-                self.over = true;
-                self.actions.push_back(DestinationAction::Event(DestinationEvent::Ended(refusal)));
-            }
-            // Stale, too many, protocol, failed: another attempt may fare better.
-            _ => {}
-        }
-        self.disconnected();
-    }
-
     fn lose_link(&mut self, refusal: Option<Refusal>) {
-        let was_up = !matches!(self.link, Link::Down | Link::Greeting);
+        let was_up = self.link == Link::Up;
         self.link = Link::Down;
         self.pulse = None;
         self.actions.push_back(DestinationAction::HangUp(refusal));
@@ -337,30 +226,35 @@ impl DestinationSession {
                     .layout
                     .serving(&self.config.layout)
                     .map_err(|error| Refusal::new(RefuseCode::Layout, error.to_string()))?;
+                if self.kind.is_some_and(|kind| kind != offer.kind) {
+                    return Err(Refusal::new(
+                        RefuseCode::Protocol,
+                        "a session stays a migration or a snapshot, whichever it began as",
+                    ));
+                }
                 self.kind = Some(offer.kind);
                 (self.streams, self.shards) = (offer.streams, offer.shards);
                 let millis = |value: u32| Duration::from_millis(value.into());
                 self.pulse =
                     Some(Pulse::new(millis(offer.heartbeat_ms), millis(offer.silence_ms), now));
-                self.link = Link::Attached;
-                let attach = Attach { phase: self.phase(), layout: self.config.layout.clone() };
-                self.send(ControlFrame::Attach(attach));
-                self.actions.push_back(DestinationAction::SendReceived);
+                // No page may arrive before it is on record whose it is.
+                let (session, epoch) = (self.peer, self.stamp.epoch);
+                self.persist(DestinationRecord { session, epoch, ..self.record }, Pending::Bound);
             }
             (ControlFrame::Begin, Link::Attached) => self.begin(),
             (ControlFrame::Section { name, version, last, bytes }, Link::Up)
-                if !self.state_complete =>
+                if self.wants_state() =>
             {
                 self.sections += u32::from(last);
                 self.actions.push_back(DestinationAction::Section { name, version, last, bytes });
             }
-            // The source may not know yet that all of it has arrived.
+            // The source may not know yet that all of it has arrived, or that the guest runs.
             (ControlFrame::Section { .. } | ControlFrame::StateEnd { .. }, Link::Up)
-                if self.state_complete => {}
+                if !self.wants_state() => {}
             (ControlFrame::StateEnd { sections }, Link::Up) => self.state_end(sections)?,
-            (ControlFrame::Go, Link::Up) => self.go()?,
-            (ControlFrame::TakeBack, Link::Up) => self.take_back(),
-            (ControlFrame::Bye, Link::Up) if self.complete => {
+            (ControlFrame::Go, Link::Up) if !self.is_snapshot() => self.go()?,
+            (ControlFrame::TakeBack, Link::Up) if !self.is_snapshot() => self.take_back(),
+            (ControlFrame::Bye, Link::Up) if self.complete && self.owes_nothing() => {
                 self.over = true;
                 self.actions.push_back(DestinationAction::Event(DestinationEvent::Finished));
                 self.lose_link(None);
@@ -373,6 +267,17 @@ impl DestinationSession {
             }
         }
         Ok(())
+    }
+
+    fn attach(&mut self) {
+        if self.link != Link::Greeted {
+            return;
+        }
+        self.link = Link::Attached;
+        self.announced = self.phase();
+        let layout = self.config.layout.clone();
+        self.send(ControlFrame::Attach(Attach { phase: self.announced, layout }));
+        self.actions.push_back(DestinationAction::SendReceived);
     }
 
     fn phase(&self) -> Phase {
@@ -393,7 +298,7 @@ impl DestinationSession {
 
     fn begin(&mut self) {
         self.link = Link::Up;
-        if !self.state_complete {
+        if self.wants_state() {
             self.sections = 0;
             self.actions.push_back(DestinationAction::ResetState);
         }
@@ -418,8 +323,17 @@ impl DestinationSession {
                     self.send(ControlFrame::Complete);
                 }
             }
+            // Said by the VMM after the attach.
+            DestinationOwnership::Waiting if self.ready && self.announced == Phase::Fresh => {
+                self.send(ControlFrame::Ready);
+            }
             _ => {}
         }
+    }
+
+    /// Device state is for a guest that has not run here yet.
+    fn wants_state(&self) -> bool {
+        !self.state_complete && self.record.ownership == DestinationOwnership::Waiting
     }
 
     fn state_end(&mut self, sections: u32) -> Result<(), Refusal> {
@@ -517,8 +431,9 @@ impl DestinationSession {
             self.lose_link(None);
             return;
         }
-        self.record.ownership = record.ownership;
+        self.record = record;
         match why {
+            Pending::Bound => self.attach(),
             Pending::Running => {
                 self.run();
                 if self.link == Link::Up {
@@ -550,10 +465,14 @@ impl DestinationSession {
             return;
         }
         self.complete = true;
-        let may_say = self.is_snapshot() || self.record.ownership == DestinationOwnership::Running;
-        if self.link == Link::Up && may_say {
+        if self.link == Link::Up && self.owes_nothing() {
             self.send(ControlFrame::Complete);
         }
+    }
+
+    /// Whether complete may be said: the guest is this side's, or nobody's.
+    fn owes_nothing(&self) -> bool {
+        self.is_snapshot() || self.record.ownership == DestinationOwnership::Running
     }
 
     fn send(&mut self, frame: ControlFrame) {

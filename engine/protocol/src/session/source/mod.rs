@@ -1,98 +1,21 @@
 //! The source's state machine.
 
+mod action;
+mod admission;
+mod call;
+mod record;
+
+pub use action::{SourceAction, SourceConfig, SourceEvent};
+
 use super::pulse::{Due, Pulse};
-use super::{NotNow, PersistFailed, SourceOwnership, SourceRecord};
-use crate::bitmap::Segment;
+use super::{SourceOwnership, SourceRecord};
 use crate::layout::{GuestLayout, PageRange};
 use crate::wire::{
-    Attach, Capabilities, Channel, ControlFrame, Generation, Hello, Incarnation, Offer, Phase,
-    Refusal, RefuseCode, Role, SessionId, SessionKind, Stamp,
+    Attach, Channel, ControlFrame, Generation, Hello, Incarnation, Phase, Refusal, RefuseCode,
+    Role, SessionKind, Stamp,
 };
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// What a source brings to a session.
-#[derive(Clone, Debug)]
-pub struct SourceConfig {
-    /// Migration or snapshot.
-    pub kind: SessionKind,
-    /// The guest's memory here.
-    pub layout: GuestLayout,
-    /// Background streams, 1 to 16.
-    pub streams: u16,
-    /// Request channels.
-    pub shards: u16,
-    /// How often a side with nothing to say says so.
-    pub heartbeat: Duration,
-    /// How long a side may say nothing.
-    pub silence: Duration,
-    /// What this side can do.
-    pub capabilities: Capabilities,
-}
-
-/// What a driver has to do, in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SourceAction {
-    /// Make the record durable, then call [`SourceSession::persisted`].
-    Persist(SourceRecord),
-    /// Send this hello on the new control connection.
-    Greet(Hello),
-    /// Send a frame on the control connection.
-    Send(ControlFrame),
-    /// Send all sections of device state, then `StateEnd`.
-    SendState,
-    /// Forget what was sent and acknowledged; what the destination has follows.
-    ResetBook,
-    /// These pages are complete at the destination.
-    Received {
-        /// What the segment covers.
-        range: PageRange,
-        /// The pages.
-        segment: Segment,
-    },
-    /// These pages are complete at the destination.
-    Acknowledge(Vec<PageRange>),
-    /// Accept, or open, the other channels of this epoch; serve pages in the destination's
-    /// page sizes.
-    OpenData {
-        /// The epoch; each slot begins with generation 1.
-        stamp: Stamp,
-        /// The layout in which to serve.
-        layout: GuestLayout,
-    },
-    /// Device state is not needed any more.
-    DropState,
-    /// Tell the VMM.
-    Event(SourceEvent),
-    /// Close every connection of the session; what was sent on the data channels and not
-    /// acknowledged may be lost. With a refusal, send that first.
-    HangUp(Option<Refusal>),
-}
-
-/// What a VMM is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SourceEvent {
-    /// A destination is connected and has been accepted.
-    Attached(Incarnation),
-    /// The connection is gone; nothing is lost.
-    Disconnected,
-    /// The destination has restored the device state.
-    Ready,
-    /// The guest was given away: durably recorded, go is sent.
-    Given,
-    /// The destination runs the guest.
-    Running,
-    /// The guest is the source's again, for good.
-    Reclaimed,
-    /// The destination runs the guest already and keeps it.
-    ReclaimDenied,
-    /// Everything has arrived; the session is over.
-    Finished,
-    /// A record could not be made durable; what needed it did not happen.
-    PersistFailed,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
@@ -138,7 +61,6 @@ pub struct SourceSession {
     destination_complete: bool,
     told_finished: bool,
     reclaim_wanted: bool,
-    cancelled: bool,
     pending: Option<Pending>,
     actions: VecDeque<SourceAction>,
 }
@@ -147,7 +69,9 @@ impl SourceSession {
     /// A session with what was durably recorded of it. A snapshot is frozen from the start.
     ///
     /// After a restart in the middle, the VMM's device state must be given again by
-    /// [`freeze`](Self::freeze) if the record does not say that the destination has it.
+    /// [`freeze`](Self::freeze) if the record does not say that the destination has it: the
+    /// same state, of the same memory. A guest that has run here since it was first frozen
+    /// needs a new session, because the destination may have pages of before.
     #[must_use]
     pub fn new(config: SourceConfig, record: SourceRecord) -> Self {
         let is_snapshot = config.kind == SessionKind::Snapshot;
@@ -165,7 +89,6 @@ impl SourceSession {
             destination_complete: false,
             told_finished: false,
             reclaim_wanted: false,
-            cancelled: false,
             pending: None,
             record,
             actions: VecDeque::new(),
@@ -186,7 +109,7 @@ impl SourceSession {
     /// Whether the guest may run here.
     #[must_use]
     pub const fn may_run(&self) -> bool {
-        self.record.may_run() && (!self.frozen || self.cancelled)
+        self.record.may_run() && (!self.frozen || self.is_over())
     }
 
     /// Whether the guest's memory is final, so that pages may be sent.
@@ -195,20 +118,36 @@ impl SourceSession {
         self.frozen
     }
 
-    /// Whether the session is over.
+    /// Whether the session is over. A destination that has not heard so is still answered.
     #[must_use]
     pub const fn is_over(&self) -> bool {
-        self.cancelled
-            || matches!(
-                self.record.ownership,
-                SourceOwnership::Reclaimed | SourceOwnership::Fenced | SourceOwnership::Finished
-            )
+        let is_over_for_good = matches!(
+            self.record.ownership,
+            SourceOwnership::Reclaimed | SourceOwnership::Fenced | SourceOwnership::Finished
+        );
+        is_over_for_good || (self.told_finished && self.is_snapshot())
     }
 
-    /// The layout in which the destination is served: its page sizes.
+    /// The layout in which pages are served and numbered: that of the destination which
+    /// attached last, or this side's own. Its page count is the size of the [`Book`] that a
+    /// [`SourceAction::ResetBook`] asks for.
+    ///
+    /// [`Book`]: super::Book
     #[must_use]
     pub const fn served(&self) -> &GuestLayout {
         &self.served
+    }
+
+    /// What the control connection is at, in a word, for messages and statistics.
+    #[must_use]
+    pub const fn link_name(&self) -> &'static str {
+        match self.link {
+            Link::Down => "down",
+            Link::Greeting => "greeting",
+            Link::Offered => "offered",
+            Link::Receiving(_) => "receiving",
+            Link::Up => "up",
+        }
     }
 
     /// The destination's memory, once one has attached.
@@ -221,79 +160,6 @@ impl SourceSession {
     #[must_use]
     pub const fn stamp(&self) -> Stamp {
         self.stamp
-    }
-
-    /// Whether a peer that says hello on a control connection may have it. Changes nothing,
-    /// so that a stranger costs no record.
-    ///
-    /// # Errors
-    /// The refusal to answer with.
-    pub fn admits(&self, peer: &Hello) -> Result<(), Refusal> {
-        let refuse = |code, reason: &str| Err(Refusal::new(code, reason));
-        if peer.role != Role::Destination {
-            return refuse(RefuseCode::Role, "both sides are sources: one must be a destination");
-        }
-        if peer.channel != Channel::Control {
-            return refuse(RefuseCode::Protocol, "a session begins with its control channel");
-        }
-        if peer.session != SessionId::UNKNOWN && peer.session != self.record.session {
-            return Err(Refusal::new(
-                RefuseCode::UnknownSession,
-                format!("session {} is not served here, {} is", peer.session, self.record.session),
-            ));
-        }
-        match self.record.ownership {
-            SourceOwnership::Fenced => {
-                return refuse(
-                    RefuseCode::Fenced,
-                    "the session was fenced: the source has the guest back, this destination \
-                     must not run it",
-                );
-            }
-            SourceOwnership::Reclaimed => {
-                return refuse(RefuseCode::Ended, "the source has taken the guest back");
-            }
-            // A destination that has not heard the bye may ask for it again.
-            SourceOwnership::Finished if self.incarnation == Some(peer.incarnation) => {}
-            SourceOwnership::Finished => {
-                return refuse(
-                    RefuseCode::Ended,
-                    "the session is over: another destination has \
-                                                  everything",
-                );
-            }
-            _ if self.cancelled => {
-                return refuse(RefuseCode::Ended, "the migration was cancelled at the source");
-            }
-            _ => {}
-        }
-        self.admits_incarnation(peer.incarnation)
-    }
-
-    fn admits_incarnation(&self, theirs: Incarnation) -> Result<(), Refusal> {
-        match self.incarnation {
-            Some(known) if known != theirs => {
-                let given = self.record.ownership == SourceOwnership::Given;
-                let pending = self.pending == Some(Pending::Given);
-                if given || pending {
-                    return Err(Refusal::new(
-                        RefuseCode::Incarnation,
-                        format!(
-                            "the guest was given to the destination memory {known}, this is \
-                             {theirs}: bring that one back, or fence it at the source"
-                        ),
-                    ));
-                }
-                if self.link != Link::Down {
-                    return Err(Refusal::new(
-                        RefuseCode::TooMany,
-                        format!("the session is connected to the destination memory {known}"),
-                    ));
-                }
-                Ok(())
-            }
-            _ => Ok(()),
-        }
     }
 
     /// A control connection is to be made, or has been accepted from a peer that
@@ -314,6 +180,9 @@ impl SourceSession {
     /// # Errors
     /// The refusal to send before hanging up.
     pub fn greeted(&mut self, peer: &Hello, now: Duration) -> Result<(), Refusal> {
+        if self.link != Link::Greeting {
+            return Err(Refusal::new(RefuseCode::Failed, "no greeting is under way"));
+        }
         if let Err(refusal) = self.admits(peer) {
             self.link = Link::Down;
             return Err(refusal);
@@ -321,18 +190,11 @@ impl SourceSession {
         if self.incarnation != Some(peer.incarnation) {
             self.incarnation = Some(peer.incarnation);
             self.destination_ready = false;
+            self.told_finished = false;
         }
         self.pulse = Some(Pulse::new(self.config.heartbeat, self.config.silence, now));
         self.link = Link::Offered;
-        let offer = Offer {
-            kind: self.config.kind,
-            streams: self.config.streams,
-            shards: self.config.shards,
-            heartbeat_ms: self.config.heartbeat.as_millis() as u32,
-            silence_ms: self.config.silence.as_millis() as u32,
-            layout: self.config.layout.clone(),
-        };
-        self.send(ControlFrame::Offer(offer));
+        self.send(self.config.offer());
         Ok(())
     }
 
@@ -344,7 +206,7 @@ impl SourceSession {
     }
 
     fn lose_link(&mut self, refusal: Option<Refusal>) {
-        let was_up = !matches!(self.link, Link::Down | Link::Greeting);
+        let was_up = self.link == Link::Up;
         self.link = Link::Down;
         self.pulse = None;
         self.actions.push_back(SourceAction::HangUp(refusal));
@@ -410,7 +272,8 @@ impl SourceSession {
                     self.begin(phase);
                 }
             }
-            (ControlFrame::Ready, Link::Up) if self.frozen => self.ready(),
+            // A source that was restarted may not have been frozen again yet.
+            (ControlFrame::Ready, Link::Up) if !self.knows_it_runs() => self.ready(),
             (ControlFrame::Running, Link::Up) if self.was_given() => self.running(),
             (ControlFrame::Ack(runs), Link::Up) => {
                 for run in &runs {
@@ -418,16 +281,16 @@ impl SourceSession {
                 }
                 self.actions.push_back(SourceAction::Acknowledge(runs));
             }
-            (ControlFrame::Complete, Link::Up) => {
+            (ControlFrame::Complete, Link::Up) if self.knows_it_runs() || self.is_snapshot() => {
                 self.destination_complete = true;
                 self.finish_if_done();
             }
             // Also the answer to a go, from a destination that has refused before this
             // source was restarted.
-            (ControlFrame::TakeBackAgreed, Link::Up) if self.was_given() => {
-                if !self.is_over() {
-                    self.agreed();
-                }
+            (ControlFrame::TakeBackAgreed, Link::Up)
+                if self.was_given() && !self.knows_it_runs() =>
+            {
+                self.agreed();
             }
             (ControlFrame::TakeBackDenied, Link::Up) if self.was_given() => {
                 if self.reclaim_wanted {
@@ -460,23 +323,41 @@ impl SourceSession {
             .layout
             .serving(&attach.layout)
             .map_err(|error| Refusal::new(RefuseCode::Layout, error.to_string()))?;
-        if attach.phase >= Phase::Running && !self.was_given() && !self.is_snapshot() {
-            return Err(Refusal::new(
-                RefuseCode::Protocol,
-                "the destination says that it runs a guest which it was not given",
-            ));
-        }
+        self.believes(attach.phase)?;
+        self.destination_complete = attach.phase == Phase::Complete;
         self.link = Link::Receiving(attach.phase);
         self.actions.push_back(SourceAction::ResetBook);
         Ok(())
+    }
+
+    /// Whether a phase can be true, by what is known. What cannot is refused, so that a
+    /// destination that has lost its record makes nobody run the guest.
+    fn believes(&self, phase: Phase) -> Result<(), Refusal> {
+        let contradiction = match phase {
+            Phase::Refused | Phase::Running if self.is_snapshot() => {
+                "the destination says who owns the guest of a snapshot"
+            }
+            Phase::Running | Phase::Complete if !self.was_given() && !self.is_snapshot() => {
+                "the destination says that it runs a guest which it was not given"
+            }
+            Phase::Fresh | Phase::Ready | Phase::Refused if self.knows_it_runs() => {
+                "the destination has said that it runs the guest, and now says that it does not"
+            }
+            _ => return Ok(()),
+        };
+        Err(Refusal::new(RefuseCode::Protocol, contradiction))
+    }
+
+    fn knows_it_runs(&self) -> bool {
+        self.destination_running || self.record.ownership == SourceOwnership::Finished
     }
 
     fn was_given(&self) -> bool {
         matches!(self.record.ownership, SourceOwnership::Given | SourceOwnership::Finished)
     }
 
-    fn is_snapshot(&self) -> bool {
-        self.config.kind == SessionKind::Snapshot
+    const fn is_snapshot(&self) -> bool {
+        matches!(self.config.kind, SessionKind::Snapshot)
     }
 
     /// Everything the destination has is known: go on from where it is.
@@ -506,7 +387,6 @@ impl SourceSession {
                 self.agreed();
             }
             Phase::Running | Phase::Complete => {
-                self.destination_complete |= phase == Phase::Complete;
                 self.running();
             }
         }
@@ -569,130 +449,6 @@ impl SourceSession {
             self.told_finished = true;
             self.actions.push_back(SourceAction::Event(SourceEvent::Finished));
         }
-    }
-
-    /// The VMM has stopped its vCPUs and device state is there: from here memory is final.
-    ///
-    /// # Errors
-    /// [`NotNow`] if that has been said already, or the session is over.
-    pub fn freeze(&mut self) -> Result<(), NotNow> {
-        let call = "switch over";
-        if self.is_over() {
-            return Err(NotNow { call, reason: "the session is over" });
-        }
-        if self.has_state {
-            return Err(NotNow { call, reason: "it has been done already" });
-        }
-        (self.frozen, self.has_state) = (true, true);
-        if self.link == Link::Up {
-            self.actions.push_back(SourceAction::SendState);
-        }
-        Ok(())
-    }
-
-    /// The VMM wants its guest back. Before the guest was given this takes effect at once;
-    /// afterwards it needs the destination's agreement, and [`SourceEvent::Reclaimed`] or
-    /// [`SourceEvent::ReclaimDenied`] follows, when it is connected.
-    ///
-    /// # Errors
-    /// [`NotNow`] if the destination is known to run it, or the session is over.
-    pub fn reclaim(&mut self) -> Result<(), NotNow> {
-        let call = "take the guest back";
-        if self.is_over() {
-            return Err(NotNow { call, reason: "the session is over" });
-        }
-        if self.destination_running {
-            return Err(NotNow {
-                call,
-                reason: "the destination runs it: past the point of no return",
-            });
-        }
-        if self.is_snapshot() {
-            return Err(NotNow { call, reason: "a snapshot gives nothing away" });
-        }
-        if self.was_given() || self.pending == Some(Pending::Given) {
-            self.reclaim_wanted = true;
-            if self.link == Link::Up && self.pending.is_none() {
-                self.send(ControlFrame::TakeBack);
-            }
-        } else {
-            self.cancelled = true;
-            self.reclaimed(Refusal::new(RefuseCode::Ended, "the migration was cancelled"));
-        }
-        Ok(())
-    }
-
-    /// An operator declares that the destination is dead and will never run the guest. He
-    /// is believed: whoever fences a destination that runs has two guests.
-    ///
-    /// # Errors
-    /// [`NotNow`] if the session is over.
-    pub fn fence(&mut self) -> Result<(), NotNow> {
-        if self.is_over() {
-            return Err(NotNow { call: "fence the destination", reason: "the session is over" });
-        }
-        let mut next = self.record;
-        next.epoch = next.epoch.next();
-        next.ownership = SourceOwnership::Fenced;
-        self.persist(next, Pending::Fenced);
-        Ok(())
-    }
-
-    fn agreed(&mut self) {
-        let mut next = self.record;
-        next.ownership = SourceOwnership::Reclaimed;
-        self.persist(next, Pending::Reclaimed);
-    }
-
-    fn denied(&mut self) {
-        self.reclaim_wanted = false;
-        self.actions.push_back(SourceAction::Event(SourceEvent::ReclaimDenied));
-    }
-
-    fn persist(&mut self, next: SourceRecord, why: Pending) {
-        debug_assert!(self.pending.is_none(), "one record at a time");
-        self.pending = Some(why);
-        self.actions.push_back(SourceAction::Persist(next));
-    }
-
-    /// The record of the last [`SourceAction::Persist`] is durable, or could not be made so.
-    pub fn persisted(&mut self, record: SourceRecord, result: Result<(), PersistFailed>) {
-        let Some(why) = self.pending.take() else { return };
-        if result.is_err() {
-            self.actions.push_back(SourceAction::Event(SourceEvent::PersistFailed));
-            self.lose_link(None);
-            return;
-        }
-        self.record = record;
-        match why {
-            Pending::Epoch => {
-                self.stamp = Stamp { epoch: record.epoch, generation: Generation(1) };
-                let hello = self.hello();
-                self.actions.push_back(SourceAction::Greet(hello));
-            }
-            Pending::Given => {
-                self.actions.push_back(SourceAction::Event(SourceEvent::Given));
-                if self.link == Link::Up {
-                    self.send(if self.reclaim_wanted {
-                        ControlFrame::TakeBack
-                    } else {
-                        ControlFrame::Go
-                    });
-                }
-            }
-            Pending::Reclaimed => self
-                .reclaimed(Refusal::new(RefuseCode::Ended, "the source has taken the guest back")),
-            Pending::Fenced => {
-                self.reclaimed(Refusal::new(RefuseCode::Fenced, "the session was fenced"));
-            }
-            Pending::Finished => self.finished(),
-        }
-    }
-
-    fn reclaimed(&mut self, refusal: Refusal) {
-        self.lose_link(Some(refusal));
-        self.actions.push_back(SourceAction::DropState);
-        self.actions.push_back(SourceAction::Event(SourceEvent::Reclaimed));
     }
 
     fn hello(&self) -> Hello {

@@ -1,0 +1,82 @@
+//! What a destination session is given, and what it asks of its driver.
+
+use super::super::DestinationRecord;
+use crate::layout::GuestLayout;
+use crate::wire::{Capabilities, ControlFrame, Refusal, SessionId, Stamp};
+use std::time::Duration;
+
+/// What a destination brings to a session.
+#[derive(Clone, Debug)]
+pub struct DestinationConfig {
+    /// The guest's memory here.
+    pub layout: GuestLayout,
+    /// What this side can do.
+    pub capabilities: Capabilities,
+    /// How long the source may say nothing before its offer says otherwise.
+    pub silence: Duration,
+}
+
+/// What a driver has to do, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DestinationAction {
+    /// Make the record durable, then call [`DestinationSession::persisted`].
+    Persist(DestinationRecord),
+    /// Send a frame on the control connection.
+    Send(ControlFrame),
+    /// Send the plane of complete pages as `Received` frames, the last marked so.
+    SendReceived,
+    /// Open the other channels, or accept them.
+    OpenData {
+        /// The epoch; each slot begins with generation 1.
+        stamp: Stamp,
+        /// How many background streams.
+        streams: u16,
+        /// How many request channels.
+        shards: u16,
+    },
+    /// Forget the device state that has come so far: it is sent again from the start.
+    ResetState,
+    /// A piece of a section of device state.
+    Section {
+        /// The section's name.
+        name: String,
+        /// Its version.
+        version: u32,
+        /// Whether it ends here.
+        last: bool,
+        /// The piece.
+        bytes: Vec<u8>,
+    },
+    /// Tell the VMM.
+    Event(DestinationEvent),
+    /// Close every connection of the session. With a refusal, send that first.
+    HangUp(Option<Refusal>),
+}
+
+/// What a VMM is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DestinationEvent {
+    /// A source is connected.
+    Attached(SessionId),
+    /// The connection is gone; what has arrived stays, and faults wait.
+    Disconnected,
+    /// All device state is there.
+    StateComplete,
+    /// The guest may run from now on.
+    Run,
+    /// The guest must never run here: the source has taken it back.
+    Refused,
+    /// The guest must never run here again: an operator declared this side dead.
+    Fenced,
+    /// The source has ended the session before everything had arrived.
+    Ended(Refusal),
+    /// Whoever answered has turned this side away. It keeps its faults and may connect
+    /// again; an operator looks whether the address is right and the source is alive.
+    TurnedAway(Refusal),
+    /// Every page has arrived and the source knows it.
+    Finished,
+    /// A record could not be made durable; what needed it did not happen.
+    PersistFailed,
+}

@@ -1,0 +1,111 @@
+//! What a source session is given, and what it asks of its driver.
+
+use super::super::SourceRecord;
+use crate::bitmap::Segment;
+use crate::layout::{GuestLayout, PageRange};
+use crate::wire::{
+    Capabilities, ControlFrame, Hello, Incarnation, Offer, Refusal, SessionKind, Stamp,
+};
+use std::time::Duration;
+
+/// What a source brings to a session.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Migration or snapshot.
+    pub kind: SessionKind,
+    /// The guest's memory here.
+    pub layout: GuestLayout,
+    /// Background streams, 1 to 16.
+    pub streams: u16,
+    /// Request channels.
+    pub shards: u16,
+    /// How often a side with nothing to say says so.
+    pub heartbeat: Duration,
+    /// How long a side may say nothing.
+    pub silence: Duration,
+    /// What this side can do.
+    pub capabilities: Capabilities,
+}
+
+impl SourceConfig {
+    /// The offer that it makes. Whoever takes a configuration from outside checks it
+    /// ([`ControlFrame::check`]) before a session is made of it.
+    #[must_use]
+    pub fn offer(&self) -> ControlFrame {
+        let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+        ControlFrame::Offer(Offer {
+            kind: self.kind,
+            streams: self.streams,
+            shards: self.shards,
+            heartbeat_ms: millis(self.heartbeat),
+            silence_ms: millis(self.silence),
+            layout: self.layout.clone(),
+        })
+    }
+}
+
+/// What a driver has to do, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SourceAction {
+    /// Make the record durable, then call [`SourceSession::persisted`].
+    Persist(SourceRecord),
+    /// Send this hello on the new control connection.
+    Greet(Hello),
+    /// Send a frame on the control connection.
+    Send(ControlFrame),
+    /// Send all sections of device state, then `StateEnd`.
+    SendState,
+    /// Forget what was sent and acknowledged; what the destination has follows. Pages are
+    /// numbered as in [`SourceSession::served`](super::SourceSession::served), which may
+    /// have more or fewer than before.
+    ResetBook,
+    /// These pages are complete at the destination.
+    Received {
+        /// What the segment covers.
+        range: PageRange,
+        /// The pages.
+        segment: Segment,
+    },
+    /// These pages are complete at the destination.
+    Acknowledge(Vec<PageRange>),
+    /// Accept, or open, the other channels of this epoch; serve pages in the destination's
+    /// page sizes.
+    OpenData {
+        /// The epoch; each slot begins with generation 1.
+        stamp: Stamp,
+        /// The layout in which to serve.
+        layout: GuestLayout,
+    },
+    /// Device state is not needed any more.
+    DropState,
+    /// Tell the VMM.
+    Event(SourceEvent),
+    /// Close every connection of the session; what was sent on the data channels and not
+    /// acknowledged may be lost. With a refusal, send that first.
+    HangUp(Option<Refusal>),
+}
+
+/// What a VMM is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SourceEvent {
+    /// A destination is connected and has been accepted.
+    Attached(Incarnation),
+    /// The connection is gone; nothing is lost.
+    Disconnected,
+    /// The destination has restored the device state.
+    Ready,
+    /// The guest was given away: durably recorded, go is sent.
+    Given,
+    /// The destination runs the guest.
+    Running,
+    /// The guest is the source's again, for good.
+    Reclaimed,
+    /// The destination runs the guest already and keeps it.
+    ReclaimDenied,
+    /// Everything has arrived; the session is over.
+    Finished,
+    /// A record could not be made durable; what needed it did not happen.
+    PersistFailed,
+}

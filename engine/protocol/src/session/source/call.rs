@@ -1,0 +1,84 @@
+//! What the VMM of a source wants: to switch over, to take its guest back, to fence.
+
+use super::super::{NotNow, SourceOwnership};
+use super::{Link, Pending, SourceAction, SourceSession};
+use crate::wire::ControlFrame;
+
+impl SourceSession {
+    /// The VMM has stopped its vCPUs and device state is there: from here memory is final.
+    ///
+    /// # Errors
+    /// [`NotNow`] if that has been said already, or the session is over.
+    pub fn freeze(&mut self) -> Result<(), NotNow> {
+        let call = "switch over";
+        if self.is_over() {
+            return Err(NotNow { call, reason: "the session is over" });
+        }
+        if self.has_state {
+            return Err(NotNow { call, reason: "it has been done already" });
+        }
+        (self.frozen, self.has_state) = (true, true);
+        if self.link == Link::Up {
+            if self.destination_ready {
+                // From a process before this one.
+                self.ready();
+            } else {
+                self.actions.push_back(SourceAction::SendState);
+            }
+        }
+        Ok(())
+    }
+
+    /// The VMM wants its guest back. Before the guest was given this takes effect as soon
+    /// as it is recorded; afterwards it needs the destination's agreement, and [`SourceEvent::Reclaimed`] or
+    /// [`SourceEvent::ReclaimDenied`] follows, when it is connected.
+    ///
+    /// # Errors
+    /// [`NotNow`] if the destination is known to run it, or the session is over.
+    pub fn reclaim(&mut self) -> Result<(), NotNow> {
+        let call = "take the guest back";
+        if self.is_over() {
+            return Err(NotNow { call, reason: "the session is over" });
+        }
+        if self.destination_running {
+            return Err(NotNow {
+                call,
+                reason: "the destination runs it: past the point of no return",
+            });
+        }
+        if self.is_snapshot() {
+            return Err(NotNow { call, reason: "a snapshot gives nothing away" });
+        }
+        if self.was_given() || self.pending == Some(Pending::Given) {
+            self.reclaim_wanted = true;
+            if self.link == Link::Up && self.pending.is_none() {
+                self.send(ControlFrame::TakeBack);
+            }
+        } else {
+            self.agreed();
+        }
+        Ok(())
+    }
+
+    /// An operator declares that the destination is dead and will never run the guest. He
+    /// is believed: whoever fences a destination that runs has two guests.
+    ///
+    /// # Errors
+    /// [`NotNow`] if the session is over or a snapshot.
+    pub fn fence(&mut self) -> Result<(), NotNow> {
+        if self.is_over() {
+            return Err(NotNow { call: "fence the destination", reason: "the session is over" });
+        }
+        if self.is_snapshot() {
+            return Err(NotNow {
+                call: "fence the destination",
+                reason: "a snapshot gives nothing away",
+            });
+        }
+        let mut next = self.record;
+        next.epoch = next.epoch.next();
+        next.ownership = SourceOwnership::Fenced;
+        self.persist(next, Pending::Fenced);
+        Ok(())
+    }
+}

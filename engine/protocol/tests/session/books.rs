@@ -1,0 +1,198 @@
+//! The source's books against a model that keeps a list of pages.
+
+use afterimage_protocol::layout::{PageNumber, PageRange};
+use afterimage_protocol::session::{Book, InFlight, MAX_IN_FLIGHT_RUNS};
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
+
+const PAGES: u64 = 200;
+const CHANNELS: usize = 3;
+
+type Words = Box<[AtomicU64]>;
+
+fn book(pages: u64) -> Book<Words> {
+    let words = || (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+    Book::over(words(), words(), pages)
+}
+
+/// Takes the next pages the way a background stream does.
+fn take(book: &Book<Words>, from: PageNumber, limit: u64) -> Option<PageRange> {
+    book.take_in(PageRange::new(book.peek(from)?, limit))
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Take { channel: usize, from: u64, limit: u64 },
+    Urgent { channel: usize, page: u64 },
+    Acknowledge(PageRange),
+    Settle(usize),
+    Die(usize),
+    Reset,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let range = (0..PAGES, 1..40_u64)
+        .prop_map(|(start, count)| PageRange::new(PageNumber(start), count.min(PAGES - start)));
+    let step = prop_oneof![
+        4 => (0..CHANNELS, 0..PAGES, 1..40_u64)
+            .prop_map(|(channel, from, limit)| Step::Take { channel, from, limit }),
+        2 => (0..CHANNELS, 0..PAGES).prop_map(|(channel, page)| Step::Urgent { channel, page }),
+        4 => range.prop_map(Step::Acknowledge),
+        2 => (0..CHANNELS).prop_map(Step::Settle),
+        1 => (0..CHANNELS).prop_map(Step::Die),
+        1 => Just(Step::Reset),
+    ];
+    prop::collection::vec(step, 0..80)
+}
+
+/// Pages by number, in sets and lists.
+#[derive(Default)]
+struct Model {
+    sent: BTreeSet<u64>,
+    acked: BTreeSet<u64>,
+    in_flight: [Vec<u64>; CHANNELS],
+}
+
+impl Model {
+    fn take(&mut self, channel: usize, from: u64, limit: u64) -> Option<PageRange> {
+        let start = (from..PAGES).find(|page| !self.sent.contains(page))?;
+        let count = (start..PAGES).take_while(|page| !self.sent.contains(page)).count() as u64;
+        let run = PageRange::new(PageNumber(start), count.min(limit));
+        self.sent.extend(run.iter().map(|page| page.0));
+        self.in_flight[channel].extend(run.iter().map(|page| page.0));
+        Some(run)
+    }
+
+    fn settle(&mut self, channel: usize) {
+        let open = self.in_flight[channel].iter().position(|page| !self.acked.contains(page));
+        let settled = open.unwrap_or(self.in_flight[channel].len());
+        self.in_flight[channel].drain(..settled);
+    }
+
+    fn die(&mut self, channel: usize) {
+        for page in std::mem::take(&mut self.in_flight[channel]) {
+            if !self.acked.contains(&page) {
+                self.sent.remove(&page);
+            }
+        }
+    }
+}
+
+fn run_step(
+    step: Step,
+    book: &Book<Words>,
+    channels: &mut [InFlight; CHANNELS],
+    model: &mut Model,
+) -> Result<(), TestCaseError> {
+    match step {
+        Step::Take { channel, from, limit } => {
+            let run = take(book, PageNumber(from), limit);
+            if let Some(run) = run {
+                prop_assert!(run.iter().all(|page| !book.is_acked(page)));
+                channels[channel].push(run);
+            }
+            prop_assert_eq!(run, model.take(channel, from, limit));
+        }
+        Step::Urgent { channel, page } => {
+            let is_wanted = book.take_urgent(PageNumber(page));
+            prop_assert_eq!(is_wanted, !model.acked.contains(&page));
+            if is_wanted {
+                channels[channel].push(PageRange::one(PageNumber(page)));
+                model.sent.insert(page);
+                model.in_flight[channel].push(page);
+            }
+        }
+        Step::Acknowledge(range) => {
+            let before = model.acked.len() as u64;
+            model.acked.extend(range.iter().map(|page| page.0));
+            model.sent.extend(range.iter().map(|page| page.0));
+            prop_assert_eq!(book.acknowledge(range), model.acked.len() as u64 - before);
+        }
+        Step::Settle(channel) => {
+            channels[channel].settle(book);
+            model.settle(channel);
+        }
+        Step::Die(channel) => {
+            channels[channel].requeue(book);
+            model.die(channel);
+        }
+        Step::Reset => {
+            for channel in channels {
+                channel.requeue(book);
+            }
+            book.reset();
+            *model = Model::default();
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn books_do_what_lists_of_pages_do(steps in steps()) {
+        let book = book(PAGES);
+        let mut channels: [InFlight; CHANNELS] = Default::default();
+        let mut model = Model::default();
+        for step in steps {
+            run_step(step, &book, &mut channels, &mut model)?;
+            prop_assert_eq!(book.acked_pages(), model.acked.len() as u64);
+            prop_assert_eq!(book.unsent(), PAGES - model.sent.len() as u64);
+            for (channel, pages) in channels.iter().zip(&model.in_flight) {
+                prop_assert_eq!(channel.is_empty(), pages.is_empty());
+            }
+        }
+        // Whatever happened: when all channels die, what has not arrived is handed out again.
+        for channel in &mut channels {
+            channel.requeue(&book);
+        }
+        let mut again = BTreeSet::new();
+        while let Some(run) = take(&book, PageNumber(0), 7) {
+            prop_assert!(run.count <= 7 && !run.is_empty());
+            again.extend(run.iter().map(|page| page.0));
+        }
+        let missing: BTreeSet<u64> =
+            (0..PAGES).filter(|page| !model.acked.contains(page)).collect();
+        prop_assert_eq!(again, missing);
+    }
+}
+
+#[test]
+fn a_channel_is_full_at_its_bound_and_has_room_when_its_front_has_arrived() {
+    let pages = 2 * MAX_IN_FLIGHT_RUNS as u64 + 2;
+    let book = book(pages);
+    let mut channel = InFlight::default();
+    for index in 0..MAX_IN_FLIGHT_RUNS as u64 {
+        assert!(!channel.is_full());
+        assert!(book.take_urgent(PageNumber(2 * index)));
+        channel.push(PageRange::one(PageNumber(2 * index)));
+    }
+    assert!(channel.is_full());
+    book.acknowledge(PageRange::new(PageNumber(0), 2));
+    channel.settle(&book);
+    assert!(!channel.is_full());
+}
+
+#[test]
+fn threads_share_a_book_without_handing_a_page_out_twice() {
+    let book = book(4096);
+    let taken: Vec<Vec<PageRange>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..3)
+            .map(|index| {
+                let book = &book;
+                scope.spawn(move || {
+                    let mut runs = Vec::new();
+                    while let Some(run) = take(book, PageNumber(0), 1 + index * 13) {
+                        runs.push(run);
+                    }
+                    runs
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    });
+    let total: u64 = taken.iter().flatten().map(|run| run.count).sum();
+    let distinct: BTreeSet<u64> =
+        taken.iter().flatten().flat_map(|run| run.iter().map(|page| page.0)).collect();
+    assert_eq!((total, distinct.len()), (4096, 4096));
+}

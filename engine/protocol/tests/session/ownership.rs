@@ -1,0 +1,238 @@
+//! Who may run the guest: giving, taking back, fencing.
+
+use crate::harness::{MEMORY, OTHER_MEMORY, Pair};
+use afterimage_protocol::session::{
+    DestinationEvent, DestinationOwnership, SourceAction, SourceEvent, SourceOwnership,
+};
+use afterimage_protocol::wire::{ControlFrame, RefuseCode};
+
+#[test]
+fn given_is_durable_before_go() {
+    let pair = Pair::go_on_its_way();
+    assert_eq!(pair.source_record.ownership, SourceOwnership::Given);
+    assert_eq!(pair.source_record.incarnation, MEMORY);
+    assert!(!pair.source.may_run() && !pair.destination_runs());
+}
+
+#[test]
+fn running_is_durable_before_the_guest_is_run() {
+    let mut pair = Pair::go_on_its_way();
+    assert!(!pair.destination_events.contains(&DestinationEvent::Run));
+    pair.deliver_to_destination();
+    assert_eq!(pair.destination_record.ownership, DestinationOwnership::Running);
+    assert!(pair.destination_events.contains(&DestinationEvent::Run));
+}
+
+#[test]
+fn a_guest_that_was_not_given_is_taken_back_once_that_is_durable() {
+    let mut pair = Pair::restored();
+    pair.source.reclaim().expect("not given yet");
+    assert!(!pair.source.may_run(), "it is not durable yet");
+    pair.drain();
+    assert!(pair.source.may_run() && pair.source.is_over());
+    assert_eq!(pair.source_ownership(), SourceOwnership::Reclaimed);
+    pair.pump();
+    assert!(matches!(pair.destination_events.last(), Some(DestinationEvent::Ended(_))));
+}
+
+#[test]
+fn a_cancelled_migration_stays_cancelled_when_the_source_is_restarted() {
+    let mut pair = Pair::restored();
+    pair.destination.ready().expect("state is there");
+    pair.cut();
+    pair.source.reclaim().expect("not given yet");
+    pair.drain();
+    assert!(pair.source.may_run());
+    pair.restart_source();
+    assert_eq!(pair.connect().expect_err("cancelled").code, RefuseCode::Ended);
+    assert!(pair.destination.is_over() && !pair.destination_runs());
+}
+
+#[test]
+fn a_guest_on_its_way_is_taken_back_by_agreement() {
+    let mut pair = Pair::go_on_its_way();
+    // The go is lost.
+    pair.cut();
+    pair.source.reclaim().expect("the destination is not known to run");
+    assert!(!pair.source.may_run(), "nobody has agreed yet");
+    pair.connect().expect("let in");
+    pair.pump();
+    assert_eq!(pair.source_ownership(), SourceOwnership::Reclaimed);
+    assert_eq!(pair.destination_record.ownership, DestinationOwnership::Refused);
+    assert!(pair.source.may_run(), "the guest is the source's for good");
+    assert!(pair.source_events.contains(&SourceEvent::Reclaimed));
+    assert!(pair.destination_events.contains(&DestinationEvent::Refused));
+    assert!(!pair.destination_events.contains(&DestinationEvent::Run));
+    assert!(pair.destination.ready().is_err());
+}
+
+#[test]
+fn a_go_that_was_first_wins_against_taking_back() {
+    let mut pair = Pair::go_on_its_way();
+    pair.source.reclaim().expect("the destination is not known to run");
+    pair.drain();
+    assert_eq!(pair.to_destination, [ControlFrame::Go, ControlFrame::TakeBack]);
+    pair.pump();
+    assert!(pair.destination_runs() && !pair.source.may_run());
+    assert_eq!(pair.source_events.iter().filter(|e| **e == SourceEvent::ReclaimDenied).count(), 1);
+    assert!(pair.source.reclaim().is_err());
+}
+
+#[test]
+fn taking_back_that_crosses_running_is_denied() {
+    let mut pair = Pair::go_on_its_way();
+    pair.deliver_to_destination();
+    assert_eq!(pair.to_source, [ControlFrame::Running]);
+    pair.source.reclaim().expect("the destination is not known to run");
+    pair.pump();
+    assert!(pair.source_events.contains(&SourceEvent::ReclaimDenied));
+    assert!(!pair.may_both_run() && pair.destination_runs());
+}
+
+#[test]
+fn an_agreement_whose_answer_was_lost_is_found_again() {
+    for source_restarts in [false, true] {
+        let mut pair = Pair::go_on_its_way();
+        pair.cut();
+        pair.source.reclaim().expect("the destination is not known to run");
+        pair.connect().expect("let in");
+        pair.pump_until(|pair| pair.destination_record.ownership == DestinationOwnership::Refused);
+        assert!(!pair.source.may_run());
+        pair.cut();
+        if source_restarts {
+            pair.restart_source();
+        }
+        pair.connect().expect("let in");
+        pair.pump();
+        assert!(pair.source.may_run(), "restarts: {source_restarts}");
+        assert!(!pair.destination_runs());
+    }
+}
+
+#[test]
+fn a_restarted_source_that_forgot_taking_back_gives_the_guest_again() {
+    let mut pair = Pair::go_on_its_way();
+    pair.cut();
+    pair.source.reclaim().expect("the destination is not known to run");
+    pair.restart_source();
+    pair.connect().expect("let in");
+    pair.pump();
+    assert!(pair.destination_runs() && !pair.source.may_run());
+}
+
+#[test]
+fn a_fenced_destination_is_refused_and_never_told_to_run() {
+    // It has recorded that it runs and died before anybody knew.
+    let mut pair = Pair::go_on_its_way();
+    pair.deliver_to_destination();
+    pair.cut();
+    pair.restart_destination();
+    let before = pair.source_record.epoch;
+    pair.source.fence().expect("an operator says so");
+    pair.drain();
+    assert!(pair.source.may_run());
+    assert_eq!(pair.source_ownership(), SourceOwnership::Fenced);
+    assert!(pair.source_record.epoch > before);
+    assert_eq!(pair.connect().expect_err("fenced").code, RefuseCode::Fenced);
+    assert_eq!(pair.destination_events, [DestinationEvent::Fenced]);
+    assert!(pair.destination.is_over());
+    pair.restart_source();
+    pair.restart_destination();
+    assert_eq!(pair.connect().expect_err("still fenced").code, RefuseCode::Fenced);
+    assert!(!pair.destination_events.contains(&DestinationEvent::Run));
+}
+
+#[test]
+fn fencing_a_connected_destination_tells_it() {
+    let mut pair = Pair::restored();
+    pair.source.fence().expect("an operator says so");
+    pair.pump();
+    assert_eq!(pair.destination_events.last(), Some(&DestinationEvent::Fenced));
+}
+
+#[test]
+fn a_restarted_destination_that_runs_is_told_so_only_after_begin() {
+    let mut pair = Pair::running();
+    pair.restart_destination();
+    assert!(pair.destination_events.is_empty());
+    pair.connect().expect("let in");
+    pair.pump_until(|pair| pair.to_destination.front() == Some(&ControlFrame::Begin));
+    assert!(!pair.destination_events.contains(&DestinationEvent::Run));
+    pair.pump();
+    assert!(pair.destination_events.contains(&DestinationEvent::Run));
+}
+
+#[test]
+fn a_destination_that_ran_and_forgot_it_gives_nothing_back() {
+    let mut pair = Pair::running();
+    pair.destination_record.ownership = DestinationOwnership::Refused;
+    pair.restart_destination();
+    pair.connect().expect("let in");
+    pair.pump();
+    assert_eq!(pair.source_ownership(), SourceOwnership::Given);
+    assert_eq!(pair.refusal_of_source().expect("refused").code, RefuseCode::Protocol);
+}
+
+#[test]
+fn nothing_is_given_again_once_all_has_arrived() {
+    let mut pair = Pair::running();
+    pair.destination.all_complete();
+    pair.drain();
+    pair.deliver_to_source();
+    for forgotten in [DestinationOwnership::Waiting, DestinationOwnership::Refused] {
+        pair.destination_record.ownership = forgotten;
+        pair.restart_destination();
+        pair.forget();
+        pair.connect().expect("let in");
+        pair.pump();
+        assert_eq!(pair.source_ownership(), SourceOwnership::Finished);
+        assert_eq!(pair.refusal_of_source().expect("refused").code, RefuseCode::Protocol);
+    }
+}
+
+#[test]
+fn what_a_destination_said_before_it_was_restarted_is_not_believed_after() {
+    let mut pair = Pair::running();
+    pair.destination.all_complete();
+    pair.drain();
+    pair.deliver_to_source();
+    // The bye is lost, and the restarted destination has not looked at its planes yet.
+    pair.restart_destination();
+    pair.connect().expect("let in");
+    pair.pump();
+    assert_eq!(pair.refusal_of_destination(), None, "no bye before it says complete");
+    pair.destination.all_complete();
+    pair.pump();
+    assert!(pair.destination.is_over());
+}
+
+#[test]
+fn a_source_that_was_given_away_lets_no_call_undo_it() {
+    let mut pair = Pair::running();
+    assert!(pair.source.freeze().is_err());
+    assert!(pair.source.reclaim().is_err());
+    pair.destination.all_complete();
+    pair.pump();
+    assert!(pair.source.freeze().is_err());
+    assert!(pair.source.reclaim().is_err());
+    assert!(pair.source.fence().is_err());
+    pair.restart_source();
+    assert!(!pair.source.may_run());
+    assert!(pair.source.fence().is_err());
+}
+
+#[test]
+fn other_memory_is_let_in_by_nobody_after_taking_back() {
+    let mut pair = Pair::restored();
+    pair.source.reclaim().expect("not given yet");
+    pair.pump();
+    pair.lose_destination(OTHER_MEMORY);
+    assert_eq!(pair.connect().expect_err("over").code, RefuseCode::Ended);
+}
+
+#[test]
+fn state_is_not_asked_of_the_vmm_again_by_a_source_that_has_it() {
+    let mut pair = Pair::restored();
+    assert!(pair.source.freeze().is_err());
+    assert!(pair.source_actions.contains(&SourceAction::SendState));
+}

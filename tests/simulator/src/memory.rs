@@ -1,0 +1,274 @@
+//! The destination's memory: what is in place, who may put it there.
+//!
+//! Mirrors `engine/src/destination/pages.rs` and `pages/claim.rs`: region 0 is copied and
+//! the kernel arbitrates; region 1 is written through an alias, only by who has claimed it,
+//! and shown with CONTINUE. Planes, memory and the set of pages discarded while they were
+//! being written outlive the process, as if a keeper held them.
+
+use crate::mutant::Mutant;
+use afterimage_protocol::bitmap::{PageState, Planes};
+use afterimage_protocol::layout::{PageNumber, PageRange};
+use std::collections::BTreeSet;
+
+/// What half a page looks like.
+pub(crate) const HALF: u64 = u64::MAX;
+
+#[derive(Debug)]
+pub(crate) struct Memory {
+    pub(crate) planes: Planes,
+    /// Pages below this one are copied, the rest written through an alias.
+    pub(crate) first_alias: u64,
+    /// What lies there: anonymous memory, or the page cache of the file.
+    content: Vec<Option<u64>>,
+    /// What the guest has mapped.
+    is_mapped: Vec<bool>,
+    pub(crate) discarded_in_flight: BTreeSet<PageNumber>,
+    /// Complete and not yet acknowledged.
+    pub(crate) to_acknowledge: Vec<PageRange>,
+    /// Whoever waits for these looks again.
+    pub(crate) woken: Vec<PageNumber>,
+    mutant: Option<Mutant>,
+}
+
+/// A background piece that is coming in.
+#[derive(Clone, Debug)]
+pub(crate) struct Piece {
+    pub(crate) pages: PageRange,
+    pub(crate) values: Vec<u64>,
+    pub(crate) won: Vec<PageRange>,
+    pub(crate) stage: Stage,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Claimed,
+    Half,
+    Received,
+    /// Only with [`Mutant::DiscardWithoutGate`]: these were found missing a step ago.
+    Looked(Vec<PageNumber>),
+}
+
+impl Memory {
+    pub(crate) fn new(pages: u64, first_alias: u64, mutant: Option<Mutant>) -> Self {
+        Self {
+            planes: Planes::new(pages),
+            first_alias,
+            content: vec![None; pages as usize],
+            is_mapped: vec![false; pages as usize],
+            discarded_in_flight: BTreeSet::new(),
+            to_acknowledge: Vec::new(),
+            woken: Vec::new(),
+            mutant,
+        }
+    }
+
+    fn breaks(&self, mutant: Mutant) -> bool {
+        self.mutant == Some(mutant)
+    }
+
+    pub(crate) const fn is_alias(&self, page: PageNumber) -> bool {
+        page.0 >= self.first_alias
+    }
+
+    /// What the guest would read, if it would not fault.
+    pub(crate) fn visible(&self, page: PageNumber) -> Option<u64> {
+        let at = page.0 as usize;
+        self.content[at].filter(|_| self.is_mapped[at])
+    }
+
+    pub(crate) fn write(&mut self, page: PageNumber, value: u64) {
+        self.content[page.0 as usize] = Some(value);
+    }
+
+    fn mark_complete(&mut self, pages: PageRange) {
+        let newly = &mut self.to_acknowledge;
+        self.planes.complete(pages, |run| newly.push(run));
+        self.woken.extend(pages.iter());
+    }
+
+    fn place(&mut self, page: PageNumber, value: u64) {
+        let at = page.0 as usize;
+        // EEXIST: what is there stays.
+        if self.content[at].is_none() {
+            (self.content[at], self.is_mapped[at]) = (Some(value), true);
+        }
+    }
+
+    /// Takes a piece on, before any of it is received.
+    pub(crate) fn begin(&mut self, pages: PageRange, values: Vec<u64>) -> Piece {
+        let mut won = Vec::new();
+        let claims_late = self.breaks(Mutant::ClaimAfterWrite) && self.is_alias(pages.start);
+        if claims_late {
+            won.push(pages);
+        } else {
+            self.planes.claim(pages, |run| won.push(run));
+        }
+        if self.breaks(Mutant::AckBeforeComplete) {
+            self.to_acknowledge.extend(won.iter().copied());
+        }
+        Piece { pages, values, won, stage: Stage::Claimed }
+    }
+
+    /// Receives some more of a piece. `true` once it is in place.
+    pub(crate) fn advance(&mut self, piece: &mut Piece) -> bool {
+        let is_alias = self.is_alias(piece.pages.start);
+        match &piece.stage {
+            Stage::Claimed | Stage::Half => {
+                let is_half = piece.stage == Stage::Claimed;
+                if is_alias {
+                    for page in piece.won.iter().flat_map(PageRange::iter) {
+                        let value = piece.values[(page.0 - piece.pages.start.0) as usize];
+                        self.write(page, if is_half { HALF } else { value });
+                    }
+                }
+                piece.stage = if is_half { Stage::Half } else { Stage::Received };
+                false
+            }
+            Stage::Received if is_alias => {
+                if self.breaks(Mutant::ClaimAfterWrite) {
+                    piece.won.clear();
+                    self.planes.claim(piece.pages, |run| piece.won.push(run));
+                }
+                for run in &piece.won {
+                    self.show(*run);
+                }
+                true
+            }
+            Stage::Received => {
+                let missing = self.missing(piece);
+                if self.breaks(Mutant::DiscardWithoutGate) {
+                    piece.stage = Stage::Looked(missing);
+                    return false;
+                }
+                self.place_all(piece, &missing);
+                true
+            }
+            Stage::Looked(missing) => {
+                self.place_all(piece, missing);
+                true
+            }
+        }
+    }
+
+    fn missing(&self, piece: &Piece) -> Vec<PageNumber> {
+        let won = piece.won.iter().flat_map(PageRange::iter);
+        won.filter(|page| !self.planes.is_complete(*page)).collect()
+    }
+
+    fn place_all(&mut self, piece: &Piece, missing: &[PageNumber]) {
+        for &page in missing {
+            self.place(page, piece.values[(page.0 - piece.pages.start.0) as usize]);
+            self.mark_complete(PageRange::one(page));
+        }
+    }
+
+    /// Shows claimed pages of the alias: complete, then CONTINUE.
+    fn show(&mut self, pages: PageRange) {
+        for page in pages.iter() {
+            if self.discarded_in_flight.remove(&page) {
+                self.content[page.0 as usize] = None;
+            }
+            self.is_mapped[page.0 as usize] = self.content[page.0 as usize].is_some();
+        }
+        self.mark_complete(pages);
+    }
+
+    /// The channel of a piece has died.
+    pub(crate) fn give_back(&mut self, piece: &Piece) {
+        for run in &piece.won {
+            if self.is_alias(run.start) {
+                self.give_back_alias(*run);
+            }
+            self.planes.give_back(*run);
+            if !self.breaks(Mutant::NoWakeOnGiveBack) {
+                self.woken.extend(run.iter());
+            }
+        }
+    }
+
+    fn give_back_alias(&mut self, pages: PageRange) {
+        for page in pages.iter() {
+            if self.planes.is_complete(page) {
+                continue;
+            }
+            if !self.breaks(Mutant::ZeroWithoutEmptying) {
+                self.content[page.0 as usize] = None;
+            }
+            if self.discarded_in_flight.remove(&page) {
+                self.mark_complete(PageRange::one(page));
+            }
+        }
+    }
+
+    /// A page that was asked for.
+    pub(crate) fn urgent(&mut self, page: PageNumber, value: u64) {
+        if self.is_alias(page) {
+            if self.planes.claim_one(page) {
+                self.write(page, value);
+                self.show(PageRange::one(page));
+            } else if self.planes.is_complete(page) {
+                self.woken.push(page);
+            }
+        } else if self.planes.is_complete(page) {
+            self.woken.push(page);
+        } else {
+            self.place(page, value);
+            self.mark_complete(PageRange::one(page));
+        }
+    }
+
+    /// Pages that are zero at the source.
+    pub(crate) fn zero(&mut self, pages: PageRange) {
+        let mut won = Vec::new();
+        self.planes.claim(pages, |run| won.push(run));
+        for run in won {
+            self.mark_complete(run);
+        }
+    }
+
+    /// The guest gives a page up (`MADV_DONTNEED` on private memory, `MADV_REMOVE`).
+    pub(crate) fn discard(&mut self, page: PageNumber) {
+        self.forget(page);
+        (self.content[page.0 as usize], self.is_mapped[page.0 as usize]) = (None, false);
+    }
+
+    /// The guest unmaps a page of shared memory (`MADV_DONTNEED`): what has arrived stays in
+    /// the file. Whether the page reads as zero from now on.
+    pub(crate) fn unmap(&mut self, page: PageNumber) -> bool {
+        let has_arrived = self.planes.is_complete(page);
+        self.is_mapped[page.0 as usize] = false;
+        self.forget(page);
+        !has_arrived
+    }
+
+    fn forget(&mut self, page: PageNumber) {
+        match self.planes.state(page) {
+            PageState::Claimed if self.is_alias(page) => {
+                self.discarded_in_flight.insert(page);
+            }
+            _ => self.mark_complete(PageRange::one(page)),
+        }
+    }
+
+    /// Answers a fault whose page is complete: what is there is shown, or zero.
+    pub(crate) fn answer(&mut self, page: PageNumber) {
+        let at = page.0 as usize;
+        self.content[at].get_or_insert(0);
+        self.is_mapped[at] = true;
+        self.woken.push(page);
+    }
+
+    /// Another process takes over from a dead one: half pages are emptied, claims forgotten.
+    pub(crate) fn take_over(&mut self) {
+        if self.breaks(Mutant::DiscardsForgotten) {
+            self.discarded_in_flight.clear();
+        }
+        for number in self.first_alias..self.planes.pages() {
+            if self.planes.state(PageNumber(number)) == PageState::Claimed {
+                self.give_back_alias(PageRange::one(PageNumber(number)));
+            }
+        }
+        self.planes.forget_claims();
+        self.to_acknowledge.clear();
+    }
+}

@@ -1,0 +1,71 @@
+//! Rules that can be broken on purpose, to see that somebody notices.
+
+use std::fmt;
+use std::str::FromStr;
+
+macro_rules! mutants {
+    ($($(#[doc = $doc:literal])+ $name:ident = $text:literal,)*) => {
+        /// A rule that is broken. All are rules of a driver or of the memory beneath it; the
+        /// session machines themselves are the real ones.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub enum Mutant { $($(#[doc = $doc])+ $name,)* }
+
+        impl Mutant {
+            /// All of them.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+
+            /// Its name on the command line.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+        }
+    };
+}
+
+mutants! {
+    /// The destination acknowledges a piece when it begins to come in.
+    AckBeforeComplete = "ack-before-complete",
+    /// A piece is received through the alias before its pages are claimed.
+    ClaimAfterWrite = "claim-after-write",
+    /// Frames count whatever their epoch and generation.
+    NoEpochCheck = "no-epoch-check",
+    /// The source frees what it has sent.
+    ReleaseBeforeAck = "release-before-ack",
+    /// A record is said to be durable before it is.
+    OwnershipWithoutRecord = "ownership-without-record",
+    /// Who waits for a page is not woken when its claim is given back.
+    NoWakeOnGiveBack = "no-wake-on-give-back",
+    /// Half a page stays in the file when its claim is given back.
+    ZeroWithoutEmptying = "zero-without-emptying",
+    /// What was under way on a dead channel is not handed out again.
+    RequeueForgotten = "requeue-forgotten",
+    /// Looking at the planes and placing a page are two steps.
+    DiscardWithoutGate = "discard-without-gate",
+    /// Other memory is let in after the guest was given.
+    NewIncarnationAfterGiven = "new-incarnation-after-given",
+    /// Pages are sent while the guest still runs at the source.
+    ServeBeforeFrozen = "serve-before-frozen",
+    /// What was discarded while it was being written is forgotten in a restart.
+    DiscardsForgotten = "discards-forgotten",
+    /// A destination that reconnects does not say what it has.
+    PlanesNotSent = "planes-not-sent",
+}
+
+impl fmt::Display for Mutant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Mutant {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL.iter().copied().find(|mutant| mutant.name() == text).ok_or_else(|| {
+            let names: Vec<&str> = Self::ALL.iter().map(|mutant| mutant.name()).collect();
+            format!("no mutant is called {text:?}; there are {}", names.join(", "))
+        })
+    }
+}

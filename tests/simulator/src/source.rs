@@ -1,0 +1,494 @@
+//! The source's host: its driver, its memory, its disk.
+
+use crate::coverage::Happening;
+use crate::mutant::Mutant;
+use crate::network::{Body, Packet, Side};
+use crate::random::Random;
+use crate::world::{Plan, World, layout};
+use afterimage_protocol::bitmap::words_for;
+use afterimage_protocol::layout::{PageNumber, PageRange};
+use afterimage_protocol::session::{
+    Book, InFlight, SourceAction, SourceConfig, SourceEvent, SourceOwnership, SourceRecord,
+    SourceSession,
+};
+use afterimage_protocol::wire::{
+    Capabilities, Channel, ControlFrame, Epoch, Hello, Incarnation, SessionId, SessionKind, Stamp,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+pub(crate) const SESSION: SessionId = SessionId([5; 16]);
+/// The longest run that a background stream sends at once.
+pub(crate) const PIECE: u64 = 6;
+
+/// One data channel, as the source sees it.
+#[derive(Debug)]
+pub(crate) struct SourceChannel {
+    connection: usize,
+    stamp: Stamp,
+    pub(crate) in_flight: InFlight,
+    /// The same, for the checks.
+    shadow: BTreeSet<PageNumber>,
+}
+
+pub(crate) struct SourceHost {
+    pub(crate) is_alive: bool,
+    pub(crate) session: SourceSession,
+    pub(crate) pending: Option<SourceRecord>,
+    /// What survives: the record, memory, and which pages were freed.
+    pub(crate) disk: SourceRecord,
+    pub(crate) memory: Vec<Option<u64>>,
+    pub(crate) released: Vec<bool>,
+    pub(crate) was_frozen: bool,
+    pub(crate) book: Book<Box<[AtomicU64]>>,
+    pub(crate) control: Option<usize>,
+    /// A connection accepted, and its hello, until ours is on record.
+    accepting: Option<(usize, Hello)>,
+    serving: Option<Epoch>,
+    /// The memory that said hello last.
+    peer: Option<Incarnation>,
+    pub(crate) channels: BTreeMap<Channel, SourceChannel>,
+    generations: BTreeMap<Channel, u32>,
+    pub(crate) destination_runs: bool,
+    /// Whose planes the book holds.
+    pub(crate) known_memory: Option<Incarnation>,
+    /// What was ever acknowledged, and by which memory: for the checks.
+    pub(crate) ever_acked: BTreeSet<PageNumber>,
+    acked_by: Option<Incarnation>,
+}
+
+fn book(pages: u64) -> Book<Box<[AtomicU64]>> {
+    let words = || (0..words_for(pages)).map(|_| AtomicU64::new(0)).collect();
+    Book::over(words(), words(), pages)
+}
+
+fn config(plan: &Plan) -> SourceConfig {
+    SourceConfig {
+        kind: plan.kind,
+        layout: layout(plan),
+        streams: plan.streams,
+        shards: 1,
+        heartbeat: Duration::from_millis(500),
+        silence: Duration::from_secs(2),
+        capabilities: Capabilities::CHECKSUMS,
+    }
+}
+
+impl SourceHost {
+    pub(crate) fn new(plan: &Plan, random: &mut Random) -> Self {
+        let disk = SourceRecord::new(SESSION);
+        let content = |page: u64, random: &mut Random| {
+            if random.chance(250) { 0 } else { (page + 1) << 8 }
+        };
+        Self {
+            is_alive: true,
+            session: SourceSession::new(config(plan), disk),
+            pending: None,
+            disk,
+            memory: (0..plan.pages).map(|page| Some(content(page, random))).collect(),
+            released: vec![false; plan.pages as usize],
+            was_frozen: false,
+            book: book(plan.pages),
+            control: None,
+            accepting: None,
+            serving: None,
+            peer: None,
+            channels: BTreeMap::new(),
+            generations: BTreeMap::new(),
+            destination_runs: false,
+            known_memory: None,
+            ever_acked: BTreeSet::new(),
+            acked_by: None,
+        }
+    }
+
+    /// Whether a connection is being made already.
+    pub(crate) const fn is_connecting(&self) -> bool {
+        self.control.is_some() || self.accepting.is_some()
+    }
+
+    pub(crate) fn is_in_flight(&self, page: PageNumber) -> bool {
+        self.channels.values().any(|data| data.shadow.contains(&page))
+    }
+
+    /// Whether an operator has fenced the destination.
+    pub(crate) fn is_fenced(&self) -> bool {
+        self.session.record().ownership == SourceOwnership::Fenced
+    }
+
+    fn close_all(&mut self, forgets: bool) -> Vec<usize> {
+        let mut closed = Vec::new();
+        for (_, mut data) in std::mem::take(&mut self.channels) {
+            if !forgets {
+                data.in_flight.requeue(&self.book);
+            }
+            closed.push(data.connection);
+        }
+        self.serving = None;
+        self.generations.clear();
+        closed
+    }
+
+    fn acknowledge(&mut self, runs: &[PageRange]) {
+        for run in runs {
+            self.book.acknowledge(*run);
+            self.ever_acked.extend(run.iter());
+        }
+        for data in self.channels.values_mut() {
+            data.in_flight.settle(&self.book);
+            let book = &self.book;
+            data.shadow.retain(|page| !book.is_acked(*page));
+        }
+    }
+}
+
+impl World {
+    fn cover_source(&mut self, happening: Happening) {
+        let session = &self.source.session;
+        let ownership = session.record().ownership as u8;
+        let kind = self.plan.kind as u8;
+        self.coverage.note(Side::Source, session.link_name(), ownership, kind, happening);
+    }
+
+    /// A call of the session, and what follows from it.
+    pub(crate) fn with_source<T>(
+        &mut self,
+        call: &'static str,
+        does: impl FnOnce(&mut SourceSession, Duration) -> T,
+    ) -> T {
+        self.cover_source(Happening::Call(call));
+        let now = self.now;
+        let result = does(&mut self.source.session, now);
+        self.drain_source();
+        result
+    }
+
+    fn drain_source(&mut self) {
+        while self.source.pending.is_none() {
+            let Some(action) = self.source.session.poll() else { return };
+            self.note(|| format!("source: {action:?}"));
+            self.source_action(action);
+        }
+    }
+
+    fn source_action(&mut self, action: SourceAction) {
+        match action {
+            SourceAction::Persist(record) => self.source.pending = Some(record),
+            SourceAction::Greet(hello) => self.source_greets(hello),
+            SourceAction::Send(frame) => self.send_control_from_source(frame),
+            SourceAction::SendState => {
+                for (name, last) in [("cpu", false), ("cpu", true), ("disk", true)] {
+                    let (name, version, bytes) = (name.to_owned(), 1, vec![1]);
+                    self.send_control_from_source(ControlFrame::Section {
+                        name,
+                        version,
+                        last,
+                        bytes,
+                    });
+                }
+                self.send_control_from_source(ControlFrame::StateEnd { sections: 2 });
+            }
+            SourceAction::ResetBook => {
+                self.source.book.reset();
+                let memory = self.source.peer;
+                self.source.known_memory = memory;
+                if self.source.acked_by != memory {
+                    self.source.ever_acked.clear();
+                    self.source.acked_by = memory;
+                }
+            }
+            SourceAction::Received { range, segment } => {
+                let mut runs = Vec::new();
+                if segment.decode(range, |run| runs.push(run)).is_ok() {
+                    self.source.acknowledge(&runs);
+                }
+            }
+            SourceAction::Acknowledge(runs) => self.source.acknowledge(&runs),
+            SourceAction::OpenData { stamp, .. } => self.source.serving = Some(stamp.epoch),
+            SourceAction::Event(SourceEvent::Running) => self.source.destination_runs = true,
+            SourceAction::HangUp(refusal) => {
+                if let Some(refusal) = refusal {
+                    self.send_control_from_source(ControlFrame::Refuse(refusal));
+                }
+                self.source_hangs_up();
+            }
+            _ => {}
+        }
+    }
+
+    fn source_hangs_up(&mut self) {
+        let control = self.source.control.take();
+        let accepting = self.source.accepting.take().map(|(id, _)| id);
+        let data = self.source.close_all(self.breaks(Mutant::RequeueForgotten));
+        for id in control.into_iter().chain(accepting).chain(data) {
+            self.network.close(id, Side::Source);
+        }
+    }
+
+    fn send_control_from_source(&mut self, frame: ControlFrame) {
+        if let Some(id) = self.source.control {
+            let stamp = self.source.session.stamp();
+            self.network.send(id, Side::Destination, stamp, Body::Control(frame));
+        }
+    }
+
+    /// Our hello is on record: it leaves, on the connection accepted or on a new one.
+    fn source_greets(&mut self, hello: Hello) {
+        let accepted = self.source.accepting.take();
+        let id = match accepted {
+            Some((id, _)) => id,
+            None => self.network.connect(Channel::Control, None),
+        };
+        self.source.control = Some(id);
+        self.network.set_stamp(id, hello.stamp);
+        self.network.send(id, Side::Destination, hello.stamp, Body::Hello(hello));
+        if let Some((_, theirs)) = accepted {
+            self.source_is_greeted(id, &theirs);
+        }
+    }
+
+    fn source_is_greeted(&mut self, id: usize, theirs: &Hello) {
+        self.source.peer = Some(theirs.incarnation);
+        if let Err(refusal) =
+            self.with_source("greeted", |session, now| session.greeted(theirs, now))
+        {
+            let stamp = self.source.session.stamp();
+            self.network.send(id, Side::Destination, stamp, Body::Refused(refusal));
+            self.source.control = None;
+            self.network.close(id, Side::Source);
+        }
+    }
+
+    /// A frame has arrived at the source.
+    pub(crate) fn source_receives(&mut self, id: usize, channel: Channel, packet: Packet) {
+        match (packet.body, channel) {
+            (Body::Hello(mut hello), Channel::Control) => {
+                if self.breaks(Mutant::NewIncarnationAfterGiven)
+                    && self.source.disk.ownership == SourceOwnership::Given
+                {
+                    hello.incarnation = self.source.disk.incarnation;
+                }
+                if self.source.control == Some(id) {
+                    self.source_is_greeted(id, &hello);
+                } else {
+                    self.source_accepts(id, hello);
+                }
+            }
+            (Body::Hello(hello), channel) => self.source_accepts_data(id, channel, &hello),
+            (Body::Refused(_), _) if self.source.control == Some(id) => {
+                self.with_source("refused", |session, _| session.disconnected());
+            }
+            (Body::Control(frame), _) if self.source.control == Some(id) => {
+                let stamp = self.source.session.stamp();
+                if self.counts(Side::Source, stamp, packet.stamp, packet.is_stale) {
+                    self.cover_source(Happening::Frame(frame.kind() as u16));
+                    let now = self.now;
+                    self.source.session.frame(frame, now);
+                    self.drain_source();
+                }
+            }
+            (Body::Request(pages), _) => {
+                let Some(stamp) = self.source.channels.get(&channel).map(|data| data.stamp) else {
+                    return;
+                };
+                if self.counts(Side::Source, stamp, packet.stamp, packet.is_stale) {
+                    self.serve(channel, pages);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether a frame counts on a connection.
+    pub(crate) fn counts(&mut self, side: Side, own: Stamp, theirs: Stamp, is_stale: bool) -> bool {
+        let counts = own.admits(theirs).unwrap_or(false) || self.breaks(Mutant::NoEpochCheck);
+        if counts {
+            crate::checks::i5_fenced(self, side, is_stale);
+        }
+        counts
+    }
+
+    fn source_accepts(&mut self, id: usize, hello: Hello) {
+        if let Err(refusal) = self.source.session.admits(&hello) {
+            self.cover_source(Happening::Refused(refusal.code as u16));
+            let stamp = self.source.session.stamp();
+            self.network.send(id, Side::Destination, stamp, Body::Refused(refusal));
+            self.network.close(id, Side::Source);
+            return;
+        }
+        // Whatever was accepted before is given up by the session's hanging up.
+        self.with_source("open", |session, _| session.open());
+        self.source.accepting = Some((id, hello));
+    }
+
+    fn source_accepts_data(&mut self, id: usize, channel: Channel, hello: &Hello) {
+        let is_newer =
+            hello.stamp.generation.0 > self.source.generations.get(&channel).copied().unwrap_or(0);
+        let is_ours = self.source.serving == Some(hello.stamp.epoch)
+            && hello.session == SESSION
+            && self.source.known_memory == Some(hello.incarnation);
+        if !is_newer || !is_ours {
+            self.network.close(id, Side::Source);
+            return;
+        }
+        self.lose_source_channel(channel);
+        self.source.generations.insert(channel, hello.stamp.generation.0);
+        let data = SourceChannel {
+            connection: id,
+            stamp: hello.stamp,
+            in_flight: InFlight::default(),
+            shadow: BTreeSet::new(),
+        };
+        self.source.channels.insert(channel, data);
+    }
+
+    fn lose_source_channel(&mut self, channel: Channel) {
+        if let Some(mut data) = self.source.channels.remove(&channel) {
+            self.network.close(data.connection, Side::Source);
+            if !self.breaks(Mutant::RequeueForgotten) {
+                data.in_flight.requeue(&self.source.book);
+            }
+        }
+    }
+
+    /// A connection has ended, as the source reads.
+    pub(crate) fn source_reads_end(&mut self, id: usize, channel: Channel) {
+        if self.source.control == Some(id) {
+            self.with_source("disconnected", |session, _| session.disconnected());
+        } else if self.source.channels.get(&channel).is_some_and(|data| data.connection == id) {
+            self.lose_source_channel(channel);
+        } else if self.source.accepting.as_ref().is_none_or(|(accepted, _)| *accepted != id) {
+            self.network.close(id, Side::Source);
+        }
+    }
+
+    /// A background stream sends its next run.
+    pub(crate) fn send_background(&mut self) {
+        let may = self.source.session.is_frozen() || self.breaks(Mutant::ServeBeforeFrozen);
+        if !self.source.is_alive || self.source.pending.is_some() || !may {
+            return;
+        }
+        let slot = self.random.below(u64::from(self.plan.streams)) as u16;
+        let channel = Channel::Background(slot);
+        let is_ready =
+            self.source.channels.get(&channel).is_some_and(|data| !data.in_flight.is_full());
+        if !is_ready {
+            return;
+        }
+        let from = PageNumber(self.random.below(self.plan.pages));
+        let limit = 1 + self.random.below(PIECE);
+        let book = &self.source.book;
+        let take = |from| book.take_in(PageRange::new(book.peek(from)?, limit));
+        if let Some(run) = take(from).or_else(|| take(PageNumber(0))) {
+            self.send_pages(channel, run);
+        }
+    }
+
+    fn serve(&mut self, channel: Channel, pages: PageRange) {
+        for page in pages.iter() {
+            if self.source.released[page.0 as usize] {
+                self.violated("i2_kept", format!("page {page} is asked for, it was released"));
+            } else if self.source.book.take_urgent(page) {
+                self.send_pages(channel, PageRange::one(page));
+            }
+        }
+    }
+
+    fn send_pages(&mut self, channel: Channel, run: PageRange) {
+        crate::checks::i6_not_again(self, run);
+        self.note(|| format!("source sends {run} on {channel}"));
+        let Some(data) = self.source.channels.get_mut(&channel) else { return };
+        data.in_flight.push(run);
+        data.shadow.extend(run.iter());
+        let (id, stamp) = (data.connection, data.stamp);
+        for pages in self.alike(run) {
+            let mut values = Vec::new();
+            for page in pages.iter() {
+                match self.source.memory[page.0 as usize] {
+                    Some(value) => values.push(value),
+                    None => {
+                        return self.violated("i2_kept", format!("page {page} is sent and freed"));
+                    }
+                }
+            }
+            let body = if values.iter().all(|value| *value == 0) {
+                Body::Zero(pages)
+            } else {
+                Body::Content(pages, values)
+            };
+            self.network.send(id, Side::Destination, stamp, body);
+        }
+    }
+
+    /// Cuts a run where the region ends, and where zeros begin and end.
+    fn alike(&self, run: PageRange) -> Vec<PageRange> {
+        let class = |page: PageNumber| {
+            let is_zero = self.source.memory[page.0 as usize] == Some(0);
+            (is_zero, page.0 >= self.plan.first_alias)
+        };
+        let mut pieces: Vec<PageRange> = Vec::new();
+        for page in run.iter() {
+            match pieces.last_mut() {
+                Some(last) if class(last.start) == class(page) => last.count += 1,
+                _ => pieces.push(PageRange::one(page)),
+            }
+        }
+        pieces
+    }
+
+    /// The source frees a page, if it may.
+    pub(crate) fn release(&mut self) {
+        let source = &self.source;
+        if !self.plan.releases || !source.is_alive || !source.destination_runs {
+            return;
+        }
+        let page = PageNumber(self.random.below(self.plan.pages));
+        let may = source.book.is_acked(page)
+            || (self.breaks(Mutant::ReleaseBeforeAck) && source.is_in_flight(page));
+        if may {
+            self.note(|| format!("source releases page {page}"));
+            self.source.released[page.0 as usize] = true;
+            self.source.memory[page.0 as usize] = None;
+        }
+    }
+
+    /// The source's process dies.
+    pub(crate) fn crash_source(&mut self) {
+        self.note(|| "the source dies".to_owned());
+        self.source_hangs_up();
+        self.source.is_alive = false;
+        self.source.pending = None;
+    }
+
+    /// Another process takes over with what is on the disk.
+    pub(crate) fn restart_source(&mut self) {
+        let plan = self.plan;
+        let record = self.source.disk;
+        self.note(|| format!("the source begins again with {record:?}"));
+        self.source.session = SourceSession::new(config(&plan), record);
+        self.source.book = book(plan.pages);
+        self.source.known_memory = None;
+        self.source.destination_runs = false;
+        self.source.is_alive = true;
+        if plan.kind == SessionKind::Migration && self.source.was_frozen {
+            // The VMM beside it has kept its guest stopped, and its state.
+            let _ = self.with_source("freeze", |session, _| session.freeze());
+        }
+    }
+
+    /// The disk answers the source.
+    pub(crate) fn source_disk_answers(&mut self, writes: bool, says_so: bool) {
+        let Some(record) = self.source.pending.take() else { return };
+        let cheats = self.breaks(Mutant::OwnershipWithoutRecord)
+            && record.ownership != self.source.disk.ownership;
+        if writes && !cheats {
+            self.source.disk = record;
+        }
+        self.note(|| format!("source: written {writes}, said {says_so}: {record:?}"));
+        self.cover_source(if says_so { Happening::Recorded } else { Happening::NotRecorded });
+        let result = says_so.then_some(()).ok_or(afterimage_protocol::session::PersistFailed);
+        self.source.session.persisted(record, result);
+        self.drain_source();
+    }
+}
