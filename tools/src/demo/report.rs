@@ -222,7 +222,7 @@ impl Report {
             return "every page was there before a vCPU touched it".to_owned();
         }
         format!(
-            "half within {}, 99 % within {}, the longest {}; {} in all",
+            "half in {}, 99 % in {}, all in {}; {} altogether",
             time(latency.p50),
             time(latency.p99),
             time(latency.max),
