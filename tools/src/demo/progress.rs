@@ -44,8 +44,8 @@ impl Bars {
     }
 
     /// Says what is being done now.
-    pub(super) fn step(&self, what: &str) {
-        self.step.set_message(what.to_owned());
+    pub(super) fn step(&self, what: &'static str) {
+        self.step.set_message(what);
     }
 
     /// Shows how far the destination is.
