@@ -33,7 +33,9 @@ pub unsafe fn source_memory(ram: &GuestRam) -> Result<SourceMemory, SourceMemory
         let Some((_, offset)) = region.file() else {
             // SAFETY: the region's mapping lives as long as the RAM; for that, and for who
             // writes it, the caller vouches.
-            return Ok(unsafe { SourceRegion::anonymous(guest, region.host_base(), region.length()) });
+            return Ok(unsafe {
+                SourceRegion::anonymous(guest, region.host_base(), region.length())
+            });
         };
         let file = clone_file(region).map_err(|source| SourceMemoryError::Io {
             operation: "duplicate the descriptor of guest memory",
