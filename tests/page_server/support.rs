@@ -115,7 +115,7 @@ pub(crate) fn pattern(pages: u64, seed: u64) -> Vec<u8> {
         if number % 7 == 3 {
             continue;
         }
-        let mut state = seed << 32 | number as u64 + 1;
+        let mut state = (seed << 32) | (number as u64 + 1);
         for word in page.chunks_mut(8) {
             state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
             word.copy_from_slice(&state.to_le_bytes());
@@ -125,7 +125,7 @@ pub(crate) fn pattern(pages: u64, seed: u64) -> Vec<u8> {
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", Sha256::digest(bytes))
 }
 
 pub(crate) fn memfd(length: u64) -> File {
