@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Child;
@@ -59,6 +59,8 @@ fn server(directory: &Path) -> (Server, String) {
     let mut server =
         Server::start(&["--listen", "tcp:127.0.0.1:0", "--handoff", &format!("unix:{path}")]);
     server.line("can hand its guest over");
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "others could hand a guest over");
     (server, path)
 }
 

@@ -125,7 +125,7 @@ pub(crate) fn pattern(pages: u64, seed: u64) -> Vec<u8> {
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+    format!("{:x}", Sha256::digest(bytes))
 }
 
 pub(crate) fn memfd(length: u64) -> File {

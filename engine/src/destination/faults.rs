@@ -118,6 +118,7 @@ impl FaultThread {
             tracing::error!(%error, "faults are not answered any more");
             self.driver.send(Input::FaultsFailed(error));
         }
+        self.arrived.pages.reading_ended();
     }
 
     fn serve(&mut self) -> io::Result<()> {

@@ -31,7 +31,7 @@ use afterimage_protocol::layout::{
 use hold::{Place, pass};
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Zero pages that are marked in one go: a hole may be a terabyte, and whoever reads events
@@ -58,6 +58,12 @@ pub(crate) enum InstallError {
     /// The process that runs the guest has ended.
     #[error("the process that runs the guest has ended")]
     ProcessGone,
+    /// An event waits to be read, and nobody reads events any more.
+    #[error("page {page} cannot be placed: an event waits, and faults are not served any more")]
+    NoReader {
+        /// The page.
+        page: PageNumber,
+    },
     /// The kernel refuses for another reason.
     #[error("page {page} cannot be placed at {address}: {errno}")]
     Kernel {
@@ -106,6 +112,8 @@ pub(crate) struct Pages {
     gate: RwLock<DiscardedInFlight>,
     remaining: AtomicU64,
     alias_written: AtomicU64,
+    /// Nobody reads events any more.
+    is_unread: AtomicBool,
     pub(crate) counters: PageCounters,
 }
 
@@ -118,6 +126,7 @@ impl Pages {
             gate: RwLock::default(),
             remaining: AtomicU64::new(pages),
             alias_written: AtomicU64::new(0),
+            is_unread: AtomicBool::new(false),
             counters: PageCounters::default(),
             memory,
         })
@@ -138,6 +147,11 @@ impl Pages {
     /// Pages that are not complete. Zero once, and then for good.
     pub(crate) fn remaining(&self) -> u64 {
         self.remaining.load(Ordering::Acquire)
+    }
+
+    /// The thread that reads events has ended: who waits for one to be read gives up.
+    pub(crate) fn reading_ended(&self) {
+        self.is_unread.store(true, Ordering::Release);
     }
 
     fn installing(&self) -> RwLockReadGuard<'_, DiscardedInFlight> {

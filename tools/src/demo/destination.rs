@@ -11,7 +11,7 @@ use afterimage::{
 
 use super::error::DemoError;
 use super::messages::{
-    Command, Done, Latency, Line, Message, Progress, Setup, Stats, deadline, micros, now_us,
+    Command, Done, Latency, Line, Message, Progress, Setup, Stats, Step, deadline, micros, now_us,
 };
 use super::report::hex;
 use super::source::{allocate, checksums};
@@ -56,35 +56,38 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
         std::mem::forget(guest);
         return Err(error);
     }
-    let stats = destination.stats();
-    line.say(&Message::Progress(progress(&stats, &*guest)));
-    let failure = guest.failure();
-    let state =
-        guest.stop().map_err(|error| DemoError::failed("the guest did not stop", &error))?;
+    let statistics = destination.stats();
+    line.say(&Message::Progress(progress(&statistics, &*guest)));
+    let stopped = guest.stop().map_err(|error| DemoError::failed("the guest did not stop", &error));
+    let state = stopped?;
     let stopped_at_us = now_us();
-    line.say(&Message::Step("the destination verifies every page".to_owned()));
+    line.say(&Message::Step(Step::VerifiesMemory));
     if setup.corrupt_one_byte {
         corrupt_one_byte(&ram, &state);
     }
-    let verified = match failure {
-        Some(failure) => Err(failure),
-        None => verify(&ram, &state)
-            .map(|report| report.to_string())
-            .map_err(|error| super::error::one_line(&error)),
-    };
     let spec = state.spec();
     let untouched = spec.worked_pages()..spec.geometry().pages;
     line.say(&Message::Done(Box::new(Done {
-        verified,
+        verified: check(&*guest, &state),
         sha256: hex(&digest(&ram, spec, untouched)),
         page_bytes: setup.backing.page_bytes(),
-        stats: collect(&stats, started_at_us),
+        stats: collect(&statistics, started_at_us),
         rounds: guest.rounds(),
         operations_at_source_exit,
         operations: state.operations(),
         stopped_at_us,
     })));
     Ok(())
+}
+
+/// Verifies every page of a stopped guest; in words, what was verified or what is wrong.
+fn check(guest: &dyn Guest, state: &MachineState) -> Result<String, String> {
+    if let Some(failure) = guest.failure() {
+        return Err(failure);
+    }
+    verify(guest.ram(), state)
+        .map(|report| report.to_string())
+        .map_err(|error| super::error::one_line(&error))
 }
 
 fn register(setup: &Setup, ram: &Arc<GuestRam>) -> Result<DestinationMemory, DemoError> {

@@ -56,7 +56,7 @@ pub(super) enum Command {
 #[serde(rename_all = "snake_case")]
 pub(super) enum Message {
     /// What is being done now.
-    Step(String),
+    Step(Step),
     /// The source listens here, and its guest runs.
     Listening(String),
     /// The source has stopped its guest and sent its state.
@@ -73,6 +73,24 @@ pub(super) enum Message {
     Done(Box<Done>),
     /// The role cannot go on.
     Failed(DemoError),
+}
+
+/// What takes a while in a role.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Step {
+    FillsMemory,
+    VerifiesMemory,
+}
+
+impl Step {
+    /// In words.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::FillsMemory => "the source fills guest memory",
+            Self::VerifiesMemory => "the destination verifies every page",
+        }
+    }
 }
 
 /// The guest at the source, when it was stopped.

@@ -28,6 +28,7 @@ Exit status:
 /// Moves a running guest between two processes of this machine, in postcopy: its vCPUs
 /// first, its memory while it runs. Then verifies every page.
 #[derive(Clone, Debug, Parser)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[command(name = "demo", version, after_help = EXAMPLES, max_term_width = 100)]
 pub(super) struct Options {
     /// Guest memory, a multiple of 2M; the machine needs it twice

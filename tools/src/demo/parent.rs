@@ -168,7 +168,7 @@ struct Watch {
     said: Receiver<Said>,
     story: Story,
     limit: Duration,
-    step: String,
+    step: &'static str,
 }
 
 impl Watch {
@@ -184,7 +184,7 @@ impl Watch {
             said,
             story: Story { roles: roles.to_vec(), ..Story::default() },
             limit: setup.limit + PATIENCE,
-            step: "both processes start".to_owned(),
+            step: "both processes start",
         })
     }
 
@@ -192,7 +192,7 @@ impl Watch {
     fn until_the_end(mut self, bars: &mut Bars) -> Result<Story, DemoError> {
         let mut until = deadline(self.limit);
         let mut pages = 0;
-        bars.step(&self.step);
+        bars.step(self.step);
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let (role, said) = self.said.recv_timeout(left).map_err(|error| self.silence(error))?;
@@ -217,7 +217,7 @@ impl Watch {
                 pages = complete;
             } else {
                 self.take(role, message)?;
-                bars.step(&self.step);
+                bars.step(self.step);
             }
             until = deadline(self.limit);
         }
@@ -225,25 +225,25 @@ impl Watch {
 
     fn take(&mut self, role: Role, message: Message) -> Result<(), DemoError> {
         match message {
-            Message::Step(step) => self.step = step,
+            Message::Step(step) => self.step = step.name(),
             Message::Listening(address) => {
                 self.destination.tell(&Command::Connect(address.clone()))?;
                 self.story.address = Some(address);
-                self.step = "the guest runs at the source".to_owned();
+                self.step = "the guest runs at the source";
             }
             Message::Stopped(stopped) => {
                 self.story.stopped = Some(stopped);
                 if self.story.running_at_us.is_none() {
-                    self.step = "the vCPUs move".to_owned();
+                    self.step = "the vCPUs move";
                 }
             }
             Message::Running { at_us } => {
                 self.story.running_at_us = Some(at_us);
-                self.step = "the guest runs at the destination, and its memory follows".to_owned();
+                self.step = "the guest runs at the destination, and its memory follows";
             }
             Message::AllArrived { at_us } => {
                 self.story.all_arrived_at_us = Some(at_us);
-                self.step = "every page is there; the source's process ends".to_owned();
+                self.step = "every page is there; the source's process ends";
             }
             Message::Served { sha256 } => self.story.sha256_source = Some(sha256),
             Message::Done(done) => self.story.done = Some(*done),
@@ -274,7 +274,7 @@ impl Watch {
         }
         self.story.source_exit_at_us = Some(now_us());
         self.destination.tell(&Command::SourceExited)?;
-        self.step = "the guest runs on, without the source".to_owned();
+        self.step = "the guest runs on, without the source";
         Ok(false)
     }
 

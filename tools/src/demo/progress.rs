@@ -44,8 +44,8 @@ impl Bars {
     }
 
     /// Says what is being done now.
-    pub(super) fn step(&self, what: &str) {
-        self.step.set_message(what.to_owned());
+    pub(super) fn step(&self, what: &'static str) {
+        self.step.set_message(what);
     }
 
     /// Shows how far the destination is.
@@ -61,7 +61,7 @@ impl Bars {
         if self.last.at_us > 0 && seconds > 0.0 {
             let rate = |now: u64, last: u64| now.saturating_sub(last) as f64 / seconds;
             self.faults.set_message(format!(
-                "{:.0}/s, half within {}, 99 % within {}",
+                "{:.0}/s; half in {}, 99 % in {}",
                 rate(now.faults, self.last.faults),
                 time(now.p50_us),
                 time(now.p99_us),

@@ -40,17 +40,10 @@ pub(super) struct Report {
     schema_version: u32,
     pub(super) verified: bool,
     verification: String,
-    guest: GuestKind,
-    user_faults_only: bool,
-    workload: Workload,
-    vcpus: u32,
-    backing: Backing,
-    memory_bytes: u64,
-    page_bytes: u64,
-    transport: Transport,
+    #[serde(flatten)]
+    asked: Asked,
     address: String,
-    streams: u16,
-    checksums: bool,
+    page_bytes: u64,
     pages_total: u64,
     pages_requested: u64,
     pages_background: u64,
@@ -74,6 +67,20 @@ pub(super) struct Report {
     guest_operations_after: u64,
     sha256_source: String,
     sha256_destination: String,
+}
+
+/// What was asked for, and what it became on this machine.
+#[derive(Debug, Serialize)]
+struct Asked {
+    guest: GuestKind,
+    user_faults_only: bool,
+    workload: Workload,
+    vcpus: u32,
+    backing: Backing,
+    memory_bytes: u64,
+    transport: Transport,
+    streams: u16,
+    checksums: bool,
 }
 
 /// The JSON object where there is nothing to report.
@@ -107,17 +114,9 @@ impl Report {
             schema_version: SCHEMA_VERSION,
             verified,
             verification,
-            guest: setup.guest,
-            user_faults_only: setup.user_faults_only,
-            workload: setup.workload,
-            vcpus: setup.vcpus,
-            backing: setup.backing,
-            memory_bytes: setup.memory_bytes,
-            page_bytes: done.page_bytes,
-            transport: setup.transport,
+            asked: Asked::of(setup),
             address: story.address.ok_or_else(|| missing("where the source listens"))?,
-            streams: setup.streams,
-            checksums: setup.checksums,
+            page_bytes: done.page_bytes,
             pages_total: stats.pages_total,
             pages_requested: stats.pages_requested,
             pages_background: stats.pages_background,
@@ -142,6 +141,22 @@ impl Report {
             sha256_source,
             sha256_destination: done.sha256,
         })
+    }
+}
+
+impl Asked {
+    const fn of(setup: &Setup) -> Self {
+        Self {
+            guest: setup.guest,
+            user_faults_only: setup.user_faults_only,
+            workload: setup.workload,
+            vcpus: setup.vcpus,
+            backing: setup.backing,
+            memory_bytes: setup.memory_bytes,
+            transport: setup.transport,
+            streams: setup.streams,
+            checksums: setup.checksums,
+        }
     }
 }
 
@@ -190,18 +205,18 @@ impl Report {
     }
 
     fn title(&self) -> String {
-        let kind = match (self.guest, self.user_faults_only) {
+        let kind = match (self.asked.guest, self.asked.user_faults_only) {
             (GuestKind::Kvm, _) => "KVM",
             (GuestKind::Threads, false) => "threads",
             (GuestKind::Threads, true) => "threads, user-mode faults",
         };
         format!(
             "A running guest of {} moved over {} ({kind}, {} vCPU{}, {}).",
-            Size(self.memory_bytes),
+            Size(self.asked.memory_bytes),
             self.address,
-            self.vcpus,
-            plural(self.vcpus.into()),
-            name_of(self.workload),
+            self.asked.vcpus,
+            plural(self.asked.vcpus.into()),
+            name_of(self.asked.workload),
         )
     }
 
@@ -222,7 +237,7 @@ impl Report {
             return "every page was there before a vCPU touched it".to_owned();
         }
         format!(
-            "half within {}, 99 % within {}, the longest {}; {} in all",
+            "half in {}, 99 % in {}, all in {}; {} altogether",
             time(latency.p50),
             time(latency.p99),
             time(latency.max),
@@ -233,8 +248,8 @@ impl Report {
     fn traffic(&self) -> String {
         format!(
             "over {} stream{}; {} of pages received in all",
-            self.streams,
-            plural(self.streams.into()),
+            self.asked.streams,
+            plural(self.asked.streams.into()),
             Size(self.bytes_received)
         )
     }

@@ -8,7 +8,7 @@ use afterimage::{
 };
 
 use super::error::DemoError;
-use super::messages::{Line, Message, Setup, Stopped, deadline, now_us};
+use super::messages::{Line, Message, Setup, Step, Stopped, deadline, now_us};
 use super::report::hex;
 use crate::guest::{Guest, GuestKind, GuestSpec, ThreadsGuest, digest, init_ram};
 use crate::microvm::KvmGuest;
@@ -19,7 +19,7 @@ use crate::ram::GuestRam;
 pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     let ram = allocate(setup)?;
     let spec = spec(&ram, setup)?;
-    line.say(&Message::Step("the source fills guest memory".to_owned()));
+    line.say(&Message::Step(Step::FillsMemory));
     init_ram(&ram, &spec);
     let mut guest = build(setup, &ram, &spec)?;
     guest.start().map_err(|error| DemoError::failed("cannot start the guest", &error))?;

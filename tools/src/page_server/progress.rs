@@ -8,6 +8,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Between updates of a bar.
 const FRAME: Duration = Duration::from_millis(200);
+/// Between looks without a terminal.
+const LOOK: Duration = Duration::from_secs(1);
 /// Between lines without a terminal.
 const PAUSE: Duration = Duration::from_secs(5);
 
@@ -34,7 +36,7 @@ impl Progress {
     /// How long to wait before [`update`](Self::update) has something new to say.
     #[must_use]
     pub(super) fn interval(&self) -> Duration {
-        if self.bar.is_some() { FRAME } else { PAUSE }
+        if self.bar.is_some() { FRAME } else { LOOK }
     }
 
     /// Says a line.
