@@ -130,8 +130,9 @@ pub enum DestinationEvent {
     /// The source has ended the session, with its reason. What has not arrived never will;
     /// whoever needs it waits.
     Ended(String),
-    /// Somebody at the source's address refuses this guest, with a reason. The guest runs
-    /// here, so it is asked for again: the right source may come back.
+    /// The two sides do not fit (another layout), or somebody at the source's address refuses
+    /// a guest that runs here already. With the reason, told once. It is tried again: the
+    /// right source may come back.
     TurnedAway(String),
     /// Every page is in place. Faults are the kernel's from here.
     AllArrived,

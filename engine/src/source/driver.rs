@@ -577,6 +577,7 @@ impl Driver {
     fn tell(&mut self, said: Said) {
         let event = match said {
             Said::Attached(incarnation) => {
+                self.link.agreed();
                 self.attachments += 1;
                 if self.attachments > 1 {
                     self.shared.counters.recoveries.fetch_add(1, Ordering::Relaxed);
