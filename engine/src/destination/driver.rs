@@ -545,6 +545,7 @@ impl Driver {
             Said::Refused => DestinationEvent::Refused,
             Said::Fenced => DestinationEvent::Fenced,
             Said::Ended(refusal) => DestinationEvent::Ended(refusal.reason),
+            Said::TurnedAway(refusal) => DestinationEvent::TurnedAway(refusal.reason),
             Said::Finished => DestinationEvent::Finished,
             Said::PersistFailed => DestinationEvent::PersistFailed,
             other => {

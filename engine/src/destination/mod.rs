@@ -130,6 +130,9 @@ pub enum DestinationEvent {
     /// The source has ended the session, with its reason. What has not arrived never will;
     /// whoever needs it waits.
     Ended(String),
+    /// Somebody at the source's address refuses this guest, with a reason. The guest runs
+    /// here, so it is asked for again: the right source may come back.
+    TurnedAway(String),
     /// Every page is in place. Faults are the kernel's from here.
     AllArrived,
     /// The source knows that every page is in place: the session is over.

@@ -31,9 +31,12 @@ use afterimage_protocol::layout::{
 use hold::{Place, pass};
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+/// Zero pages that are marked in one go: a hole may be a terabyte, and whoever reads events
+/// waits meanwhile.
+const ZERO_STEP: u64 = 1 << 16;
 /// The alias gives its page tables back after this many bytes were written through it.
 const ALIAS_WINDOW: u64 = 32 << 20;
 
@@ -55,6 +58,12 @@ pub(crate) enum InstallError {
     /// The process that runs the guest has ended.
     #[error("the process that runs the guest has ended")]
     ProcessGone,
+    /// An event waits to be read, and nobody reads events any more.
+    #[error("page {page} cannot be placed: an event waits, and faults are not served any more")]
+    NoReader {
+        /// The page.
+        page: PageNumber,
+    },
     /// The kernel refuses for another reason.
     #[error("page {page} cannot be placed at {address}: {errno}")]
     Kernel {
@@ -82,7 +91,8 @@ pub(crate) enum Urgent {
     EventPending,
 }
 
-/// Pages by how they came to be. Relaxed counters: exact once all threads have stopped.
+/// Pages by how they came to be: exact once nothing remains, but for duplicates, which are
+/// exact once all threads have stopped.
 #[derive(Debug, Default)]
 pub(crate) struct PageCounters {
     pub(crate) urgent: AtomicU64,
@@ -103,6 +113,8 @@ pub(crate) struct Pages {
     gate: RwLock<DiscardedInFlight>,
     remaining: AtomicU64,
     alias_written: AtomicU64,
+    /// Nobody reads events any more.
+    is_unread: AtomicBool,
     pub(crate) counters: PageCounters,
 }
 
@@ -115,6 +127,7 @@ impl Pages {
             gate: RwLock::default(),
             remaining: AtomicU64::new(pages),
             alias_written: AtomicU64::new(0),
+            is_unread: AtomicBool::new(false),
             counters: PageCounters::default(),
             memory,
         })
@@ -135,6 +148,11 @@ impl Pages {
     /// Pages that are not complete. Zero once, and then for good.
     pub(crate) fn remaining(&self) -> u64 {
         self.remaining.load(Ordering::Acquire)
+    }
+
+    /// The thread that reads events has ended: who waits for one to be read gives up.
+    pub(crate) fn reading_ended(&self) {
+        self.is_unread.store(true, Ordering::Release);
     }
 
     fn installing(&self) -> RwLockReadGuard<'_, DiscardedInFlight> {
@@ -163,9 +181,16 @@ impl Pages {
         self.layout().regions()[run.region].page_size.bytes()
     }
 
-    /// Marks pages complete and counts those that were not before.
-    fn mark_complete(&self, pages: PageRange, newly: impl FnMut(PageRange)) -> u64 {
+    /// Marks pages complete, and counts those that were not before by how they came to be.
+    fn mark_complete(
+        &self,
+        pages: PageRange,
+        counter: &AtomicU64,
+        newly: impl FnMut(PageRange),
+    ) -> u64 {
         let count = self.planes.complete(pages, newly);
+        // First: whoever learns that nothing remains finds every page counted.
+        counter.fetch_add(count, Ordering::Relaxed);
         self.remaining.fetch_sub(count, Ordering::AcqRel);
         count
     }
@@ -200,13 +225,9 @@ impl Pages {
             Some(file) => self.urgent_through_alias(&run, file, content),
             None => self.urgent_by_copy(&run, content)?,
         };
-        match outcome {
-            Urgent::Installed => self.counters.urgent.fetch_add(1, Ordering::Relaxed),
-            Urgent::Late | Urgent::BeingWritten | Urgent::Discarded => {
-                self.counters.duplicate.fetch_add(1, Ordering::Relaxed)
-            }
-            Urgent::EventPending => 0,
-        };
+        if matches!(outcome, Urgent::Late | Urgent::BeingWritten | Urgent::Discarded) {
+            self.counters.duplicate.fetch_add(1, Ordering::Relaxed);
+        }
         Ok(outcome)
     }
 
@@ -225,7 +246,7 @@ impl Pages {
             None => {}
         }
         pass(Place::Copied);
-        let is_first = self.mark_complete(run.pages, |_| ()) == 1;
+        let is_first = self.mark_complete(run.pages, &self.counters.urgent, |_| ()) == 1;
         drop(gate);
         if filled.present > 0 {
             self.wake(run);
@@ -247,12 +268,16 @@ impl Pages {
         // SAFETY: the page is claimed by this thread, so nobody else writes its alias.
         unsafe { file.alias.run(run.offset, run.length).write(content) };
         pass(Place::Written);
-        if self.show(run, file) == 0 { Urgent::Installed } else { Urgent::Discarded }
+        match self.show(run, file, &self.counters.urgent) {
+            0 => Urgent::Installed,
+            _ => Urgent::Discarded,
+        }
     }
 
     /// Shows a claimed run that has been written through the alias: complete first, then
-    /// CONTINUE. Returns how many pages were discarded meanwhile and are zero instead.
-    fn show(&self, run: &RegionRun, file: &RegionFile) -> u64 {
+    /// CONTINUE. Returns how many pages were discarded meanwhile and are zero instead; the
+    /// others are counted by `counter`.
+    fn show(&self, run: &RegionRun, file: &RegionFile, counter: &AtomicU64) -> u64 {
         let gate = self.installing();
         let gone: Vec<PageNumber> = if gate.is_empty() {
             Vec::new()
@@ -261,8 +286,9 @@ impl Pages {
         };
         for &page in &gone {
             self.empty_file_pages(PageRange::one(page), file);
+            self.mark_complete(PageRange::one(page), &self.counters.discarded, |_| ());
         }
-        self.mark_complete(run.pages, |_| ());
+        self.mark_complete(run.pages, counter, |_| ());
         pass(Place::Completed);
         let filled = self.fill(Fill::Continue, run);
         drop(gate);
@@ -308,20 +334,24 @@ impl Pages {
     /// Marks pages complete that are zero at the source, and wakes whoever waits for them.
     /// Those that somebody has claimed are left to him. Returns how many were marked.
     pub(crate) fn zero(&self, pages: PageRange) -> u64 {
-        let mut marked = 0;
-        // A discard that saw the claim and not yet its end would wait for a writer to empty
-        // the page, and there is none.
-        let gate = self.installing();
-        self.planes.claim(pages, |run| {
-            pass(Place::ZeroClaimed);
-            marked += self.mark_complete(run, |_| ());
-            // A fault or an urgent copy may have seen the claim and relied on its owner.
-            for run in self.layout().split(run) {
-                self.wake(&run);
-            }
-        });
-        drop(gate);
-        self.counters.zero.fetch_add(marked, Ordering::Relaxed);
+        let (mut marked, mut done) = (0, 0);
+        while done < pages.count {
+            let count = ZERO_STEP.min(pages.count - done);
+            let step = PageRange::new(PageNumber(pages.start.0 + done), count);
+            done += count;
+            // A discard that saw the claim and not yet its end would wait for a writer to
+            // empty the page, and there is none.
+            let gate = self.installing();
+            self.planes.claim(step, |run| {
+                pass(Place::ZeroClaimed);
+                marked += self.mark_complete(run, &self.counters.zero, |_| ());
+                // A fault or an urgent copy may have seen the claim and relied on its owner.
+                for run in self.layout().split(run) {
+                    self.wake(&run);
+                }
+            });
+            drop(gate);
+        }
         self.counters.duplicate.fetch_add(pages.count - marked, Ordering::Relaxed);
         marked
     }
@@ -351,20 +381,19 @@ impl Pages {
     }
 
     fn discard_locked(&self, pages: PageRange, gate: &mut DiscardedInFlight) {
-        let mut discarded = 0;
+        let counter = &self.counters.discarded;
         for run in self.layout().split(pages) {
             if self.file_of(&run).is_none() {
                 // Whoever has claimed one of these looks again, under the gate, before he
                 // copies it.
-                discarded += self.mark_complete(run.pages, |_| ());
+                self.mark_complete(run.pages, counter, |_| ());
                 continue;
             }
-            self.planes.claim(run.pages, |free| discarded += self.mark_complete(free, |_| ()));
-            self.planes.incomplete_in(run.pages, |claimed| {
-                // A guest may give up a page twice before its writer has noticed.
-                discarded += claimed.iter().filter(|&page| gate.insert(page)).count() as u64;
+            self.planes.claim(run.pages, |free| {
+                self.mark_complete(free, counter, |_| ());
             });
+            // Counted by their writers.
+            self.planes.incomplete_in(run.pages, |claimed| gate.extend(claimed.iter()));
         }
-        self.counters.discarded.fetch_add(discarded, Ordering::Relaxed);
     }
 }

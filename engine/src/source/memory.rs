@@ -188,11 +188,25 @@ impl SourceMemory {
     /// Whether bytes of a region can be read. Private memory always can; a file may have
     /// been cut short, and touching what is gone would be the end of the process.
     pub(crate) fn is_readable(&self, region: usize, offset: u64, length: u64) -> bool {
-        self.files[region].is_none() || is_readable(self.run(region, offset, length))
+        match &self.files[region] {
+            None => true,
+            Some(_) if self.cut(region, offset + length).is_some() => false,
+            Some(_) => is_readable(self.run(region, offset, length)),
+        }
+    }
+
+    /// Where the file of a region ends now, in bytes of the region, if that is before `end`:
+    /// what lies behind is lost, though it looks like a hole.
+    fn cut(&self, region: usize, end: u64) -> Option<u64> {
+        let file = self.files[region].as_ref()?;
+        let size = file.file.metadata().ok()?.len();
+        let here = size.saturating_sub(file.offset);
+        (here < end).then_some(here)
     }
 
     /// The next bytes of a region at or after `from`, before `end`, that are no hole; all of
-    /// them where holes cannot be told.
+    /// them where holes cannot be told. What was cut off a file is no hole: it is tested, and
+    /// found unreadable.
     pub(crate) fn next_data(&self, region: usize, from: u64, end: u64) -> Option<Extent> {
         let whole = Extent { start: from, end };
         let found = match (&self.files[region], &self.pagemap) {
@@ -210,10 +224,17 @@ impl SourceMemory {
             }
             (None, None) => return Some(whole),
         };
-        found.unwrap_or_else(|error| {
+        let found = found.unwrap_or_else(|error| {
             tracing::debug!(%error, "holes cannot be told");
             Some(whole)
-        })
+        });
+        match self.cut(region, end) {
+            // A page that was cut in two is lost too.
+            Some(cut) if found.is_none_or(|data| data.start >= cut) => {
+                Some(Extent { start: from.max(cut / 4096 * 4096), end })
+            }
+            _ => found,
+        }
     }
 
     /// Gives back the page tables of mapped files; what they hold stays.
@@ -221,5 +242,35 @@ impl SourceMemory {
         for file in self.files.iter().flatten() {
             crate::sys::mapping::drop_page_tables(&file.map);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn what_is_cut_off_a_file_is_unreadable_and_no_hole() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        let offset = 4096;
+        file.set_len(offset + (1 << 20)).unwrap();
+        file.write_all_at(&[1; 8192], offset).unwrap();
+        let same = file.try_clone().unwrap().into();
+        let region = SourceRegion::file(GuestAddress(0), same, offset, 1 << 20).unwrap();
+        let memory = SourceMemory::new(vec![region]).unwrap();
+        let end = 1 << 20;
+        assert_eq!(memory.next_data(0, 0, end), Some(Extent { start: 0, end: 8192 }));
+        assert_eq!(memory.next_data(0, 8192, end), None, "a hole, and within the file");
+        assert!(memory.is_readable(0, 0, 8192));
+
+        file.set_len(offset + (512 << 10) + 5).unwrap();
+        assert_eq!(memory.next_data(0, 8192, 512 << 10), None, "still a hole");
+        let lost = Extent { start: 512 << 10, end };
+        assert_eq!(memory.next_data(0, 8192, end), Some(lost));
+        assert_eq!(memory.next_data(0, 600 << 10, end), Some(Extent { start: 600 << 10, end }));
+        assert!(memory.is_readable(0, 0, 8192));
+        assert!(!memory.is_readable(0, 512 << 10, 4096), "half of it is gone");
+        assert!(!memory.is_readable(0, 600 << 10, 4096));
     }
 }

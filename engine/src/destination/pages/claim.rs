@@ -105,8 +105,7 @@ impl Claim<'_> {
         file: &RegionFile,
         complete: &mut impl FnMut(PageRange),
     ) {
-        let gone = self.pages.show(run, file);
-        self.pages.counters.background.fetch_add(run.pages.count - gone, Ordering::Relaxed);
+        let gone = self.pages.show(run, file, &self.pages.counters.background);
         self.pages.counters.duplicate.fetch_add(gone, Ordering::Relaxed);
         complete(run.pages);
     }
@@ -134,7 +133,8 @@ impl Claim<'_> {
             if reached > 0 {
                 pass(Place::Copied);
                 let reached = PageRange::new(missing.start, reached);
-                placed += pages.mark_complete(reached, |run| newly.push(run));
+                let counter = &pages.counters.background;
+                placed += pages.mark_complete(reached, counter, |run| newly.push(run));
             }
             drop(gate);
             // Not under the gate: who is told may have to wait, and reading events with it.
@@ -142,16 +142,15 @@ impl Claim<'_> {
             next = PageNumber(missing.start.0 + reached);
             match filled.stopped {
                 None => {}
+                Some(Stopped::EventPending) if pages.is_unread.load(Ordering::Acquire) => {
+                    return Err(InstallError::NoReader { page: next });
+                }
                 // Only the fault thread reads events. A timer rather than a wake-up: an
                 // event can be read between the refusal and our going to sleep.
                 Some(Stopped::EventPending) => std::thread::sleep(EVENT_WAIT),
-                Some(stopped) => {
-                    pages.counters.background.fetch_add(placed, Ordering::Relaxed);
-                    return Err(pages.install_error(&part, filled.reached(), stopped));
-                }
+                Some(stopped) => return Err(pages.install_error(&part, filled.reached(), stopped)),
             }
         }
-        pages.counters.background.fetch_add(placed, Ordering::Relaxed);
         pages.counters.duplicate.fetch_add(run.pages.count - placed, Ordering::Relaxed);
         Ok(())
     }
@@ -172,8 +171,13 @@ impl Drop for Claim<'_> {
             let run = self.pages.run_of(won);
             if let Some(file) = self.pages.file_of(&run) {
                 // Half a page may have been written; it must not be found there later by
-                // whoever learns that the page is zero.
-                self.pages.give_back_file_pages(won, file);
+                // whoever learns that the page is zero. A page that was shown already (the
+                // thread panics) is the guest's.
+                let mut unshown = Vec::new();
+                self.pages.planes.incomplete_in(won, |run| unshown.push(run));
+                for pages in unshown {
+                    self.pages.give_back_file_pages(pages, file);
+                }
             } else {
                 self.pages.planes.give_back(won);
             }
@@ -191,7 +195,7 @@ impl Pages {
         let mut gate = self.discarding();
         for page in pages.iter() {
             if gate.remove(&page) {
-                self.mark_complete(PageRange::one(page), |_| ());
+                self.mark_complete(PageRange::one(page), &self.counters.discarded, |_| ());
             }
         }
         self.planes.give_back(pages);

@@ -1,0 +1,215 @@
+//! A proxy on loopback that knows which channel each of its connections is, and cuts them.
+
+use super::Random;
+use afterimage::Address;
+use afterimage_protocol::wire::{Channel, GREETING_PREFIX, Greeting};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+/// How a connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Cut {
+    /// Both ends get a reset; what is under way is lost.
+    Reset = 1,
+    /// The connecting end is told that no more comes; the other way goes on a little.
+    HalfClose = 2,
+    /// What is sent vanishes for a while, then both ends get a reset.
+    BlackHole = 3,
+}
+
+impl Cut {
+    pub fn any(random: &mut Random) -> Self {
+        [Self::Reset, Self::HalfClose, Self::BlackHole][random.below(3) as usize]
+    }
+}
+
+struct Link {
+    channel: Channel,
+    cut: AtomicU8,
+    is_over: AtomicBool,
+}
+
+struct Shared {
+    target: String,
+    links: Mutex<Vec<Arc<Link>>>,
+    stop: AtomicBool,
+    bytes: AtomicU64,
+}
+
+/// Its threads end with it.
+pub struct Proxy {
+    address: Address,
+    local: std::net::SocketAddr,
+    shared: Arc<Shared>,
+}
+
+impl Proxy {
+    pub fn start(target: &Address) -> Self {
+        let Address::Tcp(target) = target else { panic!("a TCP address") };
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let local = listener.local_addr().expect("a bound socket");
+        let shared = Arc::new(Shared {
+            target: target.clone(),
+            links: Mutex::default(),
+            stop: AtomicBool::new(false),
+            bytes: AtomicU64::new(0),
+        });
+        let for_thread = Arc::clone(&shared);
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                if for_thread.stop.load(Ordering::Acquire) {
+                    return;
+                }
+                let shared = Arc::clone(&for_thread);
+                // A connection that breaks is what the proxy is for.
+                thread::spawn(move || drop(shared.carry(client)));
+            }
+        });
+        Self { address: Address::Tcp(local.to_string()), local, shared }
+    }
+
+    pub fn address(&self) -> Address {
+        self.address.clone()
+    }
+
+    /// Bytes carried so far, both ways.
+    pub fn bytes(&self) -> u64 {
+        self.shared.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Cuts the connections whose channel is wanted; returns how many there were.
+    pub fn cut(&self, how: Cut, is_wanted: impl Fn(Channel) -> bool) -> usize {
+        let mut links = self.shared.links.lock().expect("not poisoned");
+        links.retain(|link| !link.is_over.load(Ordering::Acquire));
+        let wanted = links.iter().filter(|link| is_wanted(link.channel));
+        let open = wanted.filter(|link| {
+            link.cut.compare_exchange(0, how as u8, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        });
+        open.count()
+    }
+
+    /// How many connections are open.
+    pub fn open(&self, is_wanted: impl Fn(Channel) -> bool) -> usize {
+        let links = self.shared.links.lock().expect("not poisoned");
+        let open = links.iter().filter(|link| !link.is_over.load(Ordering::Acquire));
+        open.filter(|link| link.cut.load(Ordering::Acquire) == 0 && is_wanted(link.channel)).count()
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        for link in self.shared.links.lock().expect("not poisoned").iter() {
+            link.cut.store(Cut::Reset as u8, Ordering::Release);
+        }
+        // The thread looks at `stop` once more.
+        let _ = TcpStream::connect(self.local);
+    }
+}
+
+impl Shared {
+    fn carry(self: &Arc<Self>, mut client: TcpStream) -> std::io::Result<()> {
+        let mut prefix = [0; GREETING_PREFIX];
+        client.read_exact(&mut prefix)?;
+        let announced = Greeting::announced(&prefix).map_err(std::io::Error::other)?;
+        let mut body = vec![0; announced.length()];
+        client.read_exact(&mut body)?;
+        let greeting = Greeting::decode(announced, &body).map_err(std::io::Error::other)?;
+        let Greeting::Hello(hello) = greeting else { return Ok(()) };
+        let mut server = TcpStream::connect(&self.target)?;
+        server.write_all(&prefix)?;
+        server.write_all(&body)?;
+        for socket in [&client, &server] {
+            socket.set_nodelay(true)?;
+            // How soon a cut takes effect.
+            socket.set_read_timeout(Some(Duration::from_millis(5)))?;
+            socket.set_write_timeout(Some(Duration::from_millis(5)))?;
+        }
+        let link = Arc::new(Link {
+            channel: hello.channel,
+            cut: AtomicU8::new(0),
+            is_over: AtomicBool::new(false),
+        });
+        self.links.lock().expect("not poisoned").push(Arc::clone(&link));
+        let back = {
+            let (shared, link) = (Arc::clone(self), Arc::clone(&link));
+            let (from, to) = (server.try_clone()?, client.try_clone()?);
+            thread::spawn(move || shared.pump(&link, from, to, true))
+        };
+        self.pump(&link, client.try_clone()?, server.try_clone()?, false);
+        // The other half ends at its next look.
+        let _ = back.join();
+        link.is_over.store(true, Ordering::Release);
+        if link.cut.load(Ordering::Acquire) != 0 {
+            for socket in [&client, &server] {
+                let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+                let option = nix::sys::socket::sockopt::Linger;
+                nix::sys::socket::setsockopt(&socket.as_fd(), option, &linger)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn pump(&self, link: &Link, mut from: TcpStream, mut to: TcpStream, is_back: bool) {
+        let mut buffer = vec![0; 64 << 10];
+        let mut grace = 20;
+        loop {
+            match link.cut.load(Ordering::Acquire) {
+                0 => {}
+                cut if cut == Cut::HalfClose as u8 => {
+                    if is_back {
+                        let _ = to.shutdown(Shutdown::Write);
+                        return;
+                    }
+                    grace -= 1;
+                }
+                cut if cut == Cut::BlackHole as u8 => grace -= 1,
+                _ => return,
+            }
+            if grace == 0 || link.is_over.load(Ordering::Acquire) {
+                return;
+            }
+            let got = match from.read(&mut buffer) {
+                Ok(0) => {
+                    let _ = to.shutdown(Shutdown::Write);
+                    return;
+                }
+                Ok(got) => got,
+                Err(error) if is_timeout(&error) => continue,
+                Err(_) => {
+                    link.is_over.store(true, Ordering::Release);
+                    return;
+                }
+            };
+            if link.cut.load(Ordering::Acquire) == Cut::BlackHole as u8 {
+                continue;
+            }
+            self.bytes.fetch_add(got as u64, Ordering::Relaxed);
+            let mut rest = &buffer[..got];
+            while !rest.is_empty() {
+                match to.write(rest) {
+                    Ok(sent) => rest = &rest[sent..],
+                    Err(error) if is_timeout(&error) => {
+                        if link.cut.load(Ordering::Acquire) != 0 {
+                            return;
+                        }
+                    }
+                    Err(_) => {
+                        link.is_over.store(true, Ordering::Release);
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn is_timeout(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut)
+}

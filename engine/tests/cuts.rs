@@ -1,0 +1,174 @@
+//! Connections that break in the middle: nothing is lost, nothing comes twice, and nobody has
+//! to do anything about it.
+
+mod common;
+
+use afterimage_protocol::wire::Channel;
+use common::counters::Counters;
+use common::proxy::{Cut, Proxy};
+use common::{Kind, Listening, Pair, Random, Setup};
+use std::cell::RefCell;
+use std::sync::Arc;
+
+const MIB: u64 = 1 << 20;
+
+/// A migration through a proxy.
+fn start(setup: &Setup) -> (Pair, Proxy) {
+    let mut proxy = None;
+    let pair = Pair::start_with(
+        setup,
+        |_, _| (),
+        |address| proxy.insert(Proxy::start(&address)).address(),
+    );
+    (pair.expect("no huge pages asked for"), proxy.expect("a detour"))
+}
+
+/// A guest counts while connections are cut by `wanted` at random moments; then everything
+/// must be there.
+fn count_through(
+    setup: &Setup,
+    random: &mut Random,
+    cuts: u64,
+    wanted: impl Fn(&mut Random, Channel) -> bool,
+) -> afterimage::DestinationStats {
+    let (pair, proxy) = start(setup);
+    let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
+    pair.switch(&[]);
+    let threads = counters.start(6, 400, random);
+    let total = pair.old.small_pages() * 4096;
+    for cut in 0..cuts {
+        // At the latest when a part of all bytes has passed since the last.
+        let goal = total / (cuts + 1) * cut + random.below(total / (cuts + 1));
+        common::wait_until(
+            "bytes through the proxy",
+            || pair.dump(),
+            || proxy.bytes() >= goal || pair.destination.stats().pages_complete >= pair.new.pages(),
+        );
+        let how = Cut::any(random);
+        let chosen = RefCell::new(random.fork());
+        proxy.cut(how, |channel| wanted(&mut chosen.borrow_mut(), channel));
+    }
+    for thread in threads {
+        thread.finish("a guest thread that counts", || pair.dump());
+    }
+    pair.finish();
+    counters.check(&pair.old);
+    pair.check_counts()
+}
+
+#[test]
+fn every_connection_cut_again_and_again_loses_nothing() {
+    prologue!("every_connection_cut");
+    let mut random = Random::seeded("every_connection_cut_again_and_again_loses_nothing");
+    for (kind, listening) in [
+        (Kind::Anonymous, Listening::Source),
+        (Kind::Memfd, Listening::Source),
+        (Kind::Memfd, Listening::Destination),
+    ] {
+        let setup =
+            Setup { kinds: vec![(kind, 24 * MIB)], streams: 4, listening, ..Setup::default() };
+        let stats = count_through(&setup, &mut random, 4, |_, _| true);
+        assert!(stats.recoveries >= 1, "{stats:?}");
+    }
+}
+
+#[test]
+fn single_channels_cut_at_random_lose_nothing() {
+    prologue!("single_channels_cut");
+    let mut random = Random::seeded("single_channels_cut_at_random_lose_nothing");
+    for (kind, listening) in
+        [(Kind::Anonymous, Listening::Source), (Kind::Memfd, Listening::Destination)]
+    {
+        let setup =
+            Setup { kinds: vec![(kind, 24 * MIB)], streams: 4, listening, ..Setup::default() };
+        count_through(&setup, &mut random, 12, |random, channel| {
+            channel != Channel::Control && random.below(5) == 0
+        });
+    }
+}
+
+/// One channel alone is cut several times; the session goes on without a recovery.
+fn cut_one(wanted: Channel, name: &str) {
+    let mut random = Random::seeded(name);
+    for listening in [Listening::Source, Listening::Destination] {
+        for how in [Cut::Reset, Cut::HalfClose, Cut::BlackHole] {
+            let setup = Setup {
+                kinds: vec![(Kind::Anonymous, 12 * MIB), (Kind::Memfd, 12 * MIB)],
+                streams: 2,
+                listening,
+                ..Setup::default()
+            };
+            let (pair, proxy) = start(&setup);
+            let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
+            pair.switch(&[]);
+            let threads = counters.start(4, 200, &mut random);
+            for _ in 0..3 {
+                let done = || pair.destination.stats().pages_complete == pair.new.pages();
+                common::wait_until(
+                    "the channel to be there again",
+                    || pair.dump(),
+                    || done() || proxy.open(|channel| channel == wanted) > 0,
+                );
+                proxy.cut(how, |channel| channel == wanted);
+            }
+            for thread in threads {
+                thread.finish("a guest thread that counts", || pair.dump());
+            }
+            pair.finish();
+            counters.check(&pair.old);
+            let stats = pair.check_counts();
+            assert_eq!(stats.recoveries, 0, "the control channel was not cut: {stats:?}");
+        }
+    }
+}
+
+#[test]
+fn the_request_channel_alone_is_replaced() {
+    prologue!("the_request_channel_alone");
+    cut_one(Channel::Request(0), "the_request_channel_alone_is_replaced");
+}
+
+#[test]
+fn one_background_stream_alone_is_replaced() {
+    prologue!("one_background_stream_alone");
+    cut_one(Channel::Background(1), "one_background_stream_alone_is_replaced");
+}
+
+#[test]
+fn the_control_channel_alone_is_recovered() {
+    prologue!("the_control_channel_alone");
+    let mut random = Random::seeded("the_control_channel_alone_is_recovered");
+    for listening in [Listening::Source, Listening::Destination] {
+        let setup = Setup {
+            kinds: vec![(Kind::Anonymous, 24 * MIB)],
+            streams: 2,
+            listening,
+            ..Setup::default()
+        };
+        let stats = count_through(&setup, &mut random, 3, |_, channel| channel == Channel::Control);
+        assert!(stats.recoveries >= 1, "{stats:?}");
+    }
+}
+
+#[test]
+fn channels_that_break_before_the_switchover_are_made_again() {
+    prologue!("channels_that_break_before");
+    for listening in [Listening::Source, Listening::Destination] {
+        for wanted in [Channel::Request(0), Channel::Background(0), Channel::Control] {
+            let setup = Setup { listening, ..Setup::default() };
+            let (pair, proxy) = start(&setup);
+            for _ in 0..3 {
+                common::wait_until(
+                    "all three channels",
+                    || pair.dump(),
+                    || proxy.open(|_| true) == 3,
+                );
+                assert_eq!(proxy.cut(Cut::Reset, |channel| channel == wanted), 1);
+            }
+            pair.switch(&[]);
+            pair.finish();
+            pair.check_counts();
+            pair.check_content();
+        }
+    }
+}
