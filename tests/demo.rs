@@ -347,14 +347,20 @@ fn help_has_examples_and_the_exit_statuses() {
     assert!(!run.stdout.contains("--role"), "{}", run.stdout);
 }
 
-/// The processes that a running demo has started, once there are both.
+/// The processes that a running demo has started, once there are both and play their parts:
+/// one that is stopped before that keeps the demo in `vfork`, as no real hang would.
 fn wait_for_roles(demo: &Child) -> [Pid; 2] {
     let list = format!("/proc/{0}/task/{0}/children", demo.id());
     let deadline = Instant::now() + LIMIT;
     loop {
         let children = fs::read_to_string(&list).unwrap();
         let pids: Vec<_> = children.split_whitespace().map(|pid| pid.parse().unwrap()).collect();
-        if let [source, destination] = pids[..] {
+        let plays = |pid: &i32| {
+            fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().contains("--role")
+        };
+        if let [source, destination] = pids[..]
+            && pids.iter().all(plays)
+        {
             return [Pid::from_raw(source), Pid::from_raw(destination)];
         }
         assert!(Instant::now() < deadline, "the demo has not started two processes");
