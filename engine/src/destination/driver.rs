@@ -159,6 +159,10 @@ impl Driver {
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the destination was shut down")));
         if self.arrived.pages.remaining() > 0 {
             self.events.send(DestinationEvent::Abandoned);
+        } else {
+            // The news that the last page has arrived may still be in the inbox; without
+            // this, nobody would answer a fault on what has arrived and was never touched.
+            self.arrived.pages.memory().unregister();
         }
     }
 
@@ -360,12 +364,17 @@ impl Driver {
             return refusal(RefuseCode::Role, "both sides are destinations".to_owned());
         }
         if hello.session != self.session.record().session {
-            let reason = format!("this destination is not in session {}", hello.session);
+            let reason = format!(
+                "this destination is not in session {} but in {}",
+                hello.session,
+                self.session.record().session
+            );
             return refusal(RefuseCode::UnknownSession, reason);
         }
         let epoch = self.arrivals.as_ref().map(|arrivals| arrivals.epoch);
         if epoch != Some(hello.stamp.epoch) {
-            let reason = format!("epoch {} is not the present one", hello.stamp.epoch.0);
+            let present = epoch.map_or("none".to_owned(), |epoch| epoch.0.to_string());
+            let reason = format!("epoch {} is not the present one, {present}", hello.stamp.epoch.0);
             return refusal(RefuseCode::Stale, reason);
         }
         if !self.channels.contains(&hello.channel) {
@@ -374,7 +383,10 @@ impl Driver {
         }
         let last = self.generations.get(&hello.channel).copied().unwrap_or_default();
         if hello.stamp.generation <= last {
-            let reason = format!("generation {} has passed", hello.stamp.generation.0);
+            let reason = format!(
+                "generation {} of channel {} has passed, {} is the last",
+                hello.stamp.generation.0, hello.channel, last.0
+            );
             return refusal(RefuseCode::Stale, reason);
         }
         Ok(())

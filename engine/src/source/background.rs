@@ -9,10 +9,13 @@ use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
 use afterimage_protocol::wire::{DataFrame, Generation, Header};
 use std::io;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// Bytes of content taken, looked through and sent in one go: small enough that an urgent
 /// page does not wait long behind it.
 const CHUNK_BYTES: u64 = 256 << 10;
+/// How long a stream stands back for requests before each piece.
+const STAND_BACK_FOR: Duration = Duration::from_millis(5);
 /// A mapped file's page tables are given back after this many bytes were read through them.
 const MAPPED_WINDOW: u64 = 64 << 20;
 /// The most pages in one zero frame.
@@ -47,7 +50,7 @@ impl<'s> Streamer<'s> {
 
     /// Sends until the connection ends.
     pub(super) fn run(mut self) -> io::Result<()> {
-        if !self.serving.wait_final() {
+        if !self.serving.wait_final(&self.stream) {
             return Ok(());
         }
         while !self.serving.is_closing() {
@@ -55,22 +58,27 @@ impl<'s> Streamer<'s> {
             self.stand_back();
             if self.underway.is_full() {
                 self.underway.settle(&self.serving.book);
-                if self.underway.is_full() {
-                    self.serving.wait_change(seen);
+                if self.underway.is_full() && !self.serving.wait_change(&self.stream, seen) {
+                    return Ok(());
                 }
                 continue;
             }
             match self.take() {
                 Some((run, is_hole)) => self.send_run(&run, is_hole)?,
-                None => self.serving.wait_change(seen),
+                None if self.serving.wait_change(&self.stream, seen) => {}
+                None => return Ok(()),
             }
         }
         Ok(())
     }
 
-    /// Lets requests go first.
+    /// Lets requests go first, but not for ever: their answers may be stuck.
     fn stand_back(&self) {
-        while self.serving.urgent.load(Ordering::Acquire) > 0 && !self.serving.is_closing() {
+        let mut since = None;
+        while self.serving.urgent.load(Ordering::Acquire) > 0
+            && !self.serving.is_closing()
+            && since.get_or_insert_with(Instant::now).elapsed() < STAND_BACK_FOR
+        {
             std::thread::yield_now();
         }
     }

@@ -404,16 +404,21 @@ impl Driver {
             return refusal(RefuseCode::Role, "both sides are sources".to_owned());
         }
         if hello.session != record.session {
-            let reason = format!("session {} is not served here", hello.session);
+            let reason =
+                format!("session {} is not served here, {} is", hello.session, record.session);
             return refusal(RefuseCode::UnknownSession, reason);
         }
-        if self.session.incarnation() != Some(hello.incarnation) {
-            let reason = "another destination memory is attached".to_owned();
+        let known = self.session.incarnation();
+        if known != Some(hello.incarnation) {
+            let known = known.map_or("none".to_owned(), |known| known.to_string());
+            let reason =
+                format!("destination memory {} is not attached, {known} is", hello.incarnation);
             return refusal(RefuseCode::Incarnation, reason);
         }
         let epoch = self.serving.as_ref().map(|serving| serving.epoch);
         if epoch != Some(hello.stamp.epoch) {
-            let reason = format!("epoch {} is not the present one", hello.stamp.epoch.0);
+            let present = epoch.map_or("none".to_owned(), |epoch| epoch.0.to_string());
+            let reason = format!("epoch {} is not the present one, {present}", hello.stamp.epoch.0);
             return refusal(RefuseCode::Stale, reason);
         }
         if !self.options.channels().any(|channel| channel == hello.channel) {
@@ -422,7 +427,10 @@ impl Driver {
         }
         let last = self.generations.get(&hello.channel).copied().unwrap_or_default();
         if hello.stamp.generation <= last {
-            let reason = format!("generation {} has passed", hello.stamp.generation.0);
+            let reason = format!(
+                "generation {} of channel {} has passed, {} is the last",
+                hello.stamp.generation.0, hello.channel, last.0
+            );
             return refusal(RefuseCode::Stale, reason);
         }
         Ok(())

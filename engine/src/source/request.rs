@@ -51,7 +51,7 @@ impl<'s> Responder<'s> {
                 continue;
             }
             // Answers to requests that came before the switchover wait for it.
-            if !self.serving.wait_final() {
+            if !self.serving.wait_final(&self.stream) {
                 return Ok(());
             }
             self.serving.urgent.fetch_add(1, Ordering::AcqRel);
@@ -114,7 +114,7 @@ impl<'s> Responder<'s> {
             return Ok(());
         }
         serving.counters.requested.fetch_add(1, Ordering::Relaxed);
-        self.underway.push(pages);
+        self.remember(pages);
         serving.hint.store(page.0 + 1, Ordering::Relaxed);
         let run = serving.layout.split(pages).next().expect("checked by parse");
         let memory = &serving.memory;
@@ -132,6 +132,21 @@ impl<'s> Responder<'s> {
             return self.send(DataFrame::Zero(pages), None);
         }
         self.send(DataFrame::Content(pages, run.length as u32), Some(content))
+    }
+
+    /// Notes what would be lost with this channel. Where that is too much, because nothing is
+    /// acknowledged, the page goes out in background too instead.
+    fn remember(&self, pages: PageRange) {
+        let Serving { book, signal, .. } = self.serving;
+        if self.underway.is_full() {
+            self.underway.settle(book);
+        }
+        if self.underway.is_full() {
+            book.requeue(pages);
+            signal.look_again();
+        } else {
+            self.underway.push(pages);
+        }
     }
 
     fn send(&self, frame: DataFrame, content: Option<RawRun>) -> io::Result<()> {

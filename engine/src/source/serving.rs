@@ -5,6 +5,7 @@ use crate::inbox::Outlet;
 use crate::source::driver::Input;
 use crate::stats::SourceCounters;
 use crate::sys::words::LazyWords;
+use crate::transport::Stream;
 use afterimage_protocol::layout::{GuestLayout, PageRange};
 use afterimage_protocol::session::{Book, InFlight};
 use afterimage_protocol::wire::{Channel, Epoch, Generation, Stamp};
@@ -14,6 +15,9 @@ use std::time::Duration;
 
 /// No page was asked for since the last look.
 pub(super) const NO_HINT: u64 = u64::MAX;
+
+/// How often a thread that has nothing to send looks whether its connection is there.
+const LOOK_AFTER: Duration = Duration::from_millis(50);
 
 /// One epoch of one destination.
 #[derive(Debug)]
@@ -114,20 +118,32 @@ impl Serving {
     }
 
     /// Waits until memory is final; `false` if it is time to stop instead.
-    pub(super) fn wait_final(&self) -> bool {
-        let mut state = self.signal.lock();
-        while !state.is_final && !self.is_closing() {
-            state = self.signal.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        !self.is_closing()
+    pub(super) fn wait_final(&self, stream: &Stream) -> bool {
+        self.wait_while(stream, |state| !state.is_final)
     }
 
-    /// Waits until there is a reason to look again since `seen` was read.
-    pub(super) fn wait_change(&self, seen: u64) {
+    /// Waits until there is a reason to look again since `seen` was read; `false` if it is
+    /// time to stop instead.
+    pub(super) fn wait_change(&self, stream: &Stream, seen: u64) -> bool {
+        self.wait_while(stream, |state| state.changes == seen)
+    }
+
+    /// A thread that has nothing to send does not notice when its connection breaks: it
+    /// looks every now and then, or what it has under way would never be sent again.
+    fn wait_while(&self, stream: &Stream, condition: impl Fn(&SignalState) -> bool) -> bool {
         let mut state = self.signal.lock();
-        while state.changes == seen && !self.is_closing() {
-            state = self.signal.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        while condition(&state) && !self.is_closing() {
+            let (locked, waited) = self
+                .signal
+                .changed
+                .wait_timeout(state, LOOK_AFTER)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = locked;
+            if waited.timed_out() && stream.has_ended() {
+                return false;
+            }
         }
+        !self.is_closing()
     }
 
     /// A data channel is at its end.

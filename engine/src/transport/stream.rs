@@ -50,6 +50,15 @@ impl Stream {
         let _ = nix::sys::socket::shutdown(self.fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
     }
 
+    /// Whether the connection is broken, or the peer sends no more. Does not wait.
+    pub(crate) fn has_ended(&self) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        // nix has no name for it, and then reports no flags where it is set.
+        let no_more_comes = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let mut fds = [PollFd::new(self.as_fd(), no_more_comes)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Receives some bytes; the end of the stream is an error.
     pub(crate) fn receive(&self, into: &mut [u8], wait: Wait) -> io::Result<usize> {
         not_the_end(socket::receive(self.as_fd(), into, wait)?)

@@ -13,6 +13,7 @@ pub mod peer;
 pub mod proxy;
 pub mod random;
 pub mod session;
+pub mod victim;
 
 pub use memory::{Content, Kind, Memory};
 pub use random::Random;

@@ -26,7 +26,10 @@ impl DestinationSession {
         if self.record.session != SessionId::UNKNOWN && peer.session != self.record.session {
             return refuse(
                 RefuseCode::UnknownSession,
-                format!("this destination belongs to session {}", self.record.session),
+                format!(
+                    "this destination belongs to session {}, not to {}",
+                    self.record.session, peer.session
+                ),
             );
         }
         // What has been greeted is on record only once it has attached.
