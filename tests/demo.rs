@@ -266,7 +266,10 @@ fn as_nobody(arguments: &str) -> Option<Run> {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let program = directory.path().join("demo");
-    fs::copy(DEMO, &program).unwrap();
+    // By another process: a file that is open for writing, perhaps in a child that another
+    // test has just forked, cannot be executed.
+    let copied = Command::new("cp").arg(DEMO).arg(&program).status().unwrap();
+    assert!(copied.success());
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new(&program);
     command.args(arguments.split_whitespace()).uid(NOBODY).gid(NOBODY);
