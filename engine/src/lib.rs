@@ -15,6 +15,7 @@
 //! | connect or listen | [`Endpoint`], [`Address`], [`Listener`], [`Plaintext`] |
 //! | wait for events, in a thread or an event loop | [`Events`] |
 //! | see how it goes | [`SourceStats`], [`DestinationStats`] |
+//! | see what a machine lacks | [`probe()`], [`Probe`], [`Finding`] |
 //! | pin and confine the engine's threads | [`ThreadHook`] |
 //!
 //! # A migration
@@ -99,6 +100,7 @@ mod destination;
 mod events;
 mod inbox;
 mod polling;
+mod probe;
 mod session_link;
 mod source;
 mod stats;
@@ -115,6 +117,7 @@ pub use destination::{
     DestinationOwnership, DestinationRecord, DestinationRegion, DiscardNotice, MemoryError,
 };
 pub use events::{Events, NoEvent};
+pub use probe::{Finding, FindingState, Need, Probe, probe};
 pub use source::{
     CallError, Checksums, Endpoint, Incarnation, SessionId, SnapshotServer, SnapshotStats, Source,
     SourceEvent, SourceLedger, SourceMemory, SourceMemoryError, SourceOptions, SourceOwnership,

@@ -97,6 +97,11 @@ impl SessionLink {
         }
     }
 
+    /// The sides have agreed: if this connection breaks, the next is made soon.
+    pub(crate) fn agreed(&mut self) {
+        self.pause = FIRST_PAUSE;
+    }
+
     /// Whether the pause is over; says so once.
     pub(crate) fn redial_is_due(&mut self) -> bool {
         let is_due = self.redial_at.is_some_and(|at| at <= Instant::now());
@@ -133,7 +138,6 @@ impl SessionLink {
         self.connection =
             Some(ControlConnection::new(stream, stamp, checksums, registry, CONTROL)?);
         self.checksums = checksums;
-        self.pause = FIRST_PAUSE;
         Ok(())
     }
 

@@ -11,6 +11,7 @@ pub(crate) struct SourceCounters {
     pub(crate) requested: AtomicU64,
     pub(crate) background: AtomicU64,
     pub(crate) zero: AtomicU64,
+    pub(crate) unreadable: AtomicU64,
     /// Bytes of memory that background has looked through.
     pub(crate) bytes: AtomicU64,
     pub(crate) stale: AtomicU64,
@@ -31,6 +32,9 @@ pub struct SourceStats {
     pub pages_background: u64,
     /// Pages sent in background as zeros.
     pub pages_zero: u64,
+    /// Pages that could not be read here, each time one was to be sent; the destination has
+    /// been told, and whoever touches one there waits.
+    pub pages_unreadable: u64,
     /// Frames of older connections, dropped.
     pub frames_stale: u64,
     /// How often the destination has attached again.

@@ -1,11 +1,21 @@
 //! The commands of Afterimage, and the guest that they move.
 //!
+//! - [`demo`]: the front door: a guest moves between two processes
+//! - [`migrate`]: guest memory and machine state in the engine's terms
 //! - [`ram`]: guest memory of this process, and its regions and files
 //! - [`guest`]: workloads whose memory can be verified, on KVM or on plain threads
 //! - [`microvm`]: the virtual machine that runs them on KVM
+//! - [`handoff`]: handing a stopped guest over to another process of the machine
+//! - [`page_server`]: serving the memory of a stopped guest or a snapshot
+//! - [`size`]: sizes of memory as people write and read them
 //! - [`require`]: what tests need of the machine
 
+pub mod demo;
 pub mod guest;
+pub mod handoff;
 pub mod microvm;
+pub mod migrate;
+pub mod page_server;
 pub mod ram;
 pub mod require;
+pub mod size;

@@ -82,6 +82,8 @@ pub(super) struct Driver {
     state: Vec<StateSection>,
     state_bytes: usize,
     is_section_open: bool,
+    /// Why this side was turned away, if the VMM has been told and nothing has changed.
+    turned_away: Option<Refusal>,
 }
 
 impl Driver {
@@ -113,6 +115,7 @@ impl Driver {
             state: Vec::new(),
             state_bytes: 0,
             is_section_open: false,
+            turned_away: None,
         }
     }
 
@@ -548,6 +551,8 @@ impl Driver {
     fn tell(&mut self, said: Said) {
         let event = match said {
             Said::Attached(session) => {
+                self.link.agreed();
+                self.turned_away = None;
                 self.arrived.note_attached();
                 DestinationEvent::Attached(session)
             }
@@ -557,6 +562,12 @@ impl Driver {
             Said::Refused => DestinationEvent::Refused,
             Said::Fenced => DestinationEvent::Fenced,
             Said::Ended(refusal) => DestinationEvent::Ended(refusal.reason),
+            // Whoever turns this side away does so at every attempt: it is told once.
+            Said::TurnedAway(refusal) if self.turned_away.as_ref() == Some(&refusal) => return,
+            Said::TurnedAway(refusal) => {
+                self.turned_away = Some(refusal.clone());
+                DestinationEvent::TurnedAway(refusal.reason)
+            }
             Said::Finished => DestinationEvent::Finished,
             Said::PersistFailed => DestinationEvent::PersistFailed,
             other => {

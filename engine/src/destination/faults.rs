@@ -118,6 +118,7 @@ impl FaultThread {
             tracing::error!(%error, "faults are not answered any more");
             self.driver.send(Input::FaultsFailed(error));
         }
+        self.arrived.pages.reading_ended();
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -135,7 +136,10 @@ impl FaultThread {
                     Order::Stop => return Ok(()),
                 }
             }
-            for discarded in self.arrived.pages.read_events(&mut buffer, &mut self.faults)? {
+            let discards = self.arrived.pages.read_events(&mut buffer, &mut self.faults)?;
+            // Also a full buffer of discards may have left events unread.
+            is_busy |= !discards.is_empty();
+            for discarded in discards {
                 self.arrived.acknowledge_complete(discarded);
             }
             is_busy |= !self.faults.is_empty();

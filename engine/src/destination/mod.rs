@@ -130,6 +130,10 @@ pub enum DestinationEvent {
     /// The source has ended the session, with its reason. What has not arrived never will;
     /// whoever needs it waits.
     Ended(String),
+    /// The two sides do not fit (another layout), or somebody at the source's address refuses
+    /// a guest that runs here already. With the reason, told once. It is tried again: the
+    /// right source may come back.
+    TurnedAway(String),
     /// Every page is in place. Faults are the kernel's from here.
     AllArrived,
     /// The source knows that every page is in place: the session is over.

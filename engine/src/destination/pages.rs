@@ -31,9 +31,12 @@ use afterimage_protocol::layout::{
 use hold::{Place, pass};
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+/// Zero pages that are marked in one go: a hole may be a terabyte, and whoever reads events
+/// waits meanwhile.
+const ZERO_STEP: u64 = 1 << 16;
 /// The alias gives its page tables back after this many bytes were written through it.
 const ALIAS_WINDOW: u64 = 32 << 20;
 
@@ -55,6 +58,12 @@ pub(crate) enum InstallError {
     /// The process that runs the guest has ended.
     #[error("the process that runs the guest has ended")]
     ProcessGone,
+    /// An event waits to be read, and nobody reads events any more.
+    #[error("page {page} cannot be placed: an event waits, and faults are not served any more")]
+    NoReader {
+        /// The page.
+        page: PageNumber,
+    },
     /// The kernel refuses for another reason.
     #[error("page {page} cannot be placed at {address}: {errno}")]
     Kernel {
@@ -104,6 +113,8 @@ pub(crate) struct Pages {
     gate: RwLock<DiscardedInFlight>,
     remaining: AtomicU64,
     alias_written: AtomicU64,
+    /// Nobody reads events any more.
+    is_unread: AtomicBool,
     pub(crate) counters: PageCounters,
 }
 
@@ -116,6 +127,7 @@ impl Pages {
             gate: RwLock::default(),
             remaining: AtomicU64::new(pages),
             alias_written: AtomicU64::new(0),
+            is_unread: AtomicBool::new(false),
             counters: PageCounters::default(),
             memory,
         })
@@ -136,6 +148,11 @@ impl Pages {
     /// Pages that are not complete. Zero once, and then for good.
     pub(crate) fn remaining(&self) -> u64 {
         self.remaining.load(Ordering::Acquire)
+    }
+
+    /// The thread that reads events has ended: who waits for one to be read gives up.
+    pub(crate) fn reading_ended(&self) {
+        self.is_unread.store(true, Ordering::Release);
     }
 
     fn installing(&self) -> RwLockReadGuard<'_, DiscardedInFlight> {
@@ -317,19 +334,24 @@ impl Pages {
     /// Marks pages complete that are zero at the source, and wakes whoever waits for them.
     /// Those that somebody has claimed are left to him. Returns how many were marked.
     pub(crate) fn zero(&self, pages: PageRange) -> u64 {
-        let mut marked = 0;
-        // A discard that saw the claim and not yet its end would wait for a writer to empty
-        // the page, and there is none.
-        let gate = self.installing();
-        self.planes.claim(pages, |run| {
-            pass(Place::ZeroClaimed);
-            marked += self.mark_complete(run, &self.counters.zero, |_| ());
-            // A fault or an urgent copy may have seen the claim and relied on its owner.
-            for run in self.layout().split(run) {
-                self.wake(&run);
-            }
-        });
-        drop(gate);
+        let (mut marked, mut done) = (0, 0);
+        while done < pages.count {
+            let count = ZERO_STEP.min(pages.count - done);
+            let step = PageRange::new(PageNumber(pages.start.0 + done), count);
+            done += count;
+            // A discard that saw the claim and not yet its end would wait for a writer to
+            // empty the page, and there is none.
+            let gate = self.installing();
+            self.planes.claim(step, |run| {
+                pass(Place::ZeroClaimed);
+                marked += self.mark_complete(run, &self.counters.zero, |_| ());
+                // A fault or an urgent copy may have seen the claim and relied on its owner.
+                for run in self.layout().split(run) {
+                    self.wake(&run);
+                }
+            });
+            drop(gate);
+        }
         self.counters.duplicate.fetch_add(pages.count - marked, Ordering::Relaxed);
         marked
     }

@@ -69,7 +69,12 @@ impl<'a> Receiver<'a> {
         let mut next = pages.start.0;
         while next < end {
             let piece = PageRange::new(PageNumber(next), step.min(end - next));
-            self.piece(piece, piece.count * page_bytes)?;
+            if let Err(error) = self.piece(piece, piece.count * page_bytes) {
+                // Pages that were discarded meanwhile became complete when they were given
+                // back, and whoever discarded them could not know.
+                self.arrivals.acknowledge_complete(piece);
+                return Err(error);
+            }
             next += piece.count;
         }
         Ok(())
@@ -123,3 +128,6 @@ impl<'a> Receiver<'a> {
             .map_err(|error| arrivals.failed(error))
     }
 }
+
+#[cfg(test)]
+mod tests;

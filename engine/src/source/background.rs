@@ -140,8 +140,7 @@ impl<'s> Streamer<'s> {
         } else if serving.memory.is_readable(run.region, run.offset, run.length) {
             self.push_content(run);
         } else {
-            tracing::error!(pages = %run.pages, "the source's memory cannot be read here");
-            self.push_frame(DataFrame::Unreadable(run.pages), None);
+            self.push_readable(run);
         }
         let mut pieces = Vec::with_capacity(2 * self.frames.len());
         for (header, content) in &self.frames {
@@ -159,6 +158,35 @@ impl<'s> Streamer<'s> {
             }
         }
         Ok(())
+    }
+
+    /// Frames for a run of which a part cannot be read.
+    fn push_readable(&mut self, run: &RegionRun) {
+        let serving = self.serving;
+        let part_of = |start: u64, count: u64| {
+            let pages = PageRange::new(PageNumber(run.pages.start.0 + start), count);
+            serving.layout.split(pages).next().expect("part of a run")
+        };
+        let is_readable_at = |page: u64| {
+            let part = part_of(page, 1);
+            serving.memory.is_readable(part.region, part.offset, part.length)
+        };
+        let mut start = 0;
+        while start < run.pages.count {
+            let is_readable = is_readable_at(start);
+            let mut end = start + 1;
+            while end < run.pages.count && is_readable_at(end) == is_readable {
+                end += 1;
+            }
+            let part = part_of(start, end - start);
+            if is_readable {
+                self.push_content(&part);
+            } else {
+                tracing::error!(pages = %part.pages, "the source's memory cannot be read here");
+                self.push_frame(DataFrame::Unreadable(part.pages), None);
+            }
+            start = end;
+        }
     }
 
     /// Frames for a run with content: pages that are zero by runs, the others by runs.
@@ -201,6 +229,7 @@ impl<'s> Streamer<'s> {
         }
         let counter = match frame {
             DataFrame::Content(..) => &serving.counters.background,
+            DataFrame::Unreadable(..) => &serving.counters.unreadable,
             _ => &serving.counters.zero,
         };
         let (DataFrame::Content(pages, _)

@@ -12,6 +12,7 @@ use crate::sys::words::LazyWords;
 use crate::threads::{self, ThreadRole};
 use crate::transport::{Accepted, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::words_for;
+use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
     Book, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
 };
@@ -79,6 +80,8 @@ pub(super) struct Driver {
     retired: Vec<(Channel, DataChannel)>,
     state: Option<Arc<Vec<StateSection>>>,
     attachments: u64,
+    /// What a destination refused for last.
+    refused: Option<Refusal>,
 }
 
 impl Driver {
@@ -109,6 +112,7 @@ impl Driver {
             retired: Vec::new(),
             state: None,
             attachments: 0,
+            refused: None,
         }
     }
 
@@ -216,12 +220,15 @@ impl Driver {
     fn greeted(&mut self, stream: Stream, theirs: &Hello) {
         if let Err(refusal) = self.session.greeted(theirs, self.link.now()) {
             refuse(&stream, refusal);
+            self.shared.set_away(true);
             self.link.redial_later();
             return;
         }
         let common = self.options.capabilities().common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
-        if let Err(error) = self.link.connected(stream, self.session.stamp(), checksums) {
+        let connected = self.link.connected(stream, self.session.stamp(), checksums);
+        self.shared.set_away(connected.is_err());
+        if let Err(error) = connected {
             tracing::warn!(%error, "a control connection cannot be used");
             self.session.disconnected();
         }
@@ -274,6 +281,7 @@ impl Driver {
                 Ok(()) => self.greeted(stream, &theirs),
                 Err(error) => {
                     tracing::info!(%error, "a destination went away while it was greeted");
+                    self.shared.set_away(true);
                     self.session.disconnected();
                 }
             },
@@ -316,7 +324,7 @@ impl Driver {
         }
     }
 
-    fn acknowledge(&mut self, runs: &[afterimage_protocol::layout::PageRange]) {
+    fn acknowledge(&mut self, runs: &[PageRange]) {
         for run in runs {
             self.shared.acknowledge(*run);
         }
@@ -519,6 +527,7 @@ impl Driver {
             self.link.send(&ControlFrame::Refuse(refusal));
         }
         self.link.disconnect();
+        self.shared.set_away(true);
         if let Some(serving) = self.serving.take() {
             serving.close();
         }
@@ -538,6 +547,9 @@ impl Driver {
         for () in self.link.round() {
             match self.link.receive() {
                 Ok(Some(frame)) => {
+                    if let ControlFrame::Refuse(refusal) = &frame {
+                        self.note_refusal(refusal);
+                    }
                     self.session.frame(frame, self.link.now());
                     self.act();
                 }
@@ -555,9 +567,25 @@ impl Driver {
         }
     }
 
+    /// The destination has every page. It says so even before the acks of the last ones.
+    fn acknowledge_all(&self) {
+        if let Some(book) = self.shared.book() {
+            book.acknowledge(PageRange::new(PageNumber(0), book.pages()));
+        }
+    }
+
+    /// A destination that refuses comes back and refuses again: it is told of once.
+    fn note_refusal(&mut self, refusal: &Refusal) {
+        if self.refused.as_ref() != Some(refusal) {
+            tracing::warn!(%refusal, "the destination refuses this source");
+            self.refused = Some(refusal.clone());
+        }
+    }
+
     fn tell(&mut self, said: Said) {
         let event = match said {
             Said::Attached(incarnation) => {
+                self.link.agreed();
                 self.attachments += 1;
                 if self.attachments > 1 {
                     self.shared.counters.recoveries.fetch_add(1, Ordering::Relaxed);
@@ -571,9 +599,7 @@ impl Driver {
             Said::Reclaimed => SourceEvent::Reclaimed,
             Said::ReclaimDenied => SourceEvent::ReclaimDenied,
             Said::Finished => {
-                // The destination has said so of every page; acknowledgements of its last
-                // ones may have been overtaken by that.
-                self.shared.acknowledge(self.session.served().all_pages());
+                self.acknowledge_all();
                 SourceEvent::Finished
             }
             Said::PersistFailed => SourceEvent::PersistFailed,

@@ -13,6 +13,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
 /// A piece of guest memory for a source.
@@ -27,6 +28,56 @@ struct FileRegion {
     file: File,
     offset: u64,
     map: MmapRaw,
+    /// The size of its huge pages, on hugetlbfs.
+    huge_page: Option<u64>,
+}
+
+impl FileRegion {
+    /// The next huge pages that hold anything but zeros. hugetlbfs does not tell its holes,
+    /// and touching one through a mapping takes a huge page from the pool, or fails where
+    /// there is none left. Reading it through the file does neither, and a page of zeros is
+    /// as good as a hole.
+    fn next_huge_data(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
+        let page = self.huge_page.unwrap_or(4096);
+        let mut start = from / page * page;
+        while start < end {
+            if self.holds_content(start, page.min(end - start))? {
+                let stop = (start + page).min(end);
+                return Ok(Some(Extent { start: start.max(from), end: stop }));
+            }
+            start += page;
+        }
+        Ok(None)
+    }
+
+    fn holds_content(&self, start: u64, length: u64) -> io::Result<bool> {
+        // A page with content mostly shows some at its beginning.
+        let mut buffer = vec![0; 64 << 10];
+        let mut at = 0;
+        while at < length {
+            let step = if at == 0 { 4096 } else { buffer.len() as u64 }.min(length - at);
+            let bytes = &mut buffer[..step as usize];
+            match self.file.read_exact_at(bytes, self.offset + start + at) {
+                Ok(()) if bytes.iter().all(|byte| *byte == 0) => at += step,
+                Ok(()) => return Ok(true),
+                // Cut off, or poisoned: whoever tests it finds that out.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(true),
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(true),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// hugetlbfs, as `statfs` names it.
+const HUGETLBFS: i64 = 0x9584_58f6;
+
+/// The size of a file's huge pages, if it has them.
+fn huge_page_of(file: &File) -> io::Result<Option<u64>> {
+    let system = nix::sys::statfs::fstatfs(file)?;
+    let is_huge = system.filesystem_type().0 as i64 == HUGETLBFS;
+    Ok(is_huge.then_some(system.block_size() as u64))
 }
 
 /// Why a file cannot be a source's memory.
@@ -111,7 +162,8 @@ impl SourceRegion {
         let local = LocalAddress(map.as_ptr() as u64);
         let region =
             Region::new(guest_address, length, PageSize::KIB_4, Backing::Shared).local_at(local);
-        Ok(Self { region, file: Some(FileRegion { file, offset, map }) })
+        let huge_page = huge_page_of(&file).map_err(wrap("ask for the memory file's kind"))?;
+        Ok(Self { region, file: Some(FileRegion { file, offset, map, huge_page }) })
     }
 }
 
@@ -188,14 +240,29 @@ impl SourceMemory {
     /// Whether bytes of a region can be read. Private memory always can; a file may have
     /// been cut short, and touching what is gone would be the end of the process.
     pub(crate) fn is_readable(&self, region: usize, offset: u64, length: u64) -> bool {
-        self.files[region].is_none() || is_readable(self.run(region, offset, length))
+        match &self.files[region] {
+            None => true,
+            Some(_) if self.cut(region, offset + length).is_some() => false,
+            Some(_) => is_readable(self.run(region, offset, length)),
+        }
+    }
+
+    /// Where the file of a region ends now, in bytes of the region, if that is before `end`:
+    /// what lies behind is lost, though it looks like a hole.
+    fn cut(&self, region: usize, end: u64) -> Option<u64> {
+        let file = self.files[region].as_ref()?;
+        let size = file.file.metadata().ok()?.len();
+        let here = size.saturating_sub(file.offset);
+        (here < end).then_some(here)
     }
 
     /// The next bytes of a region at or after `from`, before `end`, that are no hole; all of
-    /// them where holes cannot be told.
+    /// them where holes cannot be told. What was cut off a file is no hole: it is tested, and
+    /// found unreadable.
     pub(crate) fn next_data(&self, region: usize, from: u64, end: u64) -> Option<Extent> {
         let whole = Extent { start: from, end };
         let found = match (&self.files[region], &self.pagemap) {
+            (Some(file), _) if file.huge_page.is_some() => file.next_huge_data(from, end),
             (Some(file), _) => {
                 let base = file.offset;
                 holes::next_data(&file.file, base + from, base + end).map(|extent| {
@@ -210,10 +277,17 @@ impl SourceMemory {
             }
             (None, None) => return Some(whole),
         };
-        found.unwrap_or_else(|error| {
+        let found = found.unwrap_or_else(|error| {
             tracing::debug!(%error, "holes cannot be told");
             Some(whole)
-        })
+        });
+        match self.cut(region, end) {
+            // A page that was cut in two is lost too.
+            Some(cut) if found.is_none_or(|data| data.start >= cut) => {
+                Some(Extent { start: from.max(cut / 4096 * 4096), end })
+            }
+            _ => found,
+        }
     }
 
     /// Gives back the page tables of mapped files; what they hold stays.
@@ -221,5 +295,53 @@ impl SourceMemory {
         for file in self.files.iter().flatten() {
             crate::sys::mapping::drop_page_tables(&file.map);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::testing::{Area, Kind};
+
+    #[test]
+    fn holes_of_huge_pages_are_found_without_taking_pages_from_the_pool() {
+        const HUGE: u64 = 2 << 20;
+        let Some(area) = Area::new(Kind::Hugetlb, 4) else { return };
+        area.word(HUGE + (1 << 20)).store(1, std::sync::atomic::Ordering::Relaxed);
+        let file = area.file.as_ref().unwrap().try_clone().unwrap();
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        let before = blocks();
+        let same = file.try_clone().unwrap().into();
+        let region = SourceRegion::file(GuestAddress(0), same, 0, 4 * HUGE).unwrap();
+        let memory = SourceMemory::new(vec![region]).unwrap();
+        let data = Extent { start: HUGE, end: 2 * HUGE };
+        assert_eq!(memory.next_data(0, 0, 4 * HUGE), Some(data));
+        assert_eq!(memory.next_data(0, HUGE + 4096, 4 * HUGE).unwrap().end, 2 * HUGE);
+        assert_eq!(memory.next_data(0, 2 * HUGE, 4 * HUGE), None);
+        assert_eq!(blocks(), before, "reading took pages from the pool");
+    }
+
+    #[test]
+    fn what_is_cut_off_a_file_is_unreadable_and_no_hole() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        let offset = 4096;
+        file.set_len(offset + (1 << 20)).unwrap();
+        file.write_all_at(&[1; 8192], offset).unwrap();
+        let same = file.try_clone().unwrap().into();
+        let region = SourceRegion::file(GuestAddress(0), same, offset, 1 << 20).unwrap();
+        let memory = SourceMemory::new(vec![region]).unwrap();
+        let end = 1 << 20;
+        assert_eq!(memory.next_data(0, 0, end), Some(Extent { start: 0, end: 8192 }));
+        assert_eq!(memory.next_data(0, 8192, end), None, "a hole, and within the file");
+        assert!(memory.is_readable(0, 0, 8192));
+
+        file.set_len(offset + (512 << 10) + 5).unwrap();
+        assert_eq!(memory.next_data(0, 8192, 512 << 10), None, "still a hole");
+        let lost = Extent { start: 512 << 10, end };
+        assert_eq!(memory.next_data(0, 8192, end), Some(lost));
+        assert_eq!(memory.next_data(0, 600 << 10, end), Some(Extent { start: 600 << 10, end }));
+        assert!(memory.is_readable(0, 0, 8192));
+        assert!(!memory.is_readable(0, 512 << 10, 4096), "half of it is gone");
+        assert!(!memory.is_readable(0, 600 << 10, 4096));
     }
 }

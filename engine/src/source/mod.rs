@@ -25,7 +25,7 @@ pub use afterimage_protocol::wire::{Incarnation, SessionId};
 use driver::{Call, Driver, Input};
 use mio::Poll;
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -273,11 +273,21 @@ impl Endpoint {
 pub(crate) struct SourceShared {
     pub(crate) counters: Arc<SourceCounters>,
     book: Mutex<Option<Arc<Book<LazyWords>>>>,
+    /// Whether the last connection has gone, even if it never came as far as attaching.
+    is_away: AtomicBool,
 }
 
 impl SourceShared {
     fn book(&self) -> Option<Arc<Book<LazyWords>>> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_away(&self, is_away: bool) {
+        self.is_away.store(is_away, Ordering::Release);
+    }
+
+    fn is_away(&self) -> bool {
+        self.is_away.load(Ordering::Acquire)
     }
 
     fn set_book(&self, book: Arc<Book<LazyWords>>) {
@@ -300,6 +310,7 @@ impl SourceShared {
             pages_requested: of(&counters.requested),
             pages_background: of(&counters.background),
             pages_zero: of(&counters.zero),
+            pages_unreadable: of(&counters.unreadable),
             frames_stale: of(&counters.stale),
             recoveries: of(&counters.recoveries),
         }

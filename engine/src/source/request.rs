@@ -122,6 +122,7 @@ impl<'s> Responder<'s> {
             return self.send(DataFrame::Zero(pages), None);
         }
         if !memory.is_readable(run.region, run.offset, run.length) {
+            serving.counters.unreadable.fetch_add(1, Ordering::Relaxed);
             tracing::error!(page = page.0, "the source's memory cannot be read here");
             return self.send(DataFrame::Unreadable(pages), None);
         }

@@ -170,7 +170,9 @@ impl Template {
         if room.guests.len() >= room.most {
             // Those who have everything or have gone make room. One that comes back begins
             // anew, from its planes.
-            room.guests.retain(|_, guest| guest.presence == Presence::Connected);
+            room.guests.retain(|_, guest| {
+                guest.presence == Presence::Connected && !guest.shared.is_away()
+            });
         }
         if room.guests.len() >= room.most {
             let reason = format!("{} destinations are being served already", room.most);

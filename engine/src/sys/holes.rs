@@ -89,6 +89,11 @@ impl Pagemap {
         }
     }
 
+    /// Whether the kernel can scan.
+    pub(crate) fn try_scan(&self) -> io::Result<()> {
+        self.scan(0, 4096).map(drop)
+    }
+
     fn scan(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
         let mut found = PageRegion::default();
         let mut argument = ScanArgument {

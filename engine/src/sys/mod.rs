@@ -5,6 +5,7 @@
 
 pub(crate) mod fill;
 pub(crate) mod holes;
+pub(crate) mod machine;
 pub(crate) mod mapping;
 pub(crate) mod maps;
 pub(crate) mod socket;

@@ -122,32 +122,44 @@ fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, UffdError> {
 }
 
 fn open(scope: FaultScope) -> Result<OwnedFd, UffdError> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let flags = match scope {
-        FaultScope::KernelAndUser => flags,
-        FaultScope::UserOnly => flags | UFFD_USER_MODE_ONLY,
+    let error = match by_call(scope) {
+        Ok(fd) => return Ok(fd),
+        Err(error) => error,
     };
-    // SAFETY: the call takes flags only and touches no memory.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    if fd >= 0 {
-        // SAFETY: a fresh descriptor that nobody else owns.
-        return Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) });
-    }
-    let error = io::Error::last_os_error();
     match error.raw_os_error() {
-        Some(libc::EPERM) => open_device(flags).ok_or(UffdError::NotPermitted),
+        Some(libc::EPERM) => by_device(scope).map_err(|_| UffdError::NotPermitted),
         // A seccomp profile answers ENOSYS or EPERM; the device may still be there.
-        Some(libc::ENOSYS) => open_device(flags).ok_or(UffdError::Unavailable(error)),
+        Some(libc::ENOSYS) => by_device(scope).map_err(|_| UffdError::Unavailable(error)),
         _ => Err(UffdError::system("create a userfaultfd", error)),
     }
 }
 
-fn open_device(flags: i32) -> Option<OwnedFd> {
-    let device = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd").ok()?;
-    // SAFETY: the device's ioctl takes flags as an integer and touches no memory.
-    let fd = unsafe { new_from_device(device.as_raw_fd(), flags) }.ok()?;
+/// By the system call.
+pub(crate) fn by_call(scope: FaultScope) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes flags only and touches no memory.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags(scope)) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
     // SAFETY: a fresh descriptor that nobody else owns.
-    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// By `/dev/userfaultfd`, which the rights of a file guard.
+pub(crate) fn by_device(scope: FaultScope) -> io::Result<OwnedFd> {
+    let device = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd")?;
+    // SAFETY: the device's ioctl takes flags as an integer and touches no memory.
+    let fd = unsafe { new_from_device(device.as_raw_fd(), flags(scope)) }?;
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn flags(scope: FaultScope) -> i32 {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    match scope {
+        FaultScope::KernelAndUser => flags,
+        FaultScope::UserOnly => flags | UFFD_USER_MODE_ONLY,
+    }
 }
 
 fn describe(lacking: Features) -> UffdError {

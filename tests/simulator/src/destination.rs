@@ -86,6 +86,10 @@ impl DestinationHost {
         self.pieces().flat_map(|piece| &piece.won).any(|run| run.contains(page))
     }
 
+    pub(crate) fn one_being_received(&self) -> Option<PageNumber> {
+        self.pieces().flat_map(|piece| &piece.won).map(|run| run.start).next()
+    }
+
     pub(crate) fn pages_being_received(&self) -> usize {
         self.pieces().flat_map(|piece| &piece.won).map(|run| run.count as usize).sum()
     }

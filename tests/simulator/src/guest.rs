@@ -127,6 +127,9 @@ impl World {
     }
 
     fn discard(&mut self, page: PageNumber) {
+        // The most awkward page is one that is being written this moment.
+        let awkward = self.destination.one_being_received().filter(|_| self.random.chance(500));
+        let page = awkward.unwrap_or(page);
         let keeps = self.destination.memory.is_alias(page) && self.random.chance(400);
         self.note(|| format!("the guest discards page {page}, keeps what arrived: {keeps}"));
         let is_zero = if keeps {

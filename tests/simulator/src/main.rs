@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 /// How many seeds a mutant may need.
-const MUTANT_SEEDS: u64 = 500;
+const MUTANT_SEEDS: u64 = 1500;
 
 /// Runs both sides of sessions against a made-up network, memory and disk, from seeds, and
 /// checks the invariants after every step.

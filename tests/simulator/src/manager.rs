@@ -53,6 +53,11 @@ impl World {
     }
 
     pub(crate) fn resolve_persist(&mut self, side: Side) {
+        // A side says nothing while it records: a disk slower than the silence that the
+        // other bears is one that has to be healed too.
+        if !self.is_healed && !self.random.chance(self.plan.records_per_mille) {
+            return;
+        }
         let fails = !self.is_healed && self.plan.disks_fail && self.random.chance(150);
         let writes = !fails || self.random.chance(500);
         match side {
@@ -93,14 +98,16 @@ impl World {
 
     fn switch_over(&mut self) {
         let may = self.source.is_alive && self.source.pending.is_none() && self.is_migration();
-        if may && !self.source.was_frozen && (self.is_healed || self.random.chance(400)) {
+        if may && !self.source.gave_state && self.random.chance(400) {
+            self.source.gave_state = true;
             let frozen = self.with_source("freeze", |session, _| session.freeze());
             self.source.was_frozen |= frozen.is_ok();
         }
     }
 
     fn say_ready(&mut self) {
-        if self.destination.is_alive && self.destination.pending.is_none() {
+        let may = self.destination.is_alive && self.destination.pending.is_none();
+        if may && self.random.chance(self.plan.restores_per_mille) {
             let _ = self.with_destination("ready", |session, _| session.ready());
         }
     }
@@ -128,7 +135,9 @@ impl World {
         if !self.source.is_alive || self.source.pending.is_some() || !self.is_migration() {
             return;
         }
-        if self.plan.wants_guest_back && !self.is_healed && self.random.chance(250) {
+        let is_given = self.source.session.record().ownership == SourceOwnership::Given;
+        let wants_now = is_given || !self.plan.waits_until_given;
+        if self.plan.wants_guest_back && wants_now && !self.is_healed && self.random.chance(500) {
             let _ = self.with_source("reclaim", |session, _| session.reclaim());
             return;
         }
@@ -149,7 +158,7 @@ impl World {
         if !self.source.is_alive {
             self.restart_source();
         } else if !self.destination.is_alive {
-            let loses = !self.is_healed && self.plan.may_lose_memory && self.random.chance(400);
+            let loses = !self.is_healed && self.plan.may_lose_memory && self.random.chance(600);
             if loses {
                 self.replace_destination();
             } else {
@@ -161,7 +170,11 @@ impl World {
     /// Whatever can go wrong.
     pub(crate) fn break_something(&mut self) {
         if self.random.chance(self.plan.breaks_per_mille) {
-            let ids = self.network.ids();
+            let mut ids = self.network.ids();
+            let controls = self.source.control.into_iter().chain(self.destination.control);
+            if self.random.chance(400) {
+                ids = controls.collect();
+            }
             if let Some(&id) = self.random.pick(&ids) {
                 match self.random.below(4) {
                     0 => self.network.sever(id, false),

@@ -12,7 +12,7 @@ use afterimage_protocol::session::{
     SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Epoch, Hello, Incarnation, SessionId, SessionKind, Stamp,
+    Capabilities, Channel, ControlFrame, Epoch, Hello, Incarnation, SessionId, Stamp,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
@@ -32,6 +32,7 @@ pub(crate) struct SourceChannel {
     shadow: BTreeSet<PageNumber>,
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
 pub(crate) struct SourceHost {
     pub(crate) is_alive: bool,
     pub(crate) session: SourceSession,
@@ -41,6 +42,8 @@ pub(crate) struct SourceHost {
     pub(crate) memory: Vec<Option<u64>>,
     pub(crate) released: Vec<bool>,
     pub(crate) was_frozen: bool,
+    /// The VMM has given its state to this process.
+    pub(crate) gave_state: bool,
     pub(crate) book: Book<Box<[AtomicU64]>>,
     pub(crate) control: Option<usize>,
     /// A connection accepted, and its hello, until ours is on record.
@@ -89,6 +92,7 @@ impl SourceHost {
             memory: (0..plan.pages).map(|page| Some(content(page, random))).collect(),
             released: vec![false; plan.pages as usize],
             was_frozen: false,
+            gave_state: false,
             book: book(plan.pages),
             control: None,
             accepting: None,
@@ -387,9 +391,9 @@ impl World {
 
     fn serve(&mut self, channel: Channel, pages: PageRange) {
         for page in pages.iter() {
-            if self.source.released[page.0 as usize] {
-                self.violated("i2_kept", format!("page {page} is asked for, it was released"));
-            } else if self.source.book.take_urgent(page) {
+            // A request may be overtaken by the ack, and the ack be followed by the release:
+            // a late request for what has arrived is nothing to complain of.
+            if self.source.book.take_urgent(page) {
                 self.send_pages(channel, PageRange::one(page));
             }
         }
@@ -461,7 +465,8 @@ impl World {
         self.source.pending = None;
     }
 
-    /// Another process takes over with what is on the disk.
+    /// Another process takes over with what is on the disk. The VMM beside it has kept its
+    /// guest stopped, and gives its state again sooner or later.
     pub(crate) fn restart_source(&mut self) {
         let plan = self.plan;
         let record = self.source.disk;
@@ -470,11 +475,8 @@ impl World {
         self.source.book = book(plan.pages);
         self.source.known_memory = None;
         self.source.destination_runs = false;
+        self.source.gave_state = false;
         self.source.is_alive = true;
-        if plan.kind == SessionKind::Migration && self.source.was_frozen {
-            // The VMM beside it has kept its guest stopped, and its state.
-            let _ = self.with_source("freeze", |session, _| session.freeze());
-        }
     }
 
     /// The disk answers the source.

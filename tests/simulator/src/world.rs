@@ -41,6 +41,11 @@ pub(crate) struct Plan {
     pub(crate) sends_per_mille: u64,
     pub(crate) receives_per_mille: u64,
     pub(crate) discards_per_mille: u64,
+    /// How quickly disks answer and a VMM restores, in 1000 of the quickest.
+    pub(crate) records_per_mille: u64,
+    pub(crate) restores_per_mille: u64,
+    /// The guest is wanted back only once it was given.
+    pub(crate) waits_until_given: bool,
     /// How rough the network is, of 1000 steps.
     pub(crate) breaks_per_mille: u64,
     pub(crate) crashes_per_mille: u64,
@@ -52,6 +57,7 @@ impl Plan {
         let first_alias = 8 + random.below(24);
         let kind = if random.chance(250) { SessionKind::Snapshot } else { SessionKind::Migration };
         let is_migration = kind == SessionKind::Migration;
+        let most_crashes = if random.chance(250) { 30 } else { 10 };
         let releases = is_migration && random.chance(300);
         Self {
             kind,
@@ -62,13 +68,16 @@ impl Plan {
             releases,
             wants_guest_back: is_migration && random.chance(300),
             // Whoever loses memory that was released has lost the guest.
-            may_lose_memory: !releases && random.chance(300),
+            may_lose_memory: !releases && random.chance(400),
             disks_fail: random.chance(400),
             sends_per_mille: 20 + random.below(980),
             receives_per_mille: 50 + random.below(950),
             discards_per_mille: random.below(500),
+            records_per_mille: 50 + random.below(950),
+            restores_per_mille: 20 + random.below(980),
+            waits_until_given: random.chance(700),
             breaks_per_mille: random.below(30),
-            crashes_per_mille: random.below(12),
+            crashes_per_mille: random.below(most_crashes),
             chaos: 200 + random.below(1800),
         }
     }

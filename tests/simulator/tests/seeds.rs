@@ -43,11 +43,11 @@ caught! {
     a_release_before_the_ack_is_caught: ReleaseBeforeAck within 100;
     ownership_without_a_record_is_caught: OwnershipWithoutRecord within 100;
     a_missing_wake_is_caught: NoWakeOnGiveBack within 100;
-    half_a_page_left_behind_is_caught: ZeroWithoutEmptying within 400;
+    half_a_page_left_behind_is_caught: ZeroWithoutEmptying within 200;
     a_forgotten_requeue_is_caught: RequeueForgotten within 100;
-    a_discard_without_the_gate_is_caught: DiscardWithoutGate within 200;
-    other_memory_after_given_is_caught: NewIncarnationAfterGiven within 500;
+    a_discard_without_the_gate_is_caught: DiscardWithoutGate within 100;
+    other_memory_after_given_is_caught: NewIncarnationAfterGiven within 1500;
     serving_a_guest_that_runs_is_caught: ServeBeforeFrozen within 100;
-    forgotten_discards_are_caught: DiscardsForgotten within 400;
+    forgotten_discards_are_caught: DiscardsForgotten within 1500;
     planes_that_are_not_sent_are_caught: PlanesNotSent within 100;
 }

@@ -1,3 +1,5 @@
 //! Moves a running guest between two processes and verifies every page.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    afterimage_tools::demo::main()
+}

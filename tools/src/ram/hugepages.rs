@@ -73,6 +73,14 @@ impl HugePages {
         }
         Ok(reserved)
     }
+
+    /// How many huge pages are free and not promised to a mapping.
+    ///
+    /// # Errors
+    /// If the machine does not say.
+    pub fn available() -> Result<u64, HugePagesError> {
+        free()
+    }
 }
 
 impl Drop for HugePages {

@@ -15,6 +15,12 @@
 //! other (invariant I3): a source records `Given` before it says go, a destination records
 //! `Running` only after go, and `Refused` before a source takes the guest back.
 //!
+//! A destination also records, before it attaches, whose session its memory belongs to and
+//! in which epoch; a source, before each hello, its epoch, and that it has the guest back
+//! before the guest may run, even if it was never given. While a record is being written a
+//! session says nothing, not even heartbeats: the silence agreed on must be longer than the
+//! slowest write.
+//!
 //! [`Stamp::admits`]: crate::wire::Stamp::admits
 
 mod book;
@@ -95,11 +101,11 @@ pub enum DestinationOwnership {
 /// What a destination records durably.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DestinationRecord {
-    /// The session.
+    /// The session, [`SessionId::UNKNOWN`] until it has attached to one.
     pub session: SessionId,
     /// This memory.
     pub incarnation: Incarnation,
-    /// The newest epoch seen.
+    /// The newest epoch in which it has attached.
     pub epoch: Epoch,
     /// Who may run the guest.
     pub ownership: DestinationOwnership,

@@ -142,6 +142,9 @@ impl Claim<'_> {
             next = PageNumber(missing.start.0 + reached);
             match filled.stopped {
                 None => {}
+                Some(Stopped::EventPending) if pages.is_unread.load(Ordering::Acquire) => {
+                    return Err(InstallError::NoReader { page: next });
+                }
                 // Only the fault thread reads events. A timer rather than a wake-up: an
                 // event can be read between the refusal and our going to sleep.
                 Some(Stopped::EventPending) => std::thread::sleep(EVENT_WAIT),
@@ -168,8 +171,13 @@ impl Drop for Claim<'_> {
             let run = self.pages.run_of(won);
             if let Some(file) = self.pages.file_of(&run) {
                 // Half a page may have been written; it must not be found there later by
-                // whoever learns that the page is zero.
-                self.pages.give_back_file_pages(won, file);
+                // whoever learns that the page is zero. A page that was shown already (the
+                // thread panics) is the guest's.
+                let mut unshown = Vec::new();
+                self.pages.planes.incomplete_in(won, |run| unshown.push(run));
+                for pages in unshown {
+                    self.pages.give_back_file_pages(pages, file);
+                }
             } else {
                 self.pages.planes.give_back(won);
             }

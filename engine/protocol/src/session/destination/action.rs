@@ -72,8 +72,9 @@ pub enum DestinationEvent {
     Fenced,
     /// The source has ended the session before everything had arrived.
     Ended(Refusal),
-    /// Whoever answered has turned this side away. It keeps its faults and may connect
-    /// again; an operator looks whether the address is right and the source is alive.
+    /// The source's memory is another than this side's, or whoever answered has turned this
+    /// side away. It keeps its faults and may connect again; an operator looks whether the
+    /// address is right and the source is alive.
     TurnedAway(Refusal),
     /// Every page has arrived and the source knows it.
     Finished,

@@ -210,6 +210,10 @@ impl DestinationSession {
             pulse.heard(now);
         }
         if let Err(refusal) = self.take_frame(frame, now) {
+            if refusal.code == RefuseCode::Layout {
+                let event = DestinationEvent::TurnedAway(refusal.clone());
+                self.actions.push_back(DestinationAction::Event(event));
+            }
             self.lose_link(Some(refusal));
         }
     }

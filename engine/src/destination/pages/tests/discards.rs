@@ -229,3 +229,16 @@ fn pages_in_staging_are_not_copied_any_more() {
         guest.assert_books_balance();
     }
 }
+
+#[test]
+fn whoever_waits_for_a_page_that_is_discarded_is_woken() {
+    for (way, guest) in Guest::each_way(4) {
+        let waiting = guest.touch(1);
+        let faults = guest.faults();
+        assert_eq!(guest.pages.answer(faults[0]), FaultAnswer::Ask);
+        // The answer never comes.
+        guest.give_up(way, 0, 4);
+        assert_eq!(guest.answer_until(&waiting, 1), (0, 0), "{way:?} {:?}", guest.area.kind);
+        guest.assert_books_balance();
+    }
+}

@@ -1,0 +1,7 @@
+//! The page server as a process, with real destinations in this one.
+
+mod command;
+mod handoff;
+mod migration;
+mod snapshot;
+mod support;

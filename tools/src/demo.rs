@@ -1,0 +1,41 @@
+//! The demo: a running guest moves between two processes, and every page is verified.
+//!
+//! One program in three roles. [`parent`] asks the machine what it has, starts the other
+//! two from the same executable, watches them, and reports; [`source`] has the guest and
+//! gives it away; [`destination`] gets it. They talk by lines of JSON ([`messages`]). The
+//! engine does the moving; the demo is what a VMM would do around it.
+//!
+//! Invariant: nobody waits without a limit, the other two end with the parent, and success
+//! is only said where every page has been verified.
+
+mod destination;
+mod error;
+mod machine;
+mod messages;
+mod options;
+mod parent;
+mod progress;
+mod report;
+mod source;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use options::{Options, Role};
+
+/// The whole program: reads the command line, does what it says, returns the exit status.
+#[must_use]
+pub fn main() -> ExitCode {
+    let options = Options::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let status = match options.role {
+        Some(Role::Source) => messages::run_role(source::run),
+        Some(Role::Destination) => messages::run_role(destination::run),
+        None if options.probe => machine::probe(options.json),
+        None => parent::run(&options),
+    };
+    ExitCode::from(status as u8)
+}

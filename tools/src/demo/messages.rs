@@ -1,0 +1,263 @@
+//! What the parent and the two roles say to each other: a line of JSON each, commands on
+//! the role's standard input, messages on its standard output.
+//!
+//! Invariant: a role that cannot go on says why in its last message, and ends with its
+//! parent.
+
+use std::io::{self, BufRead, Write};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use serde::{Deserialize, Serialize};
+
+use super::error::{DemoError, Status};
+use super::options::Transport;
+use crate::guest::{GuestKind, Workload};
+use crate::ram::Backing;
+
+/// All that a role must know; the first line that it gets.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Setup {
+    /// The parent, with which the role ends.
+    pub(super) parent: i32,
+    pub(super) memory_bytes: u64,
+    pub(super) vcpus: u32,
+    pub(super) workload: Workload,
+    pub(super) backing: Backing,
+    pub(super) guest: GuestKind,
+    /// Whether the right to a full userfaultfd is missing.
+    pub(super) user_faults_only: bool,
+    pub(super) transport: Transport,
+    pub(super) streams: u16,
+    pub(super) checksums: bool,
+    pub(super) worked_fraction: f64,
+    pub(super) zero_fraction: f64,
+    /// Where the source listens.
+    pub(super) listen: String,
+    /// How long any one step may take.
+    pub(super) limit: Duration,
+    pub(super) corrupt_one_byte: bool,
+}
+
+/// What the parent says after that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Command {
+    /// To the destination: the source listens here.
+    Connect(String),
+    /// To the destination: the source's process has ended.
+    SourceExited,
+}
+
+/// What a role says. Times are those of `CLOCK_MONOTONIC`, in microseconds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Message {
+    /// What is being done now.
+    Step(Step),
+    /// The source listens here, and its guest runs.
+    Listening(String),
+    /// The source has stopped its guest and sent its state.
+    Stopped(Stopped),
+    /// The source has served everything.
+    Served { sha256: String },
+    /// The guest runs at the destination.
+    Running { at_us: u64 },
+    /// How far the destination is.
+    Progress(Progress),
+    /// Every page is at the destination.
+    AllArrived { at_us: u64 },
+    /// The destination has stopped its guest and looked at every page.
+    Done(Box<Done>),
+    /// The role cannot go on.
+    Failed(DemoError),
+}
+
+/// What takes a while in a role.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Step {
+    FillsMemory,
+    VerifiesMemory,
+}
+
+impl Step {
+    /// In words.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::FillsMemory => "the source fills guest memory",
+            Self::VerifiesMemory => "the destination verifies every page",
+        }
+    }
+}
+
+/// The guest at the source, when it was stopped.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Stopped {
+    /// When its vCPUs were told to stop.
+    pub(super) at_us: u64,
+    pub(super) rounds: u64,
+    pub(super) state_bytes: u64,
+}
+
+/// How far the destination is.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Progress {
+    pub(super) at_us: u64,
+    pub(super) operations: u64,
+    pub(super) pages_total: u64,
+    pub(super) pages_requested: u64,
+    pub(super) pages_background: u64,
+    pub(super) pages_zero: u64,
+    pub(super) faults: u64,
+    pub(super) p50_us: f64,
+    pub(super) p99_us: f64,
+}
+
+/// The end of the story, as the destination has it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Done {
+    /// What verification said, or what was wrong.
+    pub(super) verified: Result<String, String>,
+    pub(super) sha256: String,
+    pub(super) page_bytes: u64,
+    pub(super) stats: Stats,
+    pub(super) rounds: u64,
+    pub(super) operations_at_source_exit: u64,
+    pub(super) operations: u64,
+    pub(super) stopped_at_us: u64,
+}
+
+/// The engine's statistics.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Stats {
+    pub(super) pages_total: u64,
+    pub(super) pages_requested: u64,
+    pub(super) pages_background: u64,
+    pub(super) pages_zero: u64,
+    pub(super) pages_duplicate: u64,
+    pub(super) bytes_received: u64,
+    pub(super) recoveries: u64,
+    /// When the first page was in place.
+    pub(super) first_page_at_us: Option<u64>,
+    pub(super) stall_us: f64,
+    pub(super) latency: Latency,
+}
+
+/// Fault latencies in microseconds.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Latency {
+    pub(super) count: u64,
+    pub(super) mean: f64,
+    pub(super) p50: f64,
+    pub(super) p99: f64,
+    pub(super) p999: f64,
+    pub(super) max: f64,
+    pub(super) buckets: Vec<u64>,
+}
+
+/// A role's end of the lines.
+#[derive(Debug)]
+pub(super) struct Line {
+    commands: Receiver<Command>,
+    output: Mutex<io::Stdout>,
+}
+
+impl Line {
+    /// Says something to the parent. If it is gone, so will this process be at once.
+    pub(super) fn say(&self, message: &Message) {
+        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = write_line(&mut *output, message) {
+            tracing::error!(%error, "the parent cannot be told anything any more");
+        }
+    }
+
+    /// Waits for the parent's next command.
+    pub(super) fn command(&self, limit: Duration) -> Result<Command, DemoError> {
+        self.commands.recv_timeout(limit).map_err(|error| {
+            DemoError::Failed(match error {
+                RecvTimeoutError::Timeout => {
+                    format!("the parent said nothing for {} s", limit.as_secs())
+                }
+                RecvTimeoutError::Disconnected => "the parent has gone".to_owned(),
+            })
+        })
+    }
+}
+
+/// Plays a role to its end.
+pub(super) fn run_role(role: impl FnOnce(&Line, &Setup) -> Result<(), DemoError>) -> Status {
+    let (sender, commands) = crossbeam_channel::unbounded();
+    let line = Line { commands, output: Mutex::new(io::stdout()) };
+    let setup = match start_role() {
+        Ok(setup) => setup,
+        // There may be no parent to tell.
+        Err(error) => {
+            eprintln!("demo: {error}");
+            return error.status();
+        }
+    };
+    thread::spawn(move || {
+        for command in io::stdin().lines().map_while(Result::ok) {
+            let Ok(command) = serde_json::from_str(&command) else { break };
+            if sender.send(command).is_err() {
+                break;
+            }
+        }
+    });
+    match role(&line, &setup) {
+        Ok(()) => Status::Verified,
+        Err(error) => {
+            let status = error.status();
+            line.say(&Message::Failed(error));
+            status
+        }
+    }
+}
+
+/// Reads the setup, and arranges for the end of this process with that of its parent.
+fn start_role() -> Result<Setup, DemoError> {
+    let mut first = String::new();
+    io::stdin()
+        .lock()
+        .read_line(&mut first)
+        .map_err(|error| DemoError::failed("cannot read from the parent", &error))?;
+    let setup: Setup = serde_json::from_str(&first).map_err(|error| {
+        DemoError::failed("--role is for processes that the demo starts itself", &error)
+    })?;
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
+        .map_err(|error| DemoError::failed("cannot be tied to the parent", &error))?;
+    // A parent that ended before that will send no signal.
+    if nix::unistd::getppid().as_raw() != setup.parent {
+        return Err(DemoError::Failed("the parent has gone".to_owned()));
+    }
+    Ok(setup)
+}
+
+/// Writes one line, at once.
+pub(super) fn write_line(output: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
+    let mut text = serde_json::to_string(what).map_err(io::Error::other)?;
+    text.push('\n');
+    output.write_all(text.as_bytes())?;
+    output.flush()
+}
+
+/// `CLOCK_MONOTONIC` in microseconds: the same for all processes of a machine.
+pub(super) fn now_us() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` lives through the call, which cannot fail for this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000
+}
+
+/// A duration as fractional microseconds.
+pub(super) fn micros(duration: Duration) -> f64 {
+    duration.as_nanos() as f64 / 1000.0
+}
+
+/// A limit as an instant.
+pub(super) fn deadline(limit: Duration) -> Instant {
+    Instant::now() + limit
+}

@@ -1,0 +1,185 @@
+//! The command line.
+
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::guest::{MAX_VCPUS, Workload};
+use crate::ram::{Backing, HUGE_PAGE_BYTES};
+use crate::size::Size;
+
+const EXAMPLES: &str = "\
+Examples:
+  demo                                    1 GiB, on KVM where there is KVM
+  demo --memory 4G --vcpus 4 --streams 4  more of everything
+  demo --workload random --backing memfd  another guest, other memory
+  demo --guest threads --transport unix   plain threads, over a Unix socket
+  demo --json | jq .blackout_us           one object, described in docs/report.md
+  demo --probe                            what this machine has for it
+
+Exit status:
+  0  the guest moved and every page was verified
+  1  the guest moved, but its memory is not what it should be
+  2  the command line cannot be understood
+  3  the machine lacks something (KVM, a right, memory); nothing was moved
+  4  the move failed or took too long";
+
+/// Moves a running guest between two processes of this machine, in postcopy: its vCPUs
+/// first, its memory while it runs. Then verifies every page.
+#[derive(Clone, Debug, Parser)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
+#[command(name = "demo", version, after_help = EXAMPLES, max_term_width = 100)]
+pub(super) struct Options {
+    /// Guest memory, a multiple of 2M; the machine needs it twice
+    #[arg(long, short, default_value = "1G", value_name = "SIZE", value_parser = memory)]
+    pub(super) memory: Size,
+
+    /// Virtual CPUs, 1 to 8
+    #[arg(long, default_value_t = 2, value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_VCPUS)))]
+    pub(super) vcpus: u32,
+
+    /// What the guest does
+    #[arg(long, value_enum, default_value_t = Workload::Pattern)]
+    pub(super) workload: Workload,
+
+    /// What guest memory is made of, on both sides
+    #[arg(long, value_enum, default_value_t = Backing::Anonymous)]
+    pub(super) backing: Backing,
+
+    /// What runs the guest
+    #[arg(long, value_enum, default_value_t = GuestChoice::Auto)]
+    pub(super) guest: GuestChoice,
+
+    /// How the two processes are connected
+    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
+    pub(super) transport: Transport,
+
+    /// Background streams, 1 to 16
+    #[arg(long, default_value_t = 1, value_name = "N",
+        value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(super) streams: u16,
+
+    /// Check a CRC-32C of every frame
+    #[arg(long)]
+    pub(super) checksums: bool,
+
+    /// Part of the memory that the guest works in, 0 to 1
+    #[arg(long, default_value_t = 0.5, value_name = "PART", value_parser = fraction)]
+    pub(super) worked_fraction: f64,
+
+    /// Part of the rest that is zero, 0 to 1
+    #[arg(long, default_value_t = 0.25, value_name = "PART", value_parser = fraction)]
+    pub(super) zero_fraction: f64,
+
+    /// How long any one step may take before the demo gives up; grows with the memory by
+    /// default
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: Option<u64>,
+
+    /// One JSON object on standard output instead of the report
+    #[arg(long)]
+    pub(super) json: bool,
+
+    /// Say what the machine has for the demo, and move nothing
+    #[arg(long)]
+    pub(super) probe: bool,
+
+    /// For the tests: the destination changes one byte before it verifies
+    #[arg(long, hide = true)]
+    pub(super) corrupt_one_byte: bool,
+
+    /// Which part this process plays; the parent says it
+    #[arg(long, hide = true)]
+    pub(super) role: Option<Role>,
+}
+
+impl Options {
+    /// How long any one step may take.
+    pub(super) fn limit(&self) -> Duration {
+        let by_memory = 60 + (self.memory.0 >> 26);
+        Duration::from_secs(self.timeout.unwrap_or(by_memory))
+    }
+}
+
+/// What the user wants the guest to run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum GuestChoice {
+    /// KVM where it can be had, else threads
+    Auto,
+    /// A small virtual machine on KVM
+    Kvm,
+    /// Plain threads of the process
+    Threads,
+}
+
+/// How the processes are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Transport {
+    /// TCP on the loopback interface
+    Tcp,
+    /// A Unix socket
+    Unix,
+}
+
+/// The part that a process plays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Role {
+    /// Has the guest and gives it away.
+    Source,
+    /// Gets it.
+    Destination,
+}
+
+impl Role {
+    /// As it is written, on the command line and in reports.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+fn memory(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error: crate::size::SizeError| error.to_string())?;
+    if !(4 << 20..=256 << 30).contains(&size.0) || !size.0.is_multiple_of(HUGE_PAGE_BYTES) {
+        return Err(format!("{} bytes: must be a multiple of 2M, from 4M to 256G", size.0));
+    }
+    Ok(size)
+}
+
+fn fraction(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "must be a number, as 0.25".to_owned())?;
+    if (0.0..=1.0).contains(&value) { Ok(value) } else { Err("must be 0 to 1".to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn bad_values_say_what_would_be_good() {
+        for (arguments, hint) in [
+            (["--memory", "4X"], "as 512M or 4G"),
+            (["--memory", "3M"], "a multiple of 2M, from 4M to 256G"),
+            (["--vcpus", "9"], "1..=8"),
+            (["--streams", "0"], "1..=16"),
+            (["--zero-fraction", "2"], "must be 0 to 1"),
+        ] {
+            let command = std::iter::once("demo").chain(arguments);
+            let error = Options::try_parse_from(command).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(hint), "{error}");
+        }
+    }
+}

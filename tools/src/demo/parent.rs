@@ -1,0 +1,294 @@
+//! The parent: starts both sides, watches them, and tells the story.
+//!
+//! Invariant: when it returns, both processes have ended and been waited for.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use tempfile::TempDir;
+
+use super::error::{DemoError, Status};
+use super::machine::{self, Choice};
+use super::messages::{Command, Message, Setup, deadline, now_us, write_line};
+use super::options::{Options, Role, Transport};
+use super::progress::Bars;
+use super::report::{Failure, Report, RoleProcess, SCHEMA_VERSION, Story};
+
+/// How much longer than a role the parent waits: the role knows better what is wrong.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Moves a guest as the options say, and reports.
+pub(super) fn run(options: &Options) -> Status {
+    let report = match move_guest(options) {
+        Ok(report) => report,
+        Err(error) => return fail(options, &error),
+    };
+    let text = if options.json { json(&report) } else { report.to_string() };
+    // If nobody listens, the status still says how it went.
+    let _ = io::stdout().write_all(text.as_bytes());
+    if report.verified {
+        return Status::Verified;
+    }
+    eprintln!("demo: the memory at the destination is wrong: {}", report.verification());
+    Status::Wrong
+}
+
+fn fail(options: &Options, error: &DemoError) -> Status {
+    let status = error.status();
+    eprintln!("demo: {error}");
+    if options.json {
+        let failure = Failure {
+            schema_version: SCHEMA_VERSION,
+            verified: false,
+            exit_status: status as u8,
+            error: error.to_string(),
+        };
+        let _ = io::stdout().write_all(json(&failure).as_bytes());
+    }
+    status
+}
+
+fn json(what: &impl serde::Serialize) -> String {
+    // Numbers, strings and lists of them: this cannot fail.
+    serde_json::to_string(what).expect("plain data serialises") + "\n"
+}
+
+fn move_guest(options: &Options) -> Result<Report, DemoError> {
+    let choice = machine::choose(options.guest)?;
+    machine::check_memory(options)?;
+    if let Some(note) = &choice.note {
+        eprintln!("demo: {note}");
+    }
+    // Holds the socket, and goes with all that is in it.
+    let directory = (options.transport == Transport::Unix)
+        .then(|| {
+            let failed =
+                |error| DemoError::failed("cannot make a directory for the socket", &error);
+            tempfile::Builder::new().prefix("afterimage-demo-").tempdir().map_err(failed)
+        })
+        .transpose()?;
+    let setup = setup(options, &choice, directory.as_ref());
+    let mut bars = Bars::new(options.backing.page_bytes());
+    let story = Watch::start(&setup).and_then(|watch| watch.until_the_end(&mut bars));
+    bars.clear();
+    Report::of(&setup, story?)
+}
+
+fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Setup {
+    Setup {
+        parent: std::process::id() as i32,
+        memory_bytes: options.memory.0,
+        vcpus: options.vcpus,
+        workload: options.workload,
+        backing: options.backing,
+        guest: choice.kind,
+        user_faults_only: choice.user_faults_only,
+        transport: options.transport,
+        streams: options.streams,
+        checksums: options.checksums,
+        worked_fraction: options.worked_fraction,
+        zero_fraction: options.zero_fraction,
+        listen: directory.map_or_else(
+            || "tcp:127.0.0.1:0".to_owned(),
+            |directory| format!("unix:{}", directory.path().join("source").display()),
+        ),
+        limit: options.limit(),
+        corrupt_one_byte: options.corrupt_one_byte,
+    }
+}
+
+/// A process that plays a role. Dropped, it ends.
+struct Process {
+    role: Role,
+    child: Child,
+    /// Closed when the process has nothing more to hear.
+    commands: Option<ChildStdin>,
+}
+
+/// What a process has said, or that it will say nothing more.
+type Said = (Role, Option<Result<Message, serde_json::Error>>);
+
+impl Process {
+    fn start(role: Role, setup: &Setup, said: Sender<Said>) -> Result<Self, DemoError> {
+        let failed =
+            |error| DemoError::failed(&format!("cannot start the {}", role.name()), &error);
+        let program = std::env::current_exe().map_err(failed)?;
+        let mut child = std::process::Command::new(program)
+            .args(["--role", role.name()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        let commands = child.stdin.take();
+        let output = child.stdout.take();
+        let mut process = Self { role, child, commands };
+        process.tell(setup)?;
+        let output = output.ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
+        thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if said.send((role, Some(serde_json::from_str(&line)))).is_err() {
+                    return;
+                }
+            }
+            // If the parent has stopped listening, it has ended the process as well.
+            let _ = said.send((role, None));
+        });
+        Ok(process)
+    }
+
+    /// Says something to the process.
+    fn tell(&mut self, what: &impl serde::Serialize) -> Result<(), DemoError> {
+        let commands = self.commands.as_mut().ok_or(io::ErrorKind::BrokenPipe);
+        commands.map_err(io::Error::from).and_then(|commands| write_line(commands, what)).map_err(
+            |error| DemoError::failed(&format!("the {} does not listen", self.role.name()), &error),
+        )
+    }
+
+    /// Collects a process whose output has ended, which the kernel is taking apart.
+    fn collect(&mut self) -> Result<ExitStatus, DemoError> {
+        self.child.wait().map_err(|error| DemoError::failed("cannot wait for a process", &error))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself; then there is nothing to kill.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Both sides, and what they have said so far.
+struct Watch {
+    source: Process,
+    destination: Process,
+    said: Receiver<Said>,
+    story: Story,
+    limit: Duration,
+    step: &'static str,
+}
+
+impl Watch {
+    fn start(setup: &Setup) -> Result<Self, DemoError> {
+        let (sender, said) = crossbeam_channel::unbounded();
+        let source = Process::start(Role::Source, setup, sender.clone())?;
+        let destination = Process::start(Role::Destination, setup, sender)?;
+        let roles = [&source, &destination]
+            .map(|process| RoleProcess { role: process.role.name(), pid: process.child.id() });
+        Ok(Self {
+            source,
+            destination,
+            said,
+            story: Story { roles: roles.to_vec(), ..Story::default() },
+            limit: setup.limit + PATIENCE,
+            step: "both processes start",
+        })
+    }
+
+    /// Listens until the destination has verified and both have ended.
+    fn until_the_end(mut self, bars: &mut Bars) -> Result<Story, DemoError> {
+        let mut until = deadline(self.limit);
+        let mut pages = 0;
+        bars.step(self.step);
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let (role, said) = self.said.recv_timeout(left).map_err(|error| self.silence(error))?;
+            let message = match said {
+                None => {
+                    if self.ended(role)? {
+                        return Ok(self.story);
+                    }
+                    continue;
+                }
+                Some(message) => message.map_err(|error| {
+                    DemoError::failed(&format!("the {} babbles", role.name()), &error)
+                })?,
+            };
+            if let Message::Progress(progress) = message {
+                bars.show(progress);
+                let complete =
+                    progress.pages_requested + progress.pages_background + progress.pages_zero;
+                if complete == pages {
+                    continue;
+                }
+                pages = complete;
+            } else {
+                self.take(role, message)?;
+                bars.step(self.step);
+            }
+            until = deadline(self.limit);
+        }
+    }
+
+    fn take(&mut self, role: Role, message: Message) -> Result<(), DemoError> {
+        match message {
+            Message::Step(step) => self.step = step.name(),
+            Message::Listening(address) => {
+                self.destination.tell(&Command::Connect(address.clone()))?;
+                self.story.address = Some(address);
+                self.step = "the guest runs at the source";
+            }
+            Message::Stopped(stopped) => {
+                self.story.stopped = Some(stopped);
+                if self.story.running_at_us.is_none() {
+                    self.step = "the vCPUs move";
+                }
+            }
+            Message::Running { at_us } => {
+                self.story.running_at_us = Some(at_us);
+                self.step = "the guest runs at the destination, and its memory follows";
+            }
+            Message::AllArrived { at_us } => {
+                self.story.all_arrived_at_us = Some(at_us);
+                self.step = "every page is there; the source's process ends";
+            }
+            Message::Served { sha256 } => self.story.sha256_source = Some(sha256),
+            Message::Done(done) => self.story.done = Some(*done),
+            Message::Failed(error) => return Err(error.of(&format!("at the {}", role.name()))),
+            // Shown, and nothing to remember.
+            Message::Progress(_) => {}
+        }
+        Ok(())
+    }
+
+    /// A process has ended. `true` if that was the last thing to wait for.
+    fn ended(&mut self, role: Role) -> Result<bool, DemoError> {
+        let (process, is_done) = match role {
+            Role::Source => (&mut self.source, self.story.sha256_source.is_some()),
+            Role::Destination => (&mut self.destination, self.story.done.is_some()),
+        };
+        let pid = process.child.id();
+        let status = process.collect()?;
+        if !is_done || !status.success() {
+            return Err(DemoError::Failed(format!(
+                "the {} (process {pid}) ended too early, by {status}, while {}",
+                role.name(),
+                self.step
+            )));
+        }
+        if role == Role::Destination {
+            return Ok(self.story.source_exit_at_us.is_some());
+        }
+        self.story.source_exit_at_us = Some(now_us());
+        self.destination.tell(&Command::SourceExited)?;
+        self.step = "the guest runs on, without the source";
+        Ok(false)
+    }
+
+    fn silence(&self, error: RecvTimeoutError) -> DemoError {
+        DemoError::Failed(match error {
+            RecvTimeoutError::Timeout => format!(
+                "nothing happened for {} s while {}; give more time with --timeout, or see more \
+                 with RUST_LOG=debug",
+                self.limit.as_secs(),
+                self.step
+            ),
+            RecvTimeoutError::Disconnected => {
+                format!("both processes ended while {}", self.step)
+            }
+        })
+    }
+}

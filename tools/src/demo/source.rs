@@ -1,0 +1,158 @@
+//! The source's process: it has a running guest, and gives it away.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use afterimage::{
+    Checksums, Endpoint, Events, Listener, NoEvent, Plaintext, Source, SourceEvent, SourceOptions,
+};
+
+use super::error::DemoError;
+use super::messages::{Line, Message, Setup, Step, Stopped, deadline, now_us};
+use super::report::hex;
+use crate::guest::{Guest, GuestKind, GuestSpec, ThreadsGuest, digest, init_ram};
+use crate::microvm::KvmGuest;
+use crate::migrate;
+use crate::ram::GuestRam;
+
+/// Plays the source.
+pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
+    let ram = allocate(setup)?;
+    let spec = spec(&ram, setup)?;
+    line.say(&Message::Step(Step::FillsMemory));
+    init_ram(&ram, &spec);
+    let mut guest = build(setup, &ram, &spec)?;
+    guest.start().map_err(|error| DemoError::failed("cannot start the guest", &error))?;
+    let (source, events) = serve(setup, &ram, line)?;
+    run_for_a_while(&mut *guest, setup.limit)?;
+    wait_for(&events, setup.limit, "a destination connects", |event| {
+        matches!(event, SourceEvent::Attached(_))
+    })?;
+
+    let at_us = now_us();
+    let state =
+        guest.stop().map_err(|error| DemoError::failed("the guest did not stop", &error))?;
+    let sections = migrate::state_sections(&state);
+    let state_bytes = sections.iter().map(|section| section.bytes.len() as u64).sum();
+    source
+        .switch_over(sections)
+        .map_err(|error| DemoError::failed("cannot switch over", &error))?;
+    // What follows does not lengthen the blackout.
+    line.say(&Message::Stopped(Stopped { at_us, rounds: guest.rounds(), state_bytes }));
+    if let Some(failure) = guest.failure() {
+        return Err(DemoError::Failed(format!("the guest failed before it moved: {failure}")));
+    }
+    wait_for(&events, setup.limit, "the destination has everything", |event| {
+        *event == SourceEvent::Finished
+    })?;
+    // Only now: to read holes fills them, and the destination needed the processor.
+    let untouched = spec.worked_pages()..spec.geometry().pages;
+    line.say(&Message::Served { sha256: hex(&digest(&ram, &spec, untouched)) });
+    Ok(())
+}
+
+/// Guest memory as the setup wants it.
+pub(super) fn allocate(setup: &Setup) -> Result<Arc<GuestRam>, DemoError> {
+    GuestRam::allocate(setup.memory_bytes, setup.backing)
+        .map(Arc::new)
+        .map_err(|error| DemoError::lacking("no guest memory", &error))
+}
+
+/// What the guest does.
+fn spec(ram: &GuestRam, setup: &Setup) -> Result<GuestSpec, DemoError> {
+    Ok(GuestSpec::new(ram, setup.workload, setup.vcpus)
+        .map_err(|error| DemoError::failed("no such guest", &error))?
+        .with_worked_fraction(setup.worked_fraction)
+        .with_zero_fraction(setup.zero_fraction))
+}
+
+fn build(
+    setup: &Setup,
+    ram: &Arc<GuestRam>,
+    spec: &GuestSpec,
+) -> Result<Box<dyn Guest>, DemoError> {
+    let built: Result<Box<dyn Guest>, _> = match setup.guest {
+        GuestKind::Kvm => {
+            KvmGuest::new(ram.clone(), spec.clone()).map(|guest| Box::new(guest) as Box<_>)
+        }
+        GuestKind::Threads => {
+            ThreadsGuest::new(ram.clone(), spec.clone()).map(|guest| Box::new(guest) as Box<_>)
+        }
+    };
+    built.map_err(|error| DemoError::failed("cannot build the guest", &error))
+}
+
+/// Starts the engine, and says where it listens.
+fn serve(
+    setup: &Setup,
+    ram: &Arc<GuestRam>,
+    line: &Line,
+) -> Result<(Source, Events<SourceEvent>), DemoError> {
+    // SAFETY: `run` keeps the RAM until after the source has been dropped, and stops the
+    // guest, the only writer, before it switches over.
+    let memory = unsafe { migrate::source_memory(ram) }
+        .map_err(|error| DemoError::failed("cannot serve guest memory", &error))?;
+    let address =
+        setup.listen.parse().map_err(|error| DemoError::failed("cannot listen", &error))?;
+    let listener = Listener::bind(&address, Plaintext::LoopbackOnly)
+        .map_err(|error| DemoError::failed(&format!("cannot listen at {address}"), &error))?;
+    let address = listener.address().to_string();
+    let mut options = SourceOptions::default();
+    options.streams = setup.streams;
+    options.checksums = checksums(setup);
+    let started = Source::start(Arc::new(memory), Endpoint::Listen(listener), options)
+        .map_err(|error| DemoError::failed("cannot start the source", &error))?;
+    line.say(&Message::Listening(address));
+    Ok(started)
+}
+
+/// Whether frames carry checksums.
+pub(super) fn checksums(setup: &Setup) -> Checksums {
+    if setup.checksums { Checksums::On } else { Checksums::Off }
+}
+
+/// Lets the guest go round once and a half, so that it is stopped in the midst of its work.
+fn run_for_a_while(guest: &mut dyn Guest, limit: Duration) -> Result<(), DemoError> {
+    let round = guest.spec().worked_pages() * u64::from(guest.spec().vcpus());
+    let target = round + round / 2;
+    if guest.wait_for_operations(target, limit) {
+        return Ok(());
+    }
+    Err(DemoError::Failed(guest.failure().map_or_else(
+        || format!("the guest did less than {target} operations in {} s", limit.as_secs()),
+        |failure| format!("the guest failed before it moved: {failure}"),
+    )))
+}
+
+/// Takes events until one is the awaited; an end of the migration is an error.
+fn wait_for(
+    events: &Events<SourceEvent>,
+    limit: Duration,
+    what: &str,
+    is_awaited: impl Fn(&SourceEvent) -> bool,
+) -> Result<(), DemoError> {
+    let deadline = deadline(limit);
+    loop {
+        match events.next_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(event) if is_awaited(&event) => return Ok(()),
+            Ok(
+                event @ (SourceEvent::Reclaimed
+                | SourceEvent::ReclaimDenied
+                | SourceEvent::PersistFailed),
+            ) => {
+                let what = format!("while waiting until {what}, the engine said {event:?}");
+                return Err(DemoError::Failed(what));
+            }
+            Ok(event) => tracing::info!(?event, "source"),
+            Err(NoEvent::NotInTime) => {
+                let seconds = limit.as_secs();
+                return Err(DemoError::Failed(format!("waited {seconds} s until {what}")));
+            }
+            Err(NoEvent::Ended) => {
+                return Err(DemoError::Failed(format!(
+                    "the engine ended before it happened that {what}"
+                )));
+            }
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Serving one destination until it has everything.
+
+use afterimage::{Events, Source, SourceEvent};
+
+use super::failure::Failure;
+use super::progress::Progress;
+use super::report::{Counts, Journal, Outcome, Report};
+use super::wait::Waiter;
+
+/// Where the guest came from, and so what stopping early would lose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// Files, which stay.
+    Files,
+    /// A VMM that has exited: this process has the only copy.
+    HandedOver,
+}
+
+pub(super) struct Migration {
+    pub(super) source: Source,
+    pub(super) events: Events<SourceEvent>,
+    pub(super) waiter: Waiter,
+    pub(super) progress: Progress,
+    pub(super) journal: Journal,
+    pub(super) origin: Origin,
+}
+
+impl Migration {
+    pub(super) fn run(mut self) -> Result<Report, Failure> {
+        self.waiter.watch(&self.events).map_err(Failure::of("wait for the session"))?;
+        let (mut signals, mut is_given, mut unreadable) = (0, false, 0);
+        loop {
+            while let Some(event) = self.events.try_next() {
+                is_given |= matches!(event, SourceEvent::Given | SourceEvent::Running);
+                if let Some(outcome) = self.take(&event) {
+                    return Ok(self.close(outcome));
+                }
+            }
+            let stats = self.source.stats();
+            self.progress.update(stats.pages_acknowledged, stats.pages_total);
+            if stats.pages_unreadable > 0 && unreadable == 0 {
+                unreadable = stats.pages_unreadable;
+                self.progress.say(
+                    "some pages cannot be read here (was a file cut short?); whoever touches one \
+                     at the destination waits, and the migration cannot finish",
+                );
+            }
+            let interval = self.progress.interval();
+            let came = self.waiter.wait(interval).map_err(Failure::of("wait for the session"))?;
+            signals += came;
+            match (came, signals) {
+                (0, _) => {}
+                (_, 1) => self.first_signal(is_given),
+                _ => {
+                    self.progress.say("a second signal: what has not arrived is abandoned");
+                    return Ok(self.close(Outcome::Abandoned));
+                }
+            }
+        }
+    }
+
+    /// The outcome, if this event is the last.
+    fn take(&mut self, event: &SourceEvent) -> Option<Outcome> {
+        let (name, line, outcome) = match event {
+            SourceEvent::Attached(_) => ("attached", "a destination is attached", None),
+            SourceEvent::Disconnected => {
+                ("disconnected", "the destination is away; waiting for it to come back", None)
+            }
+            SourceEvent::Ready => ("ready", "the destination has restored the guest", None),
+            SourceEvent::Given => ("given", "the guest is given to the destination", None),
+            SourceEvent::Running => ("running", "the guest runs at the destination", None),
+            SourceEvent::Finished => {
+                let line = "every page has arrived; the guest is the destination's";
+                ("finished", line, Some(Outcome::Finished))
+            }
+            SourceEvent::Reclaimed => {
+                let line = "stopped before the guest was given away; nothing is lost";
+                ("reclaimed", line, Some(Outcome::Stopped))
+            }
+            SourceEvent::ReclaimDenied => {
+                ("reclaim_denied", "the destination runs the guest already and keeps it", None)
+            }
+            _ => return None,
+        };
+        self.journal.note(name, None);
+        self.progress.say(line);
+        outcome
+    }
+
+    /// Stops where nothing is lost by it, else says what would be.
+    fn first_signal(&mut self, is_given: bool) {
+        self.journal.note("signal", None);
+        let pages = self.pages();
+        if self.origin == Origin::Files && !is_given && self.source.reclaim().is_ok() {
+            self.progress.say("stopping: taking the guest back");
+        } else if is_given || self.origin == Origin::Files {
+            self.progress.say(&format!(
+                "not stopping: the guest is at the destination, and {} of its {} pages are \
+                 missing there; a second signal abandons them",
+                pages.pages_missing, pages.pages_total
+            ));
+        } else {
+            self.progress.say(&format!(
+                "not stopping: this process has the only copy of the stopped guest, {} pages; a \
+                 second signal abandons it",
+                pages.pages_total
+            ));
+        }
+    }
+
+    fn pages(&self) -> Counts {
+        Counts::of(&self.source.stats(), self.journal.pages)
+    }
+
+    fn close(self, outcome: Outcome) -> Report {
+        let pages = self.pages();
+        self.journal.close(outcome, pages, Vec::new())
+    }
+}
