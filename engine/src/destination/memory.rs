@@ -336,6 +336,10 @@ impl DestinationMemory {
                 tracing::debug!(%error, address = %region.guest_address, "could not unregister");
             }
         }
+        // Unregistering wakes first and locks out new faults second: since faults are taken
+        // under the lock of their mapping alone (Linux 6.7), one can slip in between and
+        // would wait for ever. Waking does not ask whether the range is registered.
+        self.wake_all();
         self.is_unregistered.store(true, Ordering::Release);
     }
 }
