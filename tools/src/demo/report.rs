@@ -262,21 +262,19 @@ impl Report {
 
     const fn blackout(&self) -> &'static str {
         if self.handover.is_some() {
-            "in which no vCPU ran anywhere: the hand-over and the VMM's end are part of it"
+            "in which no vCPU ran anywhere; hand-over and VMM's end included"
         } else {
             "in which no vCPU ran anywhere"
         }
     }
 
     fn end_of_the_vmm(&self, handover: &HandoverTimes) -> String {
+        let handed_over = time(handover.handed_over_us as f64);
         let first_page = self.first_page_us.map_or_else(
-            || "no page had to be sent".to_owned(),
+            || "no page was sent at all".to_owned(),
             |at| format!("the first page came at {}", time(at as f64)),
         );
-        format!(
-            "killed when it had handed its guest over, at {}; {first_page}",
-            time(handover.handed_over_us as f64)
-        )
+        format!("killed after the hand-over ({handed_over}); {first_page}")
     }
 
     fn shares(&self) -> String {
