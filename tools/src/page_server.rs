@@ -96,7 +96,7 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
         progress.say(&format!("a VMM can hand its guest over at {}", door.address()));
     }
     if let Endpoint::Listen(listener) = &endpoint {
-        progress.listening(&listener.address());
+        progress.listening(listener.address());
     }
     match (from_files, door) {
         (Some(memory), _) if mode == Mode::Snapshot => {

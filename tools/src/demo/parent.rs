@@ -82,7 +82,7 @@ fn move_guest(options: &Options) -> Result<Report, DemoError> {
 fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Setup {
     let socket = |name: &str| directory.map(|directory| directory.path().join(name));
     let listen = match options.transport {
-        Transport::Unix => socket("source").map(|path| format!("unix:{}", path.display())),
+        Transport::Unix => socket("pages").map(|path| format!("unix:{}", path.display())),
         Transport::Tcp => None,
     };
     Setup {

@@ -84,6 +84,7 @@ pub(super) struct Report {
 
 /// When the guest changed hands at the source.
 #[derive(Clone, Copy, Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the keys of the object end so")]
 struct HandoverTimes {
     handed_over_us: u64,
     vmm_exit_us: u64,
