@@ -84,11 +84,12 @@ pub(super) enum Message {
     Failed(DemoError),
 }
 
-/// What takes a while in a role.
+/// What a role does that takes a while.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Step {
     FillsMemory,
+    RunsGuest,
     VerifiesMemory,
 }
 
@@ -97,6 +98,7 @@ impl Step {
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::FillsMemory => "the source fills guest memory",
+            Self::RunsGuest => "the guest runs at the source",
             Self::VerifiesMemory => "the destination verifies every page",
         }
     }

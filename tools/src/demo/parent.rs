@@ -245,7 +245,6 @@ impl Watch {
                     self.destination.tell(&Command::Connect(address.clone()))?;
                 }
                 self.story.address = Some(address);
-                self.step = "the guest runs at the source";
                 self.hand_over_if_all_wait()?;
             }
             Message::Prepared => {
@@ -270,7 +269,7 @@ impl Watch {
             }
             Message::AllArrived { at_us } => {
                 self.story.all_arrived_at_us = Some(at_us);
-                self.step = "every page is there; the source's process ends";
+                self.step = "every page is there; the process that served them ends";
             }
             Message::Served { sha256 } => self.story.sha256_source = Some(sha256),
             Message::Done(done) => self.story.done = Some(*done),

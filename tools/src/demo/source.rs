@@ -61,6 +61,7 @@ pub(super) fn boot(line: &Line, setup: &Setup) -> Result<Running, DemoError> {
     init_ram(&ram, &spec);
     let mut guest = build(setup, &ram, &spec)?;
     guest.start().map_err(|error| DemoError::failed("cannot start the guest", &error))?;
+    line.say(&Message::Step(Step::RunsGuest));
     Ok(Running { ram, spec, guest })
 }
 
