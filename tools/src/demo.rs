@@ -1,9 +1,9 @@
 //! The demo: a running guest moves between two processes, and every page is verified.
 //!
-//! One program in several roles. [`parent`] asks the machine what it has, starts the others
-//! from the same executable, watches them, and reports; [`source`] has the guest and gives
-//! it away; [`destination`] gets it. With `--handoff`, [`vmm`] has the guest, and hands it
-//! to [`page_server`], which gives it away. They talk by lines of JSON ([`messages`]). The
+//! One program in several roles. `parent` asks the machine what it has, starts the others
+//! from the same executable, watches them, and reports; `source` has the guest and gives
+//! it away; `destination` gets it. With `--handoff`, `vmm` has the guest, and hands it
+//! to `page_server`, which gives it away. They talk by lines of JSON (`messages`). The
 //! engine does the moving; the demo is what a VMM would do around it.
 //!
 //! Invariant: nobody waits without a limit, the others end with the parent, and success
