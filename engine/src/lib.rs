@@ -102,6 +102,7 @@ mod inbox;
 mod polling;
 mod probe;
 mod session_link;
+mod slots;
 mod source;
 mod stats;
 mod sys;

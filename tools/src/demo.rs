@@ -1,11 +1,12 @@
 //! The demo: a running guest moves between two processes, and every page is verified.
 //!
-//! One program in three roles. [`parent`] asks the machine what it has, starts the other
-//! two from the same executable, watches them, and reports; [`source`] has the guest and
-//! gives it away; [`destination`] gets it. They talk by lines of JSON ([`messages`]). The
+//! One program in several roles. `parent` asks the machine what it has, starts the others
+//! from the same executable, watches them, and reports; `source` has the guest and gives
+//! it away; `destination` gets it. With `--handoff`, `vmm` has the guest, and hands it
+//! to `page_server`, which gives it away. They talk by lines of JSON (`messages`). The
 //! engine does the moving; the demo is what a VMM would do around it.
 //!
-//! Invariant: nobody waits without a limit, the other two end with the parent, and success
+//! Invariant: nobody waits without a limit, the others end with the parent, and success
 //! is only said where every page has been verified.
 
 mod destination;
@@ -13,10 +14,12 @@ mod error;
 mod machine;
 mod messages;
 mod options;
+mod page_server;
 mod parent;
 mod progress;
 mod report;
 mod source;
+mod vmm;
 
 use std::process::ExitCode;
 
@@ -32,7 +35,11 @@ pub fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let status = match options.role {
-        Some(Role::Source) => messages::run_role(source::run),
+        Some(Role::Source) => messages::run_role(|line, setup| match &setup.handoff {
+            None => source::run(line, setup),
+            Some(path) => vmm::run(line, setup, path),
+        }),
+        Some(Role::PageServer) => messages::run_role(page_server::run),
         Some(Role::Destination) => messages::run_role(destination::run),
         None if options.probe => machine::probe(options.json),
         None => parent::run(&options),

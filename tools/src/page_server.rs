@@ -28,9 +28,10 @@ use afterimage::{
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use failure::Failure;
+pub use failure::Failure;
 use migration::{Migration, Origin};
 use options::Options;
+pub use progress::Notice;
 use progress::Progress;
 use report::{Journal, Mode, Report};
 use snapshot::Snapshot;
@@ -50,10 +51,9 @@ pub fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let mode = if options.snapshot { Mode::Snapshot } else { Mode::Migration };
-    let report = serve(&options, mode).unwrap_or_else(|failure| {
+    let report = serve(&options, Progress::new()).unwrap_or_else(|failure| {
         eprintln!("page-server: {failure}");
-        Report::failed(mode, &failure)
+        Report::failed(mode(&options), &failure)
     });
     if options.json {
         println!("{}", report.to_json());
@@ -61,12 +61,32 @@ pub fn main() -> ExitCode {
     report.exit_code()
 }
 
-fn serve(options: &Options, mode: Mode) -> Result<Report, Failure> {
+/// Does in another program what the command does, but tells `hear` what the command says
+/// on the standard error.
+///
+/// Blocks until the destination has everything. SIGINT and SIGTERM are blocked for this
+/// thread and for those that it starts, and taken as the command takes them.
+///
+/// # Errors
+/// [`Failure`], also where signals have ended it before everything had arrived.
+pub fn run(options: &Options, hear: impl Fn(Notice) + 'static) -> Result<(), Failure> {
+    let report = serve(options, Progress::to(hear))?;
+    if report.is_finished() {
+        return Ok(());
+    }
+    Err(Failure::new("stopped by a signal before everything had arrived"))
+}
+
+const fn mode(options: &Options) -> Mode {
+    if options.snapshot { Mode::Snapshot } else { Mode::Migration }
+}
+
+fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
+    let mode = mode(options);
     if options.silence <= options.heartbeat {
         return Err(Failure::usage("--silence must be longer than --heartbeat"));
     }
     let mut waiter = Waiter::new().map_err(Failure::of("wait for signals"))?;
-    let progress = Progress::new();
     let journal = Journal::new(mode);
     // Everything that can be wrong with the command line shows before anything is served.
     let from_files = files(options)?.map(Arc::new);
@@ -76,7 +96,7 @@ fn serve(options: &Options, mode: Mode) -> Result<Report, Failure> {
         progress.say(&format!("a VMM can hand its guest over at {}", door.address()));
     }
     if let Endpoint::Listen(listener) = &endpoint {
-        progress.say(&format!("listening on {}", listener.address()));
+        progress.listening(listener.address());
     }
     match (from_files, door) {
         (Some(memory), _) if mode == Mode::Snapshot => {

@@ -1,16 +1,17 @@
-//! The destination's session thread: carries out what the session says, and keeps the
-//! channels.
+//! The destination's session thread: carries out what the session says; its data channels are
+//! in `channels`.
+
+mod channels;
 
 use super::arrivals::{Arrivals, Arrived};
 use super::faults::Order;
 use super::pages::InstallError;
-use super::receive::Receiver;
 use super::{DestinationEvent, DestinationOptions};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::session_link::SessionLink;
+use crate::slots::Slots;
 use crate::source::StateSection;
-use crate::threads::{self, ThreadRole};
 use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::{MAX_SEGMENT_PAGES, Segment};
 use afterimage_protocol::layout::{PageNumber, PageRange};
@@ -19,8 +20,9 @@ use afterimage_protocol::session::{
     PersistFailed,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Epoch, Generation, Hello, Refusal, RefuseCode, Role, Stamp,
+    Capabilities, Channel, ControlFrame, Hello, Refusal, RefuseCode, Stamp,
 };
+use channels::Background;
 use crossbeam_channel::Sender;
 use std::collections::BTreeMap;
 use std::io;
@@ -56,13 +58,6 @@ pub(crate) enum Input {
     Stop,
 }
 
-/// A background channel of the present epoch.
-struct Background {
-    generation: Generation,
-    stream: Stream,
-    thread: JoinHandle<()>,
-}
-
 pub(super) struct Driver {
     session: DestinationSession,
     link: SessionLink,
@@ -74,9 +69,8 @@ pub(super) struct Driver {
     events: EventSender<DestinationEvent>,
     /// The present epoch, once data channels may be opened.
     arrivals: Option<Arrivals>,
-    channels: Vec<Channel>,
+    slots: Slots,
     background: BTreeMap<Channel, Background>,
-    generations: BTreeMap<Channel, Generation>,
     /// Threads of replaced channels; they end by themselves.
     ended: Vec<JoinHandle<()>>,
     state: Vec<StateSection>,
@@ -108,9 +102,8 @@ impl Driver {
             options,
             events,
             arrivals: None,
-            channels: Vec::new(),
+            slots: Slots::default(),
             background: BTreeMap::new(),
-            generations: BTreeMap::new(),
             ended: Vec::new(),
             state: Vec::new(),
             state_bytes: 0,
@@ -308,179 +301,6 @@ impl Driver {
             ControlFrame::Received { range, segment, last: start + count == pages }
         });
         self.link.send_stream(segments);
-    }
-
-    fn open_channels(&mut self, stamp: Stamp, streams: u16) {
-        self.arrivals = Some(self.arrived.on(stamp.epoch, self.link.checksums()));
-        self.generations.clear();
-        self.channels = std::iter::once(Channel::Request(0))
-            .chain((0..streams).map(Channel::Background))
-            .collect();
-        if self.link.dials() {
-            for channel in self.channels.clone() {
-                self.dial_data(channel, stamp.epoch);
-            }
-        }
-    }
-
-    /// Makes the next connection of a data channel's slot, if the epoch is still the same.
-    fn dial_data(&mut self, channel: Channel, epoch: Epoch) {
-        if self.arrivals.as_ref().is_none_or(|arrivals| arrivals.epoch != epoch) {
-            return;
-        }
-        let generation = Generation(self.generations.get(&channel).map_or(1, |last| last.0 + 1));
-        self.generations.insert(channel, generation);
-        self.link.dial(self.data_hello(channel, Stamp { epoch, generation }));
-    }
-
-    fn data_hello(&self, channel: Channel, stamp: Stamp) -> Hello {
-        let record = self.session.record();
-        Hello {
-            role: Role::Destination,
-            channel,
-            stamp,
-            capabilities: self.options.capabilities(),
-            session: record.session,
-            incarnation: record.incarnation,
-        }
-    }
-
-    fn accept_data(&mut self, stream: Stream, hello: Hello) {
-        if let Err(refusal) = self.admits_data(&hello) {
-            refuse(&stream, refusal);
-            return;
-        }
-        if let Err(error) = answer_with(&stream, self.data_hello(hello.channel, hello.stamp)) {
-            tracing::info!(%error, channel = %hello.channel, "a data channel broke at once");
-            return;
-        }
-        self.generations.insert(hello.channel, hello.stamp.generation);
-        self.open_data(hello.channel, stream, hello.stamp);
-    }
-
-    fn admits_data(&self, hello: &Hello) -> Result<(), Refusal> {
-        let refusal = |code, reason: String| Err(Refusal::new(code, reason));
-        if hello.role != Role::Source {
-            return refusal(RefuseCode::Role, "both sides are destinations".to_owned());
-        }
-        if hello.session != self.session.record().session {
-            let reason = format!(
-                "this destination is not in session {} but in {}",
-                hello.session,
-                self.session.record().session
-            );
-            return refusal(RefuseCode::UnknownSession, reason);
-        }
-        let epoch = self.arrivals.as_ref().map(|arrivals| arrivals.epoch);
-        if epoch != Some(hello.stamp.epoch) {
-            let present = epoch.map_or("none".to_owned(), |epoch| epoch.0.to_string());
-            let reason = format!("epoch {} is not the present one, {present}", hello.stamp.epoch.0);
-            return refusal(RefuseCode::Stale, reason);
-        }
-        if !self.channels.contains(&hello.channel) {
-            let reason = format!("there is no channel {} in this session", hello.channel);
-            return refusal(RefuseCode::TooMany, reason);
-        }
-        let last = self.generations.get(&hello.channel).copied().unwrap_or_default();
-        if hello.stamp.generation <= last {
-            let reason = format!(
-                "generation {} of channel {} has passed, {} is the last",
-                hello.stamp.generation.0, hello.channel, last.0
-            );
-            return refusal(RefuseCode::Stale, reason);
-        }
-        Ok(())
-    }
-
-    fn open_data(&mut self, channel: Channel, stream: Stream, stamp: Stamp) {
-        let Some(arrivals) = self.arrivals.clone() else { return };
-        if arrivals.epoch != stamp.epoch {
-            stream.shut_down();
-            return;
-        }
-        let generation = stamp.generation;
-        if matches!(channel, Channel::Request(_)) {
-            self.faults.send(Order::Ask { stream, arrivals, generation });
-            return;
-        }
-        if let Some(old) = self.background.remove(&channel) {
-            old.stream.shut_down();
-            self.ended.retain(|thread| !thread.is_finished());
-            self.ended.push(old.thread);
-        }
-        match self.start_background(arrivals, channel, &stream, generation) {
-            Ok(thread) => {
-                self.background.insert(channel, Background { generation, stream, thread });
-            }
-            Err(error) => {
-                tracing::error!(%error, %channel, "a data channel cannot be received");
-                stream.shut_down();
-            }
-        }
-    }
-
-    fn start_background(
-        &self,
-        arrivals: Arrivals,
-        channel: Channel,
-        stream: &Stream,
-        generation: Generation,
-    ) -> io::Result<JoinHandle<()>> {
-        let stream = stream.clone();
-        stream.prepare_background()?;
-        let driver = self.outlet.clone();
-        let slot = match channel {
-            Channel::Background(slot) => usize::from(slot),
-            _ => 0,
-        };
-        threads::spawn(&self.options.threads, ThreadRole::Background, slot, move || {
-            if let Err(error) = Receiver::new(&arrivals, stream.clone(), generation).run() {
-                tracing::info!(%error, %channel, "a data channel ended");
-            }
-            stream.shut_down();
-            let stamp = arrivals.stamp(generation);
-            driver.send(Input::DataEnded { channel, stamp });
-        })
-    }
-
-    fn data_ended(&mut self, channel: Channel, stamp: Stamp) {
-        if self.arrivals.as_ref().is_none_or(|arrivals| arrivals.epoch != stamp.epoch) {
-            return;
-        }
-        if matches!(channel, Channel::Background(_)) {
-            let present = self.background.get(&channel);
-            if present.is_none_or(|present| present.generation != stamp.generation) {
-                return;
-            }
-            if let Some(ended) = self.background.remove(&channel) {
-                threads::join(ended.thread);
-            }
-        } else if self.generations.get(&channel) != Some(&stamp.generation) {
-            return;
-        }
-        if self.link.dials() && !self.session.is_over() {
-            self.dial_data(channel, stamp.epoch);
-        }
-    }
-
-    fn hang_up(&mut self, refusal: Option<Refusal>) {
-        if let Some(refusal) = refusal {
-            self.link.send(&ControlFrame::Refuse(refusal));
-        }
-        self.link.disconnect();
-        self.arrivals = None;
-        self.faults.send(Order::Wait);
-        for (_, channel) in std::mem::take(&mut self.background) {
-            channel.stream.shut_down();
-            self.ended.push(channel.thread);
-        }
-        // Their sockets are shut down: they do not wait.
-        for thread in self.ended.drain(..) {
-            threads::join(thread);
-        }
-        if !self.session.is_over() {
-            self.link.redial_later();
-        }
     }
 
     fn receive(&mut self) {

@@ -1,15 +1,16 @@
-//! The source's session thread: carries out what the session says, and keeps the channels.
+//! The source's session thread: carries out what the session says; its data channels are in
+//! `channels`.
 
-use super::background::Streamer;
+mod channels;
+
 use super::memory::SourceMemory;
-use super::request::Responder;
-use super::serving::{Serving, ServingOptions, Underway};
+use super::serving::Serving;
 use super::{SourceEvent, SourceOptions, SourceShared, StateSection};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::session_link::SessionLink;
+use crate::slots::Slots;
 use crate::sys::words::LazyWords;
-use crate::threads::{self, ThreadRole};
 use crate::transport::{Accepted, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
@@ -17,15 +18,13 @@ use afterimage_protocol::session::{
     Book, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Generation, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode,
-    Role, Stamp,
+    Capabilities, Channel, ControlFrame, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode, Stamp,
 };
+use channels::DataChannel;
 use crossbeam_channel::Sender;
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// How long a source that is done waits for the destination to have heard so.
@@ -54,14 +53,6 @@ pub(crate) enum Call {
     Fence,
 }
 
-/// One data channel of the present epoch.
-struct DataChannel {
-    generation: Generation,
-    stream: Stream,
-    underway: Underway,
-    thread: JoinHandle<()>,
-}
-
 pub(super) struct Driver {
     session: SourceSession,
     link: SessionLink,
@@ -74,8 +65,8 @@ pub(super) struct Driver {
     /// An accepted control connection that waits for the epoch to be recorded.
     arriving: Option<Accepted>,
     serving: Option<Arc<Serving>>,
+    slots: Slots,
     data: BTreeMap<Channel, DataChannel>,
-    generations: BTreeMap<Channel, Generation>,
     /// Replaced channels whose threads have not ended.
     retired: Vec<(Channel, DataChannel)>,
     state: Option<Arc<Vec<StateSection>>>,
@@ -107,8 +98,8 @@ impl Driver {
             events,
             arriving: None,
             serving: None,
+            slots: Slots::default(),
             data: BTreeMap::new(),
-            generations: BTreeMap::new(),
             retired: Vec::new(),
             state: None,
             attachments: 0,
@@ -333,213 +324,6 @@ impl Driver {
                 channel.underway.settle(&book);
             }
             serving.signal.look_again();
-        }
-    }
-
-    fn open_channels(&mut self, stamp: Stamp, layout: afterimage_protocol::layout::GuestLayout) {
-        let Some(book) = self.shared.book() else { return };
-        let options =
-            ServingOptions { checksums: self.link.checksums(), polling: self.options.polling };
-        let serving = Arc::new(Serving::new(
-            Arc::clone(&self.memory),
-            layout,
-            book,
-            stamp.epoch,
-            options,
-            Arc::clone(&self.shared.counters),
-            self.outlet.clone(),
-        ));
-        if self.session.is_frozen() {
-            serving.signal.memory_is_final();
-        }
-        self.serving = Some(serving);
-        self.generations.clear();
-        if self.link.dials() {
-            for channel in self.options.channels() {
-                self.dial_data(channel, stamp.epoch);
-            }
-        }
-    }
-
-    /// Makes the next connection of a data channel's slot, if the epoch is still the same.
-    fn dial_data(&mut self, channel: Channel, epoch: afterimage_protocol::wire::Epoch) {
-        if self.serving.as_ref().is_none_or(|serving| serving.epoch != epoch) {
-            return;
-        }
-        let generation = Generation(self.generations.get(&channel).map_or(1, |last| last.0 + 1));
-        self.generations.insert(channel, generation);
-        let stamp = Stamp { epoch, generation };
-        self.link.dial(self.data_hello(channel, stamp));
-    }
-
-    fn data_hello(&self, channel: Channel, stamp: Stamp) -> Hello {
-        let record = self.session.record();
-        Hello {
-            role: Role::Source,
-            channel,
-            stamp,
-            capabilities: self.options.capabilities(),
-            session: record.session,
-            incarnation: self.session.incarnation().unwrap_or_default(),
-        }
-    }
-
-    fn accept_data(&mut self, stream: Stream, hello: Hello) {
-        if let Err(refusal) = self.admits_data(&hello) {
-            refuse(&stream, refusal);
-            return;
-        }
-        if let Err(error) = answer_with(&stream, self.data_hello(hello.channel, hello.stamp)) {
-            tracing::info!(%error, channel = %hello.channel, "a data channel broke at once");
-            return;
-        }
-        self.generations.insert(hello.channel, hello.stamp.generation);
-        self.open_data(hello.channel, stream, hello.stamp);
-    }
-
-    fn admits_data(&self, hello: &Hello) -> Result<(), Refusal> {
-        let refusal = |code, reason: String| Err(Refusal::new(code, reason));
-        let record = self.session.record();
-        if hello.role != Role::Destination {
-            return refusal(RefuseCode::Role, "both sides are sources".to_owned());
-        }
-        if hello.session != record.session {
-            let reason =
-                format!("session {} is not served here, {} is", hello.session, record.session);
-            return refusal(RefuseCode::UnknownSession, reason);
-        }
-        let known = self.session.incarnation();
-        if known != Some(hello.incarnation) {
-            let known = known.map_or("none".to_owned(), |known| known.to_string());
-            let reason =
-                format!("destination memory {} is not attached, {known} is", hello.incarnation);
-            return refusal(RefuseCode::Incarnation, reason);
-        }
-        let epoch = self.serving.as_ref().map(|serving| serving.epoch);
-        if epoch != Some(hello.stamp.epoch) {
-            let present = epoch.map_or("none".to_owned(), |epoch| epoch.0.to_string());
-            let reason = format!("epoch {} is not the present one, {present}", hello.stamp.epoch.0);
-            return refusal(RefuseCode::Stale, reason);
-        }
-        if !self.options.channels().any(|channel| channel == hello.channel) {
-            let reason = format!("there is no channel {} in this session", hello.channel);
-            return refusal(RefuseCode::TooMany, reason);
-        }
-        let last = self.generations.get(&hello.channel).copied().unwrap_or_default();
-        if hello.stamp.generation <= last {
-            let reason = format!(
-                "generation {} of channel {} has passed, {} is the last",
-                hello.stamp.generation.0, hello.channel, last.0
-            );
-            return refusal(RefuseCode::Stale, reason);
-        }
-        Ok(())
-    }
-
-    fn open_data(&mut self, channel: Channel, stream: Stream, stamp: Stamp) {
-        let Some(serving) = self.serving.clone() else { return };
-        if serving.epoch != stamp.epoch {
-            stream.shut_down();
-            return;
-        }
-        if let Some(old) = self.data.remove(&channel) {
-            old.stream.shut_down();
-            self.retired.push((channel, old));
-        }
-        let underway = Underway::default();
-        let started = self.start_data(&serving, channel, &stream, stamp.generation, &underway);
-        match started {
-            Ok(thread) => {
-                let generation = stamp.generation;
-                self.data.insert(channel, DataChannel { generation, stream, underway, thread });
-            }
-            Err(error) => {
-                tracing::error!(%error, %channel, "a data channel cannot be served");
-                stream.shut_down();
-            }
-        }
-    }
-
-    fn start_data(
-        &self,
-        serving: &Arc<Serving>,
-        channel: Channel,
-        stream: &Stream,
-        generation: Generation,
-        underway: &Underway,
-    ) -> io::Result<JoinHandle<()>> {
-        let (serving, stream, underway) = (Arc::clone(serving), stream.clone(), underway.clone());
-        let streams = self.options.streams;
-        let (role, slot) = match channel {
-            Channel::Background(slot) => {
-                stream.prepare_background()?;
-                (ThreadRole::Background, slot)
-            }
-            Channel::Request(slot) => (ThreadRole::Request, slot),
-            Channel::Control => {
-                return Err(io::Error::other("a control channel is no data channel"));
-            }
-        };
-        threads::spawn(&self.options.threads, role, usize::from(slot), move || {
-            let ended = if role == ThreadRole::Request {
-                Responder::new(&serving, stream.clone(), generation, underway).run()
-            } else {
-                Streamer::new(&serving, stream.clone(), slot, streams, generation, underway).run()
-            };
-            if let Err(error) = ended
-                && !serving.is_closing()
-            {
-                tracing::info!(%error, %channel, "a data channel ended");
-            }
-            stream.shut_down();
-            serving.ended(channel, generation);
-        })
-    }
-
-    /// A channel's thread has ended, so that nothing more is added to what it has under way.
-    fn data_ended(&mut self, channel: Channel, stamp: Stamp) {
-        let is_present = self.serving.as_ref().is_some_and(|it| it.epoch == stamp.epoch)
-            && self.data.get(&channel).is_some_and(|it| it.generation == stamp.generation);
-        let ended = if is_present {
-            self.data.remove(&channel)
-        } else {
-            let at = self
-                .retired
-                .iter()
-                .position(|(retired, it)| *retired == channel && it.generation == stamp.generation);
-            at.map(|at| self.retired.swap_remove(at).1)
-        };
-        let Some(ended) = ended else { return };
-        threads::join(ended.thread);
-        if let Some(book) = self.shared.book() {
-            ended.underway.requeue(&book);
-        }
-        if let Some(serving) = &self.serving {
-            serving.signal.look_again();
-        }
-        if is_present && self.link.dials() {
-            self.dial_data(channel, stamp.epoch);
-        }
-    }
-
-    fn hang_up(&mut self, refusal: Option<Refusal>) {
-        if let Some(refusal) = refusal {
-            self.link.send(&ControlFrame::Refuse(refusal));
-        }
-        self.link.disconnect();
-        self.shared.set_away(true);
-        if let Some(serving) = self.serving.take() {
-            serving.close();
-        }
-        // Their sockets are shut down and they are told to close: they do not wait. What
-        // they had under way is learnt from the destination's planes.
-        let retired = self.retired.drain(..);
-        for (_, channel) in std::mem::take(&mut self.data).into_iter().chain(retired) {
-            channel.stream.shut_down();
-            threads::join(channel.thread);
-        }
-        if !self.session.is_over() {
-            self.link.redial_later();
         }
     }
 

@@ -41,11 +41,10 @@ pub enum Content {
 impl Content {
     fn of(self, page: u64) -> PageContent {
         match self {
-            Self::Dense => PageContent::Full,
             Self::Sparse if page % 61 < 5 => PageContent::Full,
             Self::Sparse | Self::Empty => PageContent::Hole,
-            Self::ZeroRuns if page % 97 < 40 || page % 7 == 0 => PageContent::Zeros,
-            Self::ZeroRuns => PageContent::Full,
+            Self::ZeroRuns if page % 97 < 40 || page.is_multiple_of(7) => PageContent::Zeros,
+            Self::Dense | Self::ZeroRuns => PageContent::Full,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-/// SplitMix64.
+/// `SplitMix64`.
 #[derive(Clone)]
 pub struct Random(u64);
 

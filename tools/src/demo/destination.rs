@@ -28,6 +28,7 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     let ram = allocate(setup)?;
     let memory = register(setup, &ram)?;
     let mut place = Place::prepare(setup, &ram)?;
+    line.say(&Message::Prepared);
     let address = loop {
         if let Command::Connect(address) = line.command(setup.limit)? {
             break address;
@@ -44,7 +45,7 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     let arrival = Arrival { line, setup, destination: &destination, events };
     let mut guest = arrival.receive(&mut place)?;
 
-    // The source's process ends next. The guest has nobody left to ask.
+    // The process that served ends next. The guest has nobody left to ask.
     loop {
         if line.command(setup.limit)? == Command::SourceExited {
             break;

@@ -13,7 +13,8 @@ pub(super) enum Status {
     Verified = 0,
     /// The guest moved, but its memory is not what it should be.
     Wrong = 1,
-    // 2 is clap's, for a command line that cannot be understood.
+    /// The command line is wrong. clap ends with it as well.
+    Usage = 2,
     /// The machine lacks something; nothing was moved.
     Lacking = 3,
     /// The move failed or took too long.
@@ -24,6 +25,8 @@ pub(super) enum Status {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum DemoError {
+    /// The command line asks for what cannot be together.
+    Usage(String),
     /// The machine lacks something.
     Lacking(String),
     /// The move failed.
@@ -45,6 +48,7 @@ impl DemoError {
     #[must_use]
     pub(super) fn of(self, who: &str) -> Self {
         match self {
+            Self::Usage(what) => Self::Usage(format!("{who}: {what}")),
             Self::Lacking(what) => Self::Lacking(format!("{who}: {what}")),
             Self::Failed(what) => Self::Failed(format!("{who}: {what}")),
         }
@@ -52,6 +56,7 @@ impl DemoError {
 
     pub(super) fn status(&self) -> Status {
         match self {
+            Self::Usage(_) => Status::Usage,
             Self::Lacking(_) => Status::Lacking,
             Self::Failed(_) => Status::Failed,
         }
@@ -60,7 +65,7 @@ impl DemoError {
 
 impl fmt::Display for DemoError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Self::Lacking(what) | Self::Failed(what)) = self;
+        let (Self::Usage(what) | Self::Lacking(what) | Self::Failed(what)) = self;
         f.write_str(what)
     }
 }

@@ -67,7 +67,7 @@ pub(super) fn choose(wanted: GuestChoice) -> Result<Choice, DemoError> {
 /// Checks that there is memory for both sides.
 pub(super) fn check_memory(options: &Options) -> Result<(), DemoError> {
     let needed = 2 * options.memory.0;
-    if options.backing == Backing::Hugetlb {
+    if options.backing() == Backing::Hugetlb {
         let pages = needed / HUGE_PAGE_BYTES;
         let free =
             HugePages::available().map_err(|error| DemoError::lacking("no huge pages", &error))?;

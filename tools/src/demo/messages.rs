@@ -1,11 +1,12 @@
-//! What the parent and the two roles say to each other: a line of JSON each, commands on
+//! What the parent and the roles say to each other: a line of JSON each, commands on
 //! the role's standard input, messages on its standard output.
 //!
 //! Invariant: a role that cannot go on says why in its last message, and ends with its
 //! parent.
 
 use std::io::{self, BufRead, Write};
-use std::sync::{Mutex, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,8 +35,10 @@ pub(super) struct Setup {
     pub(super) checksums: bool,
     pub(super) worked_fraction: f64,
     pub(super) zero_fraction: f64,
-    /// Where the source listens.
+    /// Where the source listens, or the page server.
     pub(super) listen: String,
+    /// The socket by which the guest is handed over, if it is.
+    pub(super) handoff: Option<PathBuf>,
     /// How long any one step may take.
     pub(super) limit: Duration,
     pub(super) corrupt_one_byte: bool,
@@ -45,9 +48,11 @@ pub(super) struct Setup {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Command {
-    /// To the destination: the source listens here.
+    /// To a source that hands its guest over: do it now.
+    HandOver,
+    /// To the destination: the guest's memory is served here.
     Connect(String),
-    /// To the destination: the source's process has ended.
+    /// To the destination: the process that served has ended.
     SourceExited,
 }
 
@@ -57,10 +62,14 @@ pub(super) enum Command {
 pub(super) enum Message {
     /// What is being done now.
     Step(Step),
-    /// The source listens here, and its guest runs.
+    /// The source listens here, and its guest runs; or the page server does.
     Listening(String),
+    /// The destination has registered its memory and can connect.
+    Prepared,
     /// The source has stopped its guest and sent its state.
     Stopped(Stopped),
+    /// The source has stopped its guest, and the page server has it.
+    HandedOver { stopped: Stopped, at_us: u64, sha256: String },
     /// The source has served everything.
     Served { sha256: String },
     /// The guest runs at the destination.
@@ -75,11 +84,12 @@ pub(super) enum Message {
     Failed(DemoError),
 }
 
-/// What takes a while in a role.
+/// What a role does that takes a while.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Step {
     FillsMemory,
+    RunsGuest,
     VerifiesMemory,
 }
 
@@ -88,6 +98,7 @@ impl Step {
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::FillsMemory => "the source fills guest memory",
+            Self::RunsGuest => "the guest runs at the source",
             Self::VerifiesMemory => "the destination verifies every page",
         }
     }
@@ -159,10 +170,10 @@ pub(super) struct Latency {
 }
 
 /// A role's end of the lines.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Line {
     commands: Receiver<Command>,
-    output: Mutex<io::Stdout>,
+    output: Arc<Mutex<io::Stdout>>,
 }
 
 impl Line {
@@ -190,7 +201,7 @@ impl Line {
 /// Plays a role to its end.
 pub(super) fn run_role(role: impl FnOnce(&Line, &Setup) -> Result<(), DemoError>) -> Status {
     let (sender, commands) = crossbeam_channel::unbounded();
-    let line = Line { commands, output: Mutex::new(io::stdout()) };
+    let line = Line { commands, output: Arc::new(Mutex::new(io::stdout())) };
     let setup = match start_role() {
         Ok(setup) => setup,
         // There may be no parent to tell.

@@ -9,19 +9,23 @@ use crate::guest::{MAX_VCPUS, Workload};
 use crate::ram::{Backing, HUGE_PAGE_BYTES};
 use crate::size::Size;
 
+use super::error::DemoError;
+
 const EXAMPLES: &str = "\
 Examples:
   demo                                    1 GiB, on KVM where there is KVM
   demo --memory 4G --vcpus 4 --streams 4  more of everything
   demo --workload random --backing memfd  another guest, other memory
   demo --guest threads --transport unix   plain threads, over a Unix socket
+  demo --handoff                          the source's VMM hands its guest to a page server, and
+                                          is killed before a page is sent
   demo --json | jq .blackout_us           one object, described in docs/report.md
   demo --probe                            what this machine has for it
 
 Exit status:
   0  the guest moved and every page was verified
   1  the guest moved, but its memory is not what it should be
-  2  the command line cannot be understood
+  2  the command line is wrong
   3  the machine lacks something (KVM, a right, memory); nothing was moved
   4  the move failed or took too long";
 
@@ -44,15 +48,20 @@ pub(super) struct Options {
     #[arg(long, value_enum, default_value_t = Workload::Pattern)]
     pub(super) workload: Workload,
 
-    /// What guest memory is made of, on both sides
-    #[arg(long, value_enum, default_value_t = Backing::Anonymous)]
-    pub(super) backing: Backing,
+    /// What guest memory is made of, on both sides [default: anonymous; memfd with --handoff]
+    #[arg(long, value_enum)]
+    backing: Option<Backing>,
 
     /// What runs the guest
     #[arg(long, value_enum, default_value_t = GuestChoice::Auto)]
     pub(super) guest: GuestChoice,
 
-    /// How the two processes are connected
+    /// Hand the stopped guest over to a page server, which serves it; the VMM that had it is
+    /// killed before a page is sent. Needs --backing memfd or hugetlb
+    #[arg(long)]
+    pub(super) handoff: bool,
+
+    /// How the processes are connected
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     pub(super) transport: Transport,
 
@@ -101,6 +110,24 @@ impl Options {
         let by_memory = 60 + (self.memory.0 >> 26);
         Duration::from_secs(self.timeout.unwrap_or(by_memory))
     }
+
+    /// What guest memory is made of.
+    pub(super) fn backing(&self) -> Backing {
+        let default = if self.handoff { Backing::Memfd } else { Backing::Anonymous };
+        self.backing.unwrap_or(default)
+    }
+
+    /// Refuses what cannot be together.
+    pub(super) fn check(&self) -> Result<(), DemoError> {
+        if self.handoff && self.backing() == Backing::Anonymous {
+            return Err(DemoError::Usage(
+                "--handoff cannot be done with --backing anonymous: anonymous memory ends with its \
+                 process, and only files can be handed to another; use --backing memfd or hugetlb"
+                    .to_owned(),
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// What the user wants the guest to run on.
@@ -130,6 +157,8 @@ pub(super) enum Transport {
 pub(super) enum Role {
     /// Has the guest and gives it away.
     Source,
+    /// Serves a guest that the source has handed over.
+    PageServer,
     /// Gets it.
     Destination,
 }
@@ -139,6 +168,7 @@ impl Role {
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Source => "source",
+            Self::PageServer => "page-server",
             Self::Destination => "destination",
         }
     }

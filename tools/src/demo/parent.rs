@@ -1,13 +1,15 @@
-//! The parent: starts both sides, watches them, and tells the story.
+//! The parent: starts all sides, watches them, and tells the story.
 //!
-//! Invariant: when it returns, both processes have ended and been waited for.
+//! Invariant: when it returns, all processes have ended and been waited for.
 
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use super::error::{DemoError, Status};
@@ -57,33 +59,38 @@ fn json(what: &impl serde::Serialize) -> String {
 }
 
 fn move_guest(options: &Options) -> Result<Report, DemoError> {
+    options.check()?;
     let choice = machine::choose(options.guest)?;
     machine::check_memory(options)?;
     if let Some(note) = &choice.note {
         eprintln!("demo: {note}");
     }
-    // Holds the socket, and goes with all that is in it.
-    let directory = (options.transport == Transport::Unix)
+    // Holds the sockets, and goes with all that is in it.
+    let directory = (options.transport == Transport::Unix || options.handoff)
         .then(|| {
-            let failed =
-                |error| DemoError::failed("cannot make a directory for the socket", &error);
+            let failed = |error| DemoError::failed("cannot make a directory for sockets", &error);
             tempfile::Builder::new().prefix("afterimage-demo-").tempdir().map_err(failed)
         })
         .transpose()?;
     let setup = setup(options, &choice, directory.as_ref());
-    let mut bars = Bars::new(options.backing.page_bytes());
+    let mut bars = Bars::new(options.backing().page_bytes());
     let story = Watch::start(&setup).and_then(|watch| watch.until_the_end(&mut bars));
     bars.clear();
     Report::of(&setup, story?)
 }
 
 fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Setup {
+    let socket = |name: &str| directory.map(|directory| directory.path().join(name));
+    let listen = match options.transport {
+        Transport::Unix => socket("pages").map(|path| format!("unix:{}", path.display())),
+        Transport::Tcp => None,
+    };
     Setup {
         parent: std::process::id() as i32,
         memory_bytes: options.memory.0,
         vcpus: options.vcpus,
         workload: options.workload,
-        backing: options.backing,
+        backing: options.backing(),
         guest: choice.kind,
         user_faults_only: choice.user_faults_only,
         transport: options.transport,
@@ -91,10 +98,8 @@ fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Set
         checksums: options.checksums,
         worked_fraction: options.worked_fraction,
         zero_fraction: options.zero_fraction,
-        listen: directory.map_or_else(
-            || "tcp:127.0.0.1:0".to_owned(),
-            |directory| format!("unix:{}", directory.path().join("source").display()),
-        ),
+        listen: listen.unwrap_or_else(|| "tcp:127.0.0.1:0".to_owned()),
+        handoff: socket("handoff").filter(|_| options.handoff),
         limit: options.limit(),
         corrupt_one_byte: options.corrupt_one_byte,
     }
@@ -161,10 +166,13 @@ impl Drop for Process {
     }
 }
 
-/// Both sides, and what they have said so far.
+/// All sides, and what they have said so far.
 struct Watch {
     source: Process,
+    /// Where the source hands its guest over.
+    page_server: Option<Process>,
     destination: Process,
+    is_destination_prepared: bool,
     said: Receiver<Said>,
     story: Story,
     limit: Duration,
@@ -174,21 +182,27 @@ struct Watch {
 impl Watch {
     fn start(setup: &Setup) -> Result<Self, DemoError> {
         let (sender, said) = crossbeam_channel::unbounded();
-        let source = Process::start(Role::Source, setup, sender.clone())?;
-        let destination = Process::start(Role::Destination, setup, sender)?;
-        let roles = [&source, &destination]
-            .map(|process| RoleProcess { role: process.role.name(), pid: process.child.id() });
+        let start = |role| Process::start(role, setup, sender.clone());
+        let source = start(Role::Source)?;
+        let page_server = setup.handoff.as_ref().map(|_| start(Role::PageServer)).transpose()?;
+        let destination = start(Role::Destination)?;
+        let roles = [Some(&source), page_server.as_ref(), Some(&destination)];
+        let name =
+            |process: &Process| RoleProcess { role: process.role.name(), pid: process.child.id() };
+        let roles = roles.into_iter().flatten().map(name).collect();
         Ok(Self {
             source,
+            page_server,
             destination,
+            is_destination_prepared: false,
             said,
-            story: Story { roles: roles.to_vec(), ..Story::default() },
+            story: Story { roles, ..Story::default() },
             limit: setup.limit + PATIENCE,
-            step: "both processes start",
+            step: "the processes start",
         })
     }
 
-    /// Listens until the destination has verified and both have ended.
+    /// Listens until the destination has verified and all have ended.
     fn until_the_end(mut self, bars: &mut Bars) -> Result<Story, DemoError> {
         let mut until = deadline(self.limit);
         let mut pages = 0;
@@ -227,9 +241,21 @@ impl Watch {
         match message {
             Message::Step(step) => self.step = step.name(),
             Message::Listening(address) => {
-                self.destination.tell(&Command::Connect(address.clone()))?;
+                if self.page_server.is_none() {
+                    self.destination.tell(&Command::Connect(address.clone()))?;
+                }
                 self.story.address = Some(address);
-                self.step = "the guest runs at the source";
+                self.hand_over_if_all_wait()?;
+            }
+            Message::Prepared => {
+                self.is_destination_prepared = true;
+                self.hand_over_if_all_wait()?;
+            }
+            Message::HandedOver { stopped, at_us, sha256 } => {
+                self.story.stopped = Some(stopped);
+                self.story.sha256_source = Some(sha256);
+                self.story.handed_over_at_us = Some(at_us);
+                self.bury_the_source()?;
             }
             Message::Stopped(stopped) => {
                 self.story.stopped = Some(stopped);
@@ -243,7 +269,7 @@ impl Watch {
             }
             Message::AllArrived { at_us } => {
                 self.story.all_arrived_at_us = Some(at_us);
-                self.step = "every page is there; the source's process ends";
+                self.step = "every page is there; the process that served them ends";
             }
             Message::Served { sha256 } => self.story.sha256_source = Some(sha256),
             Message::Done(done) => self.story.done = Some(*done),
@@ -254,11 +280,47 @@ impl Watch {
         Ok(())
     }
 
+    /// Lets the source hand its guest over, once nobody would have to be waited for.
+    fn hand_over_if_all_wait(&mut self) -> Result<(), DemoError> {
+        let is_awaited = self.page_server.is_some() && self.is_destination_prepared;
+        if is_awaited && self.story.address.is_some() {
+            self.source.tell(&Command::HandOver)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the source, which has handed its guest over. The destination connects only
+    /// after that, so that no page can be sent before.
+    fn bury_the_source(&mut self) -> Result<(), DemoError> {
+        let address = self.story.address.clone();
+        let address = address.ok_or_else(|| {
+            DemoError::Failed("the guest was handed over before anybody listened".to_owned())
+        })?;
+        self.source
+            .child
+            .kill()
+            .map_err(|error| DemoError::failed("cannot kill the source", &error))?;
+        let status = self.source.collect()?;
+        if status.signal() != Some(Signal::SIGKILL as i32) {
+            return Err(DemoError::Failed(format!(
+                "the source was to be killed, and ended by {status}"
+            )));
+        }
+        self.story.source_exit_at_us = Some(now_us());
+        self.step = "the source's VMM is dead; the vCPUs move";
+        self.destination.tell(&Command::Connect(address))
+    }
+
     /// A process has ended. `true` if that was the last thing to wait for.
     fn ended(&mut self, role: Role) -> Result<bool, DemoError> {
-        let (process, is_done) = match role {
-            Role::Source => (&mut self.source, self.story.sha256_source.is_some()),
-            Role::Destination => (&mut self.destination, self.story.done.is_some()),
+        let is_dead = self.story.source_exit_at_us.is_some();
+        let (process, is_done) = match (role, &mut self.page_server) {
+            (Role::Source, Some(_)) if is_dead => return Ok(false),
+            (Role::PageServer, Some(page_server)) => (page_server, is_dead),
+            (Role::Source | Role::PageServer, _) => {
+                (&mut self.source, self.story.sha256_source.is_some())
+            }
+            (Role::Destination, _) => (&mut self.destination, self.story.done.is_some()),
         };
         let pid = process.child.id();
         let status = process.collect()?;
@@ -270,9 +332,12 @@ impl Watch {
             )));
         }
         if role == Role::Destination {
-            return Ok(self.story.source_exit_at_us.is_some());
+            return Ok(self.story.has_source_ended());
         }
-        self.story.source_exit_at_us = Some(now_us());
+        match role {
+            Role::PageServer => self.story.page_server_exit_at_us = Some(now_us()),
+            _ => self.story.source_exit_at_us = Some(now_us()),
+        }
         self.destination.tell(&Command::SourceExited)?;
         self.step = "the guest runs on, without the source";
         Ok(false)
@@ -287,7 +352,7 @@ impl Watch {
                 self.step
             ),
             RecvTimeoutError::Disconnected => {
-                format!("both processes ended while {}", self.step)
+                format!("all processes ended while {}", self.step)
             }
         })
     }

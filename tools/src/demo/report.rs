@@ -31,7 +31,18 @@ pub(super) struct Story {
     pub(super) all_arrived_at_us: Option<u64>,
     pub(super) sha256_source: Option<String>,
     pub(super) source_exit_at_us: Option<u64>,
+    pub(super) handed_over_at_us: Option<u64>,
+    pub(super) page_server_exit_at_us: Option<u64>,
     pub(super) done: Option<Done>,
+}
+
+impl Story {
+    /// Whether all processes have ended that had the guest's memory at the source.
+    pub(super) const fn has_source_ended(&self) -> bool {
+        let is_served_by_itself = self.handed_over_at_us.is_none();
+        self.source_exit_at_us.is_some()
+            && (is_served_by_itself || self.page_server_exit_at_us.is_some())
+    }
 }
 
 /// The JSON object. Times without an end of their own begin with the stop of the guest.
@@ -60,6 +71,8 @@ pub(super) struct Report {
     recoveries: u64,
     roles: Vec<RoleProcess>,
     source_exit_us: u64,
+    #[serde(flatten)]
+    handover: Option<HandoverTimes>,
     guest_stop_us: u64,
     guest_rounds_before: u64,
     guest_rounds_after: u64,
@@ -67,6 +80,27 @@ pub(super) struct Report {
     guest_operations_after: u64,
     sha256_source: String,
     sha256_destination: String,
+}
+
+/// When the guest changed hands at the source.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the keys of the object end so")]
+struct HandoverTimes {
+    handed_over_us: u64,
+    vmm_exit_us: u64,
+    page_server_exit_us: u64,
+}
+
+impl HandoverTimes {
+    /// `None` where nothing was handed over.
+    fn of(story: &Story, stopped_at_us: u64) -> Option<Self> {
+        let since_stop = |at: u64| at.saturating_sub(stopped_at_us);
+        Some(Self {
+            handed_over_us: since_stop(story.handed_over_at_us?),
+            vmm_exit_us: since_stop(story.source_exit_at_us?),
+            page_server_exit_us: since_stop(story.page_server_exit_at_us?),
+        })
+    }
 }
 
 /// What was asked for, and what it became on this machine.
@@ -81,6 +115,7 @@ struct Asked {
     transport: Transport,
     streams: u16,
     checksums: bool,
+    handoff: bool,
 }
 
 /// The JSON object where there is nothing to report.
@@ -96,13 +131,14 @@ impl Report {
     /// Puts the story together; an error if a part is missing.
     pub(super) fn of(setup: &Setup, story: Story) -> Result<Self, DemoError> {
         let missing = |what: &str| DemoError::Failed(format!("nobody said {what}"));
-        let stopped = story.stopped.ok_or_else(|| missing("when the guest was stopped"))?;
+        let stopped = story.stopped.clone().ok_or_else(|| missing("when the guest was stopped"))?;
         let since_stop = |at: Option<u64>, what: &str| {
             at.map(|at| at.saturating_sub(stopped.at_us)).ok_or_else(|| missing(what))
         };
         let total_us = since_stop(story.all_arrived_at_us, "when every page was there")?;
         let blackout_us = since_stop(story.running_at_us, "when the guest ran again")?;
         let source_exit_us = since_stop(story.source_exit_at_us, "when the source ended")?;
+        let handover = HandoverTimes::of(&story, stopped.at_us);
         let done = story.done.ok_or_else(|| missing("what verification found"))?;
         let sha256_source = story.sha256_source.ok_or_else(|| missing("the source's digest"))?;
         let stats = done.stats;
@@ -133,6 +169,7 @@ impl Report {
             recoveries: stats.recoveries,
             roles: story.roles,
             source_exit_us,
+            handover,
             guest_stop_us: since_stop(Some(done.stopped_at_us), "when the guest ended")?,
             guest_rounds_before: stopped.rounds,
             guest_rounds_after: done.rounds,
@@ -156,6 +193,7 @@ impl Asked {
             transport: setup.transport,
             streams: setup.streams,
             checksums: setup.checksums,
+            handoff: setup.handoff.is_some(),
         }
     }
 }
@@ -176,7 +214,10 @@ impl fmt::Display for Report {
         writeln!(f, "{}\n", self.title())?;
         let mut row =
             |name: &str, value: String, what: &str| writeln!(f, "  {name:<10} {value:>11}  {what}");
-        row("blackout", time(self.blackout_us as f64), "in which no vCPU ran anywhere")?;
+        row("blackout", time(self.blackout_us as f64), self.blackout())?;
+        if let Some(handover) = &self.handover {
+            row("VMM's end", time(handover.vmm_exit_us as f64), &self.end_of_the_vmm(handover))?;
+        }
         let total = time(self.total_us as f64);
         row("all memory", total, "from the stop of the vCPUs until every page was there")?;
         row("pages", self.pages_total.to_string(), &self.shares())?;
@@ -220,6 +261,23 @@ impl Report {
         )
     }
 
+    const fn blackout(&self) -> &'static str {
+        if self.handover.is_some() {
+            "in which no vCPU ran anywhere; hand-over and VMM's end included"
+        } else {
+            "in which no vCPU ran anywhere"
+        }
+    }
+
+    fn end_of_the_vmm(&self, handover: &HandoverTimes) -> String {
+        let handed_over = time(handover.handed_over_us as f64);
+        let first_page = self.first_page_us.map_or_else(
+            || "no page was sent at all".to_owned(),
+            |at| format!("the first page came at {}", time(at as f64)),
+        );
+        format!("killed after the hand-over ({handed_over}); {first_page}")
+    }
+
     fn shares(&self) -> String {
         let share = |pages: u64| pages as f64 * 100.0 / self.pages_total.max(1) as f64;
         format!(
@@ -256,8 +314,9 @@ impl Report {
 
     fn rounds(&self) -> String {
         format!(
-            "and {} before the move; it ran on when the source's process had ended",
-            self.guest_rounds_before
+            "and {} before the move; it ran on when the {} had ended",
+            self.guest_rounds_before,
+            if self.handover.is_some() { "page server" } else { "source's process" }
         )
     }
 }

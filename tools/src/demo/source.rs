@@ -17,12 +17,7 @@ use crate::ram::GuestRam;
 
 /// Plays the source.
 pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
-    let ram = allocate(setup)?;
-    let spec = spec(&ram, setup)?;
-    line.say(&Message::Step(Step::FillsMemory));
-    init_ram(&ram, &spec);
-    let mut guest = build(setup, &ram, &spec)?;
-    guest.start().map_err(|error| DemoError::failed("cannot start the guest", &error))?;
+    let Running { ram, spec, mut guest } = boot(line, setup)?;
     let (source, events) = serve(setup, &ram, line)?;
     run_for_a_while(&mut *guest, setup.limit)?;
     wait_for(&events, setup.limit, "a destination connects", |event| {
@@ -49,6 +44,25 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     let untouched = spec.worked_pages()..spec.geometry().pages;
     line.say(&Message::Served { sha256: hex(&digest(&ram, &spec, untouched)) });
     Ok(())
+}
+
+/// A guest that runs.
+pub(super) struct Running {
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) spec: GuestSpec,
+    pub(super) guest: Box<dyn Guest>,
+}
+
+/// Fills memory, and lets a guest run in it.
+pub(super) fn boot(line: &Line, setup: &Setup) -> Result<Running, DemoError> {
+    let ram = allocate(setup)?;
+    let spec = spec(&ram, setup)?;
+    line.say(&Message::Step(Step::FillsMemory));
+    init_ram(&ram, &spec);
+    let mut guest = build(setup, &ram, &spec)?;
+    guest.start().map_err(|error| DemoError::failed("cannot start the guest", &error))?;
+    line.say(&Message::Step(Step::RunsGuest));
+    Ok(Running { ram, spec, guest })
 }
 
 /// Guest memory as the setup wants it.
@@ -112,7 +126,7 @@ pub(super) fn checksums(setup: &Setup) -> Checksums {
 }
 
 /// Lets the guest go round once and a half, so that it is stopped in the midst of its work.
-fn run_for_a_while(guest: &mut dyn Guest, limit: Duration) -> Result<(), DemoError> {
+pub(super) fn run_for_a_while(guest: &mut dyn Guest, limit: Duration) -> Result<(), DemoError> {
     let round = guest.spec().worked_pages() * u64::from(guest.spec().vcpus());
     let target = round + round / 2;
     if guest.wait_for_operations(target, limit) {

@@ -9,9 +9,9 @@ use afterimage::{Address, Plaintext};
 
 use super::memory::FileError;
 
-/// Why the command ended early.
+/// Why the command ended early, in one line.
 #[derive(Debug)]
-pub(super) struct Failure {
+pub struct Failure {
     line: String,
     pub(super) exit: u8,
 }
@@ -70,6 +70,8 @@ impl fmt::Display for Failure {
         f.write_str(&self.line.replace('\n', " "))
     }
 }
+
+impl Error for Failure {}
 
 /// An error and its causes in one line.
 pub(super) fn chain(error: &dyn Error) -> String {

@@ -1,9 +1,11 @@
-//! What is said on the standard error while serving: a bar on a terminal, else lines now
-//! and then.
+//! What is said while serving: on the standard error, with a bar on a terminal, else lines
+//! now and then; or to the program that serves.
 
+use std::fmt;
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
+use afterimage::Address;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Between updates of a bar.
@@ -13,37 +15,79 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Between lines without a terminal.
 const PAUSE: Duration = Duration::from_secs(5);
 
+/// What a program hears that serves by [`run`](super::run).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Notice {
+    /// Destinations can connect here, and a VMM where it is to hand its guest over.
+    Listening(Address),
+    /// Anything else, in words.
+    Line(String),
+}
+
 /// Says how it goes.
 #[derive(Debug)]
 pub(super) struct Progress {
-    bar: Option<ProgressBar>,
+    voice: Voice,
     said: Option<(Instant, u64)>,
+}
+
+/// Where it is said.
+enum Voice {
+    Bar(ProgressBar),
+    Lines,
+    Hearer(Box<dyn Fn(Notice)>),
+}
+
+impl fmt::Debug for Voice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bar(_) => "Bar",
+            Self::Lines => "Lines",
+            Self::Hearer(_) => "Hearer",
+        })
+    }
 }
 
 impl Progress {
     /// A bar if the standard error is a terminal.
     #[must_use]
     pub(super) fn new() -> Self {
-        let bar = stderr().is_terminal().then(|| {
-            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-            let style = "{wide_bar} {pos}/{len} pages  {per_sec}  {msg}";
-            bar.set_style(ProgressStyle::with_template(style).expect("a template that parses"));
-            bar
-        });
-        Self { bar, said: None }
+        if !stderr().is_terminal() {
+            return Self { voice: Voice::Lines, said: None };
+        }
+        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+        let style = "{wide_bar} {pos}/{len} pages  {per_sec}  {msg}";
+        bar.set_style(ProgressStyle::with_template(style).expect("a template that parses"));
+        Self { voice: Voice::Bar(bar), said: None }
+    }
+
+    /// Tells `hearer` instead of the standard error.
+    #[must_use]
+    pub(super) fn to(hearer: impl Fn(Notice) + 'static) -> Self {
+        Self { voice: Voice::Hearer(Box::new(hearer)), said: None }
     }
 
     /// How long to wait before [`update`](Self::update) has something new to say.
     #[must_use]
     pub(super) fn interval(&self) -> Duration {
-        if self.bar.is_some() { FRAME } else { LOOK }
+        if matches!(self.voice, Voice::Bar(_)) { FRAME } else { LOOK }
     }
 
     /// Says a line.
     pub(super) fn say(&self, line: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("page-server: {line}")),
-            None => eprintln!("page-server: {line}"),
+        match &self.voice {
+            Voice::Bar(bar) => bar.suspend(|| eprintln!("page-server: {line}")),
+            Voice::Lines => eprintln!("page-server: {line}"),
+            Voice::Hearer(hear) => hear(Notice::Line(line.to_owned())),
+        }
+    }
+
+    /// Says where destinations can connect.
+    pub(super) fn listening(&self, address: &Address) {
+        match &self.voice {
+            Voice::Hearer(hear) => hear(Notice::Listening(address.clone())),
+            _ => self.say(&format!("listening on {address}")),
         }
     }
 
@@ -52,7 +96,7 @@ impl Progress {
         if total == 0 {
             return;
         }
-        if let Some(bar) = &self.bar {
+        if let Voice::Bar(bar) = &self.voice {
             bar.set_length(total);
             bar.set_position(arrived);
             return;
@@ -75,7 +119,7 @@ impl Default for Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
+        if let Voice::Bar(bar) = &self.voice {
             bar.finish_and_clear();
         }
     }

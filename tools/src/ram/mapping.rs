@@ -86,10 +86,10 @@ fn unmap(start: *mut libc::c_void, length: usize) {
     }
 }
 
-/// Creates an empty memfd, on ordinary or on 2 MiB pages.
+/// Creates an empty memfd, on ordinary or on 2 MiB pages; it may be sealed.
 pub(super) fn memfd(huge: bool) -> io::Result<File> {
     let huge_flags = libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
-    let flags = libc::MFD_CLOEXEC | if huge { huge_flags } else { 0 };
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | if huge { huge_flags } else { 0 };
     // SAFETY: the name is a terminated string.
     let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
     if fd < 0 {

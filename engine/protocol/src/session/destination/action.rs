@@ -20,7 +20,7 @@ pub struct DestinationConfig {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DestinationAction {
-    /// Make the record durable, then call [`DestinationSession::persisted`].
+    /// Make the record durable, then call [`persisted`](super::DestinationSession::persisted).
     Persist(DestinationRecord),
     /// Send a frame on the control connection.
     Send(ControlFrame),

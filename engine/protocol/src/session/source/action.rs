@@ -48,7 +48,7 @@ impl SourceConfig {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SourceAction {
-    /// Make the record durable, then call [`SourceSession::persisted`].
+    /// Make the record durable, then call [`persisted`](super::SourceSession::persisted).
     Persist(SourceRecord),
     /// Send this hello on the new control connection.
     Greet(Hello),

@@ -30,8 +30,8 @@ impl SourceSession {
     }
 
     /// The VMM wants its guest back. Before the guest was given this takes effect as soon
-    /// as it is recorded; afterwards it needs the destination's agreement, and [`SourceEvent::Reclaimed`] or
-    /// [`SourceEvent::ReclaimDenied`] follows, when it is connected.
+    /// as it is recorded; afterwards it needs the destination's agreement, and [`Reclaimed`](super::SourceEvent::Reclaimed)
+    /// or [`ReclaimDenied`](super::SourceEvent::ReclaimDenied) follows, when it is connected.
     ///
     /// # Errors
     /// [`NotNow`] if the destination is known to run it, or the session is over.
