@@ -9,8 +9,8 @@ use afterimage::{
 };
 use afterimage_protocol::layout::{Backing, PageSize, Region};
 use afterimage_protocol::wire::{
-    Channel, ControlFrame, DataFrame, Epoch, HEADER_BYTES, Header, Kind as FrameKind, RefuseCode,
-    Role,
+    Channel, ControlFrame, DataFrame, Epoch, HEADER_BYTES, Header, Hello, Kind as FrameKind,
+    RefuseCode, Role,
 };
 use common::peer::{
     HandSource, Heard, Wire, content, hello_of, offer_of, pages, source_hello, stamp,
@@ -442,4 +442,38 @@ fn a_session_that_nobody_answers_for_ends_soon_when_dropped() {
     drop(destination);
     let took = begin.elapsed();
     assert!(took < Duration::from_secs(12), "{took:?} for one attempt under way");
+}
+
+#[test]
+fn channels_that_break_at_once_are_made_again_with_pauses() {
+    prologue!("channels_that_break_at_once");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = Address::Tcp(listener.local_addr().expect("bound").to_string());
+    let new = Memory::new(&[(Kind::Anonymous, MIB)]);
+    let memory = new.register(DiscardNotice::Called).expect("registered memory");
+    let options = common::session::destination_options(&Setup::default());
+    let (_destination, _events) =
+        Destination::start(memory, Endpoint::Connect(address), options).expect("started");
+    let mut control = Wire::over(listener.accept().expect("the destination connects").0);
+    let theirs = control.hear_hello("a destination greets");
+    let hello = source_hello(SESSION, 1);
+    control.send_hello(hello);
+    let mut hand = HandSource { control, hello, theirs };
+    hand.begin(&layout_of(MIB));
+    listener.set_nonblocking(true).expect("a socket");
+    let end = Instant::now() + Duration::from_secs(1);
+    let mut times = 0;
+    while Instant::now() < end {
+        let Ok((socket, _)) = listener.accept() else {
+            std::thread::sleep(Duration::from_millis(1));
+            continue;
+        };
+        socket.set_nonblocking(false).expect("a socket");
+        let mut wire = Wire::over(socket);
+        let asked = wire.hear_hello("a destination greets");
+        wire.send_hello(Hello { channel: asked.channel, stamp: asked.stamp, ..hello });
+        times += 1;
+    }
+    // Two channels, each at once, after 20 ms, 40, 80 and so on.
+    assert!((4..30).contains(&times), "{times} connections in a second");
 }
