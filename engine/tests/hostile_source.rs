@@ -337,8 +337,8 @@ fn a_destination_can_be_dropped_under_a_flood() {
     let beats = ControlFrame::Heartbeat { token: 1 }.encode(hand.hello.stamp, false).repeat(2000);
     let mut unread = Wire::over(hand.control.socket.try_clone().expect("a socket"));
     let reader = std::thread::spawn(move || unread.drain());
-    let floods =
-        [flood(request, zeros(at)), flood(background, zeros(same)), flood(hand.control, beats)];
+    let floods = [(request, zeros(at)), (background, zeros(same)), (hand.control, beats)]
+        .map(|(wire, bytes)| Flood::start(wire, bytes));
     common::wait_until(
         "the flood",
         || format!("{:?}", victim.destination.stats()),
