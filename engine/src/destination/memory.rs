@@ -336,6 +336,10 @@ impl DestinationMemory {
                 tracing::debug!(%error, address = %region.guest_address, "could not unregister");
             }
         }
+        // The kernel wakes before it takes the mapping's lock (seen on 6.18): a thread that
+        // was on its way into the queue then sleeps there, and nothing is registered that
+        // could wake it. A wake-up asks for no registration.
+        self.wake_all();
         self.is_unregistered.store(true, Ordering::Release);
     }
 }
