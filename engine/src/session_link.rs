@@ -164,7 +164,7 @@ impl SessionLink {
     /// Sends what goes.
     ///
     /// # Errors
-    /// The connection broke, or the peer does not read.
+    /// The peer does not read. A connection that broke is read to its end first.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
         loop {
@@ -176,7 +176,13 @@ impl SessionLink {
                     None => self.stream = None,
                 }
             }
-            connection.flush(self.poll.registry(), CONTROL)?;
+            if let Err(error) = connection.flush(self.poll.registry(), CONTROL) {
+                // What the peer said before it went may still lie here, perhaps its bye.
+                tracing::info!(%error, "nothing more goes out on the control connection");
+                connection.mute();
+                (self.stream, self.has_more) = (None, true);
+                return Ok(());
+            }
             if connection.queued() > 0 || self.stream.is_none() {
                 break;
             }
@@ -193,30 +199,34 @@ impl SessionLink {
         std::iter::repeat_n((), ROUND)
     }
 
-    /// The next frame, if one is there.
+    /// The next frame, if one is there and was not dropped.
     ///
     /// # Errors
     /// The connection is at its end; if the peer broke the protocol, with what to tell it.
     pub(crate) fn receive(&mut self) -> Result<Option<ControlFrame>, Option<Refusal>> {
-        loop {
-            let Some(connection) = &mut self.connection else {
+        let Some(connection) = &mut self.connection else {
+            self.has_more = false;
+            return Ok(None);
+        };
+        match connection.receive() {
+            Ok(Received::Frame(frame)) => Ok(Some(frame)),
+            // The round ends here, so that a flood of such frames cannot keep the thread.
+            Ok(Received::Stale) => {
+                self.stale += 1;
+                Ok(None)
+            }
+            Ok(Received::Unknown) => Ok(None),
+            Ok(Received::Nothing) if connection.is_mute() => Err(None),
+            Ok(Received::Nothing) => {
                 self.has_more = false;
-                return Ok(None);
-            };
-            match connection.receive() {
-                Ok(Received::Frame(frame)) => return Ok(Some(frame)),
-                Ok(Received::Stale) => self.stale += 1,
-                Ok(Received::Nothing) => {
-                    self.has_more = false;
-                    return Ok(None);
-                }
-                Err(ControlError::Io(error)) => {
-                    tracing::info!(%error, "the control connection ended");
-                    return Err(None);
-                }
-                Err(ControlError::Wire(error)) => {
-                    return Err(Some(Refusal::new(RefuseCode::Protocol, error.to_string())));
-                }
+                Ok(None)
+            }
+            Err(ControlError::Io(error)) => {
+                tracing::info!(%error, "the control connection ended");
+                Err(None)
+            }
+            Err(ControlError::Wire(error)) => {
+                Err(Some(Refusal::new(RefuseCode::Protocol, error.to_string())))
             }
         }
     }

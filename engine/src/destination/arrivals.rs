@@ -133,8 +133,11 @@ impl Arrived {
 
     /// The source cannot read these pages: whoever touches one waits.
     pub(super) fn unreadable(&self, pages: PageRange) {
-        self.counters.unreadable.fetch_add(pages.count, Ordering::Relaxed);
-        self.driver.send(Input::Unreadable(pages));
+        // Told once, however often it is said: the VMM keeps what it is told.
+        let count = self.pages.unreadable().set(pages, |newly| {
+            self.driver.send(Input::Unreadable(newly));
+        });
+        self.counters.unreadable.fetch_add(count, Ordering::Relaxed);
     }
 
     /// A page could not be put in place: the channel ends, and the VMM is told why.

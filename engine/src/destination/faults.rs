@@ -267,22 +267,18 @@ impl FaultThread {
         self.drop_line();
     }
 
-    /// Takes in what has been answered; `true` if there was something.
+    /// Takes in what one look brings of the answers; `true` if there was something. One look
+    /// only: a source that floods must not keep the thread from faults and orders.
     fn take_answers(&mut self) -> bool {
         let Some(mut line) = self.line.take() else { return false };
-        let mut is_busy = false;
-        let result = loop {
-            match line.stream.receive(&mut line.incoming[line.filled..], Wait::Never) {
-                Ok(got) => {
-                    line.filled += got;
-                    is_busy = true;
-                    if let Err(error) = self.take_frames(&mut line) {
-                        break Err(error);
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break Ok(()),
-                Err(error) => break Err(error),
+        let received = line.stream.receive(&mut line.incoming[line.filled..], Wait::Never);
+        let (is_busy, result) = match received {
+            Ok(got) => {
+                line.filled += got;
+                (true, self.take_frames(&mut line))
             }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => (false, Ok(())),
+            Err(error) => (false, Err(error)),
         };
         self.line = Some(line);
         if let Err(error) = result {

@@ -336,9 +336,9 @@ impl DestinationMemory {
                 tracing::debug!(%error, address = %region.guest_address, "could not unregister");
             }
         }
-        // The kernel wakes before it takes the mapping's lock (seen on 6.18): a thread that
-        // was on its way into the queue then sleeps there, and nothing is registered that
-        // could wake it. A wake-up asks for no registration.
+        // Unregistering wakes first and locks out new faults second: since faults are taken
+        // under the lock of their mapping alone (Linux 6.7), one can slip in between and
+        // would wait for ever. Waking does not ask whether the range is registered.
         self.wake_all();
         self.is_unregistered.store(true, Ordering::Release);
     }

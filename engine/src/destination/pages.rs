@@ -24,7 +24,7 @@ pub(crate) use fault::{FaultAnswer, MissingPage};
 use super::memory::{DestinationMemory, RegionFile};
 use crate::sys::fill::{self, Fill, Stopped};
 use crate::sys::words::LazyWords;
-use afterimage_protocol::bitmap::Planes;
+use afterimage_protocol::bitmap::{Bitmap, Planes};
 use afterimage_protocol::layout::{
     GuestLayout, PageNumber, PageRange, RegionRun, RegisteredAddress,
 };
@@ -113,6 +113,8 @@ pub(crate) struct Pages {
     gate: RwLock<DiscardedInFlight>,
     remaining: AtomicU64,
     alias_written: AtomicU64,
+    /// What the source has said that it cannot read.
+    unreadable: Bitmap<LazyWords>,
     /// Nobody reads events any more.
     is_unread: AtomicBool,
     pub(crate) counters: PageCounters,
@@ -127,6 +129,7 @@ impl Pages {
             gate: RwLock::default(),
             remaining: AtomicU64::new(pages),
             alias_written: AtomicU64::new(0),
+            unreadable: Bitmap::over(LazyWords::new(pages)?, pages),
             is_unread: AtomicBool::new(false),
             counters: PageCounters::default(),
             memory,
@@ -139,6 +142,11 @@ impl Pages {
 
     pub(crate) fn planes(&self) -> &Planes<LazyWords> {
         &self.planes
+    }
+
+    /// What the source has said that it cannot read.
+    pub(crate) fn unreadable(&self) -> &Bitmap<LazyWords> {
+        &self.unreadable
     }
 
     pub(crate) fn memory(&self) -> &DestinationMemory {

@@ -15,6 +15,8 @@ pub(crate) enum Received {
     Frame(ControlFrame),
     /// A frame of an older connection, dropped.
     Stale,
+    /// An optional frame that this version does not know, dropped.
+    Unknown,
     /// Nothing more at the moment.
     Nothing,
 }
@@ -37,6 +39,7 @@ pub(crate) struct ControlConnection {
     incoming: Vec<u8>,
     outgoing: VecDeque<u8>,
     interest: Interest,
+    is_mute: bool,
 }
 
 impl ControlConnection {
@@ -50,13 +53,34 @@ impl ControlConnection {
     ) -> io::Result<Self> {
         let raw = stream.as_fd().as_raw_fd();
         registry.register(&mut SourceFd(&raw), token, Interest::READABLE)?;
-        let (incoming, outgoing) = (Vec::new(), VecDeque::new());
-        Ok(Self { stream, stamp, checksums, incoming, outgoing, interest: Interest::READABLE })
+        Ok(Self {
+            stream,
+            stamp,
+            checksums,
+            incoming: Vec::new(),
+            outgoing: VecDeque::new(),
+            interest: Interest::READABLE,
+            is_mute: false,
+        })
     }
 
     /// Queues a frame; [`flush`](Self::flush) sends it.
     pub(crate) fn push(&mut self, frame: &ControlFrame) {
+        if self.is_mute {
+            return;
+        }
         self.outgoing.extend(frame.encode(self.stamp, self.checksums));
+    }
+
+    /// Nothing is sent any more: the connection is only read to its end.
+    pub(crate) fn mute(&mut self) {
+        self.is_mute = true;
+        self.outgoing = VecDeque::new();
+    }
+
+    /// Whether nothing is sent any more.
+    pub(crate) const fn is_mute(&self) -> bool {
+        self.is_mute
     }
 
     /// Bytes queued and not sent.
@@ -113,10 +137,8 @@ impl ControlConnection {
             if !self.stamp.admits(header.stamp())? {
                 return Ok(Received::Stale);
             }
-            if let Some(frame) = ControlFrame::decode(&header, payload)? {
-                return Ok(Received::Frame(frame));
-            }
-            // An optional frame that this version does not know.
+            let frame = ControlFrame::decode(&header, payload)?;
+            return Ok(frame.map_or(Received::Unknown, Received::Frame));
         }
     }
 

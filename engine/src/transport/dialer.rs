@@ -2,9 +2,11 @@
 
 use super::{Address, ConnectError, Plaintext, Stream, connect};
 use crate::threads::{self, ThreadHook, ThreadRole};
-use afterimage_protocol::wire::Hello;
+use afterimage_protocol::wire::{Channel, Hello};
 use crossbeam_channel::Sender;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -25,7 +27,9 @@ pub(crate) struct Dialed {
 /// which may take as long as a connection attempt.
 #[derive(Debug)]
 pub(crate) struct Dialer {
-    jobs: Option<Sender<Hello>>,
+    jobs: Option<Sender<(u64, Hello)>>,
+    /// Grows when what was asked for before is not wanted any more.
+    round: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -37,10 +41,15 @@ impl Dialer {
         hook: &ThreadHook,
         deliver: impl Fn(Dialed) + Send + 'static,
     ) -> io::Result<Self> {
-        let (jobs, todo) = crossbeam_channel::unbounded::<Hello>();
+        let (jobs, todo) = crossbeam_channel::unbounded::<(u64, Hello)>();
+        let round = Arc::new(AtomicU64::new(0));
+        let present = Arc::clone(&round);
         let thread = threads::spawn(hook, ThreadRole::Acceptor, 1, move || {
             let mut pause = FIRST_PAUSE;
-            for hello in todo {
+            for (asked_in, hello) in todo {
+                if asked_in != present.load(Ordering::Acquire) {
+                    continue;
+                }
                 let outcome = connect(&address, plaintext, hello);
                 if outcome.is_ok() {
                     pause = FIRST_PAUSE;
@@ -52,20 +61,26 @@ impl Dialer {
                 deliver(Dialed { hello, outcome });
             }
         })?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+        Ok(Self { jobs: Some(jobs), round, thread: Some(thread) })
     }
 
-    /// Makes a connection and says this hello on it.
+    /// Makes a connection and says this hello on it. A session begins anew with its control
+    /// connection: whatever else was asked for before is forgotten then.
     pub(crate) fn dial(&self, hello: Hello) {
+        if hello.channel == Channel::Control {
+            self.round.fetch_add(1, Ordering::AcqRel);
+        }
+        let round = self.round.load(Ordering::Acquire);
         if let Some(jobs) = &self.jobs {
             // The thread ends only after `jobs` is dropped.
-            let _ = jobs.send(hello);
+            let _ = jobs.send((round, hello));
         }
     }
 }
 
 impl Drop for Dialer {
     fn drop(&mut self) {
+        self.round.fetch_add(1, Ordering::AcqRel);
         drop(self.jobs.take());
         if let Some(thread) = self.thread.take() {
             threads::join(thread);

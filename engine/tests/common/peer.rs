@@ -6,13 +6,14 @@ use afterimage_protocol::bitmap::{Bitmap, Segment};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::wire::{
     Attach, Capabilities, Channel, ControlFrame, DataFrame, GREETING_PREFIX, Generation, Greeting,
-    HEADER_BYTES, Header, Hello, Offer, Phase, Refusal, Role, SessionKind, Stamp,
+    HEADER_BYTES, Header, Hello, Offer, Phase, Refusal, RefuseCode, Role, SessionKind, Stamp,
 };
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 
 /// A connection whose every byte the test decides.
 pub struct Wire {
+    /// Also a Unix socket: what tests do with it works with both.
     pub socket: TcpStream,
 }
 
@@ -44,6 +45,11 @@ impl Wire {
         socket.set_read_timeout(Some(PATIENCE)).expect("a socket");
         socket.set_write_timeout(Some(PATIENCE)).expect("a socket");
         Self { socket }
+    }
+
+    pub fn over_unix(socket: std::os::unix::net::UnixStream) -> Self {
+        socket.set_read_timeout(Some(PATIENCE)).expect("a socket");
+        Self { socket: std::os::fd::OwnedFd::from(socket).into() }
     }
 
     /// Sends bytes; whether they went. An engine that has hung up makes this fail.
@@ -230,7 +236,12 @@ impl HandSource {
 
     /// Offers, hears what the destination has, begins.
     pub fn begin(&mut self, layout: &GuestLayout) {
-        self.say(&ControlFrame::Offer(offer_of(layout)));
+        self.begin_with(offer_of(layout));
+    }
+
+    /// The same with this offer.
+    pub fn begin_with(&mut self, offer: Offer) {
+        self.say(&ControlFrame::Offer(offer));
         let attach = self.control.hear_control().said("a destination attaches");
         assert!(matches!(attach, ControlFrame::Attach(_)), "{attach:?}");
         loop {
@@ -245,12 +256,19 @@ impl HandSource {
 
     /// Opens a data channel.
     pub fn open(&self, address: &Address, channel: Channel, generation: u32) -> (Wire, Stamp) {
-        let mut wire = Wire::connect(address);
         let stamp = Stamp { epoch: self.hello.stamp.epoch, generation: Generation(generation) };
         let incarnation = self.theirs.incarnation;
-        assert!(wire.send_hello(Hello { channel, stamp, incarnation, ..self.hello }));
-        wire.hear_hello("a destination takes a data channel");
-        (wire, stamp)
+        for _ in 0..1000 {
+            let mut wire = Wire::connect(address);
+            assert!(wire.send_hello(Hello { channel, stamp, incarnation, ..self.hello }));
+            match wire.hear_greeting().said("an answer to a data channel") {
+                Greeting::Hello(_) => return (wire, stamp),
+                // It may not have read the begin yet, which came on another connection.
+                Greeting::Refuse(refusal) if refusal.code == RefuseCode::Stale => {}
+                Greeting::Refuse(refusal) => panic!("{refusal:?}"),
+            }
+        }
+        panic!("a destination does not take {channel}");
     }
 }
 
