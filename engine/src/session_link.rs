@@ -2,8 +2,9 @@
 
 use crate::inbox::Outlet;
 use crate::transport::{Acceptor, ControlConnection, ControlError, Dialer, Received, Stream};
-use afterimage_protocol::wire::{ControlFrame, Hello, Refusal, RefuseCode, Stamp};
+use afterimage_protocol::wire::{Channel, ControlFrame, Epoch, Hello, Refusal, RefuseCode, Stamp};
 use mio::{Events, Poll, Token};
+use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,9 @@ const CONTROL: Token = Token(1);
 /// The first pause before a broken connection is made again; it doubles up to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// A data channel that held for so long was no failure.
+const HELD: Duration = Duration::from_secs(1);
 
 /// Frames of one round, so that a peer that floods cannot keep the thread from its clock.
 const ROUND: usize = 256;
@@ -52,6 +56,8 @@ pub(crate) struct SessionLink {
     origin: Instant,
     pause: Duration,
     redial_at: Option<Instant>,
+    /// Data channels that are to be made again.
+    pub(crate) data: Redials,
     pub(crate) stale: u64,
 }
 
@@ -68,6 +74,7 @@ impl SessionLink {
             origin: Instant::now(),
             pause: FIRST_PAUSE,
             redial_at: None,
+            data: Redials::default(),
             stale: 0,
         }
     }
@@ -114,7 +121,8 @@ impl SessionLink {
     /// Waits until something comes, or until `tick` on the link's clock.
     pub(crate) fn wait(&mut self, tick: Option<Duration>) -> io::Result<()> {
         let tick = tick.map(|at| at.saturating_sub(self.now()));
-        let redial = self.redial_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let redial = self.redial_at.into_iter().chain(self.data.next()).min();
+        let redial = redial.map(|at| at.saturating_duration_since(Instant::now()));
         let timeout = match (tick, redial) {
             _ if self.has_more => Some(Duration::ZERO),
             (Some(one), Some(other)) => Some(one.min(other)),
@@ -252,6 +260,56 @@ impl SessionLink {
         if let Some(connection) = self.connection.take() {
             connection.close(self.poll.registry());
         }
+    }
+}
+
+/// Data channels that have broken, each until it is time to make it again: at once where it
+/// has held for a while, else after a pause that grows. Something may be wrong at an end that
+/// connecting does not mend.
+#[derive(Debug, Default)]
+pub(crate) struct Redials {
+    slots: BTreeMap<Channel, Redial>,
+}
+
+#[derive(Debug)]
+struct Redial {
+    opened: Instant,
+    pause: Duration,
+    due: Option<(Instant, Epoch)>,
+}
+
+impl Redials {
+    /// A channel has been opened.
+    pub(crate) fn opened(&mut self, channel: Channel) {
+        let now = Instant::now();
+        let fresh = Redial { opened: now, pause: Duration::ZERO, due: None };
+        let slot = self.slots.entry(channel).or_insert(fresh);
+        (slot.opened, slot.due) = (now, None);
+    }
+
+    /// A channel has ended, and shall be opened again if the epoch is still the same then.
+    pub(crate) fn ended(&mut self, channel: Channel, epoch: Epoch) {
+        let now = Instant::now();
+        let fresh = Redial { opened: now, pause: Duration::ZERO, due: None };
+        let slot = self.slots.entry(channel).or_insert(fresh);
+        if now.duration_since(slot.opened) >= HELD {
+            slot.pause = Duration::ZERO;
+        }
+        slot.due = Some((now + slot.pause, epoch));
+        slot.pause = (slot.pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
+    }
+
+    /// The next channel that it is time to open.
+    pub(crate) fn due(&mut self) -> Option<(Channel, Epoch)> {
+        let now = Instant::now();
+        self.slots.iter_mut().find_map(|(channel, slot)| {
+            let (_, epoch) = slot.due.take_if(|(at, _)| *at <= now)?;
+            Some((*channel, epoch))
+        })
+    }
+
+    fn next(&self) -> Option<Instant> {
+        self.slots.values().filter_map(|slot| slot.due).map(|(at, _)| at).min()
     }
 }
 

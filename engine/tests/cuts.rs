@@ -37,17 +37,14 @@ fn count_through(
     let threads = counters.start(6, 400, random);
     let total = pair.old.small_pages() * 4096;
     for cut in 0..cuts {
-        // At the latest when a part of all bytes has passed since the last.
         let goal = total / (cuts + 1) * cut + random.below(total / (cuts + 1));
-        common::wait_until(
-            "bytes through the proxy",
-            || pair.dump(),
-            || proxy.bytes() >= goal || pair.destination.stats().pages_complete >= pair.new.pages(),
-        );
+        proxy.hold_at(goal);
+        common::wait_until("bytes in the proxy", || pair.dump(), || proxy.bytes() >= goal);
         let how = Cut::any(random);
         let chosen = RefCell::new(random.fork());
         proxy.cut(how, |channel| wanted(&mut chosen.borrow_mut(), channel));
     }
+    proxy.hold_at(u64::MAX);
     for thread in threads {
         thread.finish("a guest thread that counts", || pair.dump());
     }
@@ -102,15 +99,17 @@ fn cut_one(wanted: Channel, name: &str) {
             let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
             pair.switch(&[]);
             let threads = counters.start(4, 200, &mut random);
-            for _ in 0..3 {
-                let done = || pair.destination.stats().pages_complete == pair.new.pages();
+            for cut in 1..=3 {
+                let goal = 6 * MIB * cut;
+                proxy.hold_at(goal);
                 common::wait_until(
-                    "the channel to be there again",
+                    "bytes, and the channel to be there again",
                     || pair.dump(),
-                    || done() || proxy.open(|channel| channel == wanted) > 0,
+                    || proxy.bytes() >= goal && proxy.open(|channel| channel == wanted) > 0,
                 );
-                proxy.cut(how, |channel| channel == wanted);
+                assert_eq!(proxy.cut(how, |channel| channel == wanted), 1);
             }
+            proxy.hold_at(u64::MAX);
             for thread in threads {
                 thread.finish("a guest thread that counts", || pair.dump());
             }

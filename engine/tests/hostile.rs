@@ -19,7 +19,7 @@ const MIB: u64 = 1 << 20;
 const STRANGER: Incarnation = Incarnation([9; 16]);
 
 /// A greeting of these fields.
-fn prefix(magic: &[u8; 8], version: u16, oldest: u16, kind: u16, length: u16) -> Vec<u8> {
+fn prefix(magic: [u8; 8], version: u16, oldest: u16, kind: u16, length: u16) -> Vec<u8> {
     let mut bytes = magic.to_vec();
     for field in [version, oldest, kind, length] {
         bytes.extend_from_slice(&field.to_le_bytes());
@@ -31,9 +31,9 @@ fn prefix(magic: &[u8; 8], version: u16, oldest: u16, kind: u16, length: u16) ->
 fn a_wrong_greeting_is_answered_with_what_is_wrong() {
     prologue!("a_wrong_greeting");
     let victim = Victim::start(|_| ());
-    let magic = b"AFTRIMG\n";
+    let magic = *b"AFTRIMG\n";
     let cases = [
-        ("magic", prefix(b"HTTP/1.1", 1, 1, 1, 56), RefuseCode::Protocol, vec!["48, 54, 54"]),
+        ("magic", prefix(*b"HTTP/1.1", 1, 1, 1, 56), RefuseCode::Protocol, vec!["48, 54, 54"]),
         ("too new", prefix(magic, 9, 7, 1, 56), RefuseCode::Version, vec!["7 to 9", "1 to 1"]),
         ("too old", prefix(magic, 0, 0, 1, 56), RefuseCode::Version, vec!["0 to 0", "1 to 1"]),
         ("kind", prefix(magic, 1, 1, 77, 56), RefuseCode::Protocol, vec!["77"]),
@@ -148,6 +148,9 @@ fn control(kind: FrameKind, epoch: u32, page: u64, count: u32, length: u32) -> V
     Header::new(kind, stamp(epoch, 1), page, count).with_length(length).bytes().to_vec()
 }
 
+/// What is sent in which epoch, and what the refusal says of it.
+type Case = (&'static str, fn(u32) -> Vec<u8>, &'static str);
+
 #[test]
 fn wrong_frames_on_the_control_channel_end_the_connection_with_a_reason() {
     prologue!("wrong_frames_on_the_control");
@@ -168,7 +171,6 @@ fn wrong_frames_on_the_control_channel_end_the_connection_with_a_reason() {
     assert!(said.contains("not given"), "{said}");
 
     // After it; the epoch is put in once it is known.
-    type Case = (&'static str, fn(u32) -> Vec<u8>, &'static str);
     let cases: [Case; 11] = [
         (
             "unknown",
@@ -363,7 +365,7 @@ fn random_bytes_after_a_valid_beginning_end_the_connection() {
     for round in 0..60 {
         let mut hand = HandDestination::attach(&victim.address, STRANGER);
         let mut garbage = Vec::new();
-        for _ in 0..1 + random.below(40) {
+        for _ in 0..=random.below(40) {
             garbage.extend(random.next().to_le_bytes());
         }
         // Half of them with headers that are nearly right.

@@ -9,8 +9,8 @@ use afterimage::{
 };
 use afterimage_protocol::layout::{Backing, PageSize, Region};
 use afterimage_protocol::wire::{
-    Channel, ControlFrame, DataFrame, Epoch, HEADER_BYTES, Header, Kind as FrameKind, RefuseCode,
-    Role,
+    Channel, ControlFrame, DataFrame, Epoch, HEADER_BYTES, Header, Hello, Kind as FrameKind,
+    RefuseCode, Role,
 };
 use common::peer::{
     HandSource, Heard, Wire, content, hello_of, offer_of, pages, source_hello, stamp,
@@ -143,11 +143,13 @@ fn a_destination_keeps_out_whoever_is_not_its_source() {
     victim.is_served_properly();
 }
 
+/// What the refusal says, and what is sent in which epoch.
+type Case = (&'static str, fn(u32) -> Vec<u8>);
+
 #[test]
 fn wrong_control_frames_end_the_connection_with_a_reason() {
     prologue!("wrong_control_frames");
     let mut victim = Victim::start(Kind::Memfd);
-    type Case = (&'static str, fn(u32) -> Vec<u8>);
     let cases: [Case; 8] = [
         ("Go", |epoch| ControlFrame::Go.encode(stamp(epoch, 1), false)),
         ("Bye", |epoch| ControlFrame::Bye.encode(stamp(epoch, 1), false)),
@@ -280,7 +282,7 @@ fn random_bytes_from_a_source_end_the_connection() {
     for _ in 0..40 {
         let mut hand = victim.attach();
         let mut garbage = Vec::new();
-        for _ in 0..1 + random.below(40) {
+        for _ in 0..=random.below(40) {
             garbage.extend(random.next().to_le_bytes());
         }
         for channel in [Channel::Request(0), Channel::Background(0)] {
@@ -298,15 +300,30 @@ fn random_bytes_from_a_source_end_the_connection() {
     victim.is_served_properly();
 }
 
-/// Sends `bytes` again and again until the engine hangs up or the test ends.
-fn flood(mut wire: Wire, bytes: Vec<u8>) -> std::thread::JoinHandle<u64> {
-    std::thread::spawn(move || {
-        let mut sent = 0;
-        while wire.socket.write_all(&bytes).is_ok() {
-            sent += bytes.len() as u64;
-        }
-        sent
-    })
+/// Sends `bytes` again and again on a connection, until it is told to stop.
+struct Flood {
+    socket: std::net::TcpStream,
+    thread: std::thread::JoinHandle<u64>,
+}
+
+impl Flood {
+    fn start(mut wire: Wire, bytes: Vec<u8>) -> Self {
+        let socket = wire.socket.try_clone().expect("a socket");
+        let thread = std::thread::spawn(move || {
+            let mut sent = 0;
+            while wire.socket.write_all(&bytes).is_ok() {
+                sent += bytes.len() as u64;
+            }
+            sent
+        });
+        Self { socket, thread }
+    }
+
+    fn stop(self) -> u64 {
+        // TCP may let a sender wait a minute for room at a peer that has gone.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        self.thread.join().expect("a flood")
+    }
 }
 
 #[test]
@@ -320,8 +337,8 @@ fn a_destination_can_be_dropped_under_a_flood() {
     let beats = ControlFrame::Heartbeat { token: 1 }.encode(hand.hello.stamp, false).repeat(2000);
     let mut unread = Wire::over(hand.control.socket.try_clone().expect("a socket"));
     let reader = std::thread::spawn(move || unread.drain());
-    let floods =
-        [flood(request, zeros(at)), flood(background, zeros(same)), flood(hand.control, beats)];
+    let floods = [(request, zeros(at)), (background, zeros(same)), (hand.control, beats)]
+        .map(|(wire, bytes)| Flood::start(wire, bytes));
     common::wait_until(
         "the flood",
         || format!("{:?}", victim.destination.stats()),
@@ -332,7 +349,7 @@ fn a_destination_can_be_dropped_under_a_flood() {
     let took = begin.elapsed();
     assert!(took < Duration::from_secs(10), "{took:?}");
     for flood in floods {
-        assert!(flood.join().expect("a flood") > 0);
+        assert!(flood.stop() > 0);
     }
     reader.join().expect("a reader");
     assert!(victim.events.until_end().contains(&DestinationEvent::Abandoned));
@@ -442,4 +459,38 @@ fn a_session_that_nobody_answers_for_ends_soon_when_dropped() {
     drop(destination);
     let took = begin.elapsed();
     assert!(took < Duration::from_secs(12), "{took:?} for one attempt under way");
+}
+
+#[test]
+fn channels_that_break_at_once_are_made_again_with_pauses() {
+    prologue!("channels_that_break_at_once");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = Address::Tcp(listener.local_addr().expect("bound").to_string());
+    let new = Memory::new(&[(Kind::Anonymous, MIB)]);
+    let memory = new.register(DiscardNotice::Called).expect("registered memory");
+    let options = common::session::destination_options(&Setup::default());
+    let (_destination, _events) =
+        Destination::start(memory, Endpoint::Connect(address), options).expect("started");
+    let mut control = Wire::over(listener.accept().expect("the destination connects").0);
+    let theirs = control.hear_hello("a destination greets");
+    let hello = source_hello(SESSION, 1);
+    control.send_hello(hello);
+    let mut hand = HandSource { control, hello, theirs };
+    hand.begin(&layout_of(MIB));
+    listener.set_nonblocking(true).expect("a socket");
+    let end = Instant::now() + Duration::from_secs(1);
+    let mut times = 0;
+    while Instant::now() < end {
+        let Ok((socket, _)) = listener.accept() else {
+            std::thread::sleep(Duration::from_millis(1));
+            continue;
+        };
+        socket.set_nonblocking(false).expect("a socket");
+        let mut wire = Wire::over(socket);
+        let asked = wire.hear_hello("a destination greets");
+        wire.send_hello(Hello { channel: asked.channel, stamp: asked.stamp, ..hello });
+        times += 1;
+    }
+    // Two channels, each at once, after 20 ms, 40, 80 and so on.
+    assert!((4..30).contains(&times), "{times} connections in a second");
 }

@@ -175,9 +175,9 @@ fn one_image_is_served_to_three_destinations() {
         events.wait("the end", dump, |event| *event == DestinationEvent::Finished);
         // What one guest writes is nobody else's.
         new.word(7, 7).store(1, Ordering::Relaxed);
-        let stats = destination.stats();
-        let once = stats.pages_requested + stats.pages_background + stats.pages_zero;
-        assert_eq!(once, stats.pages_total, "{stats:?}");
+        let counted = destination.stats();
+        let once = counted.pages_requested + counted.pages_background + counted.pages_zero;
+        assert_eq!(once, counted.pages_total, "{counted:?}");
     }
     image.check(setup.seed, setup.content);
     let events = EventLog::new(events);

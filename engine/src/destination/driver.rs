@@ -140,6 +140,9 @@ impl Driver {
             self.receive();
             self.send_acks();
             self.session.tick(self.link.now());
+            while let Some((channel, epoch)) = self.link.data.due() {
+                self.dial_data(channel, epoch);
+            }
             if self.link.redial_is_due() && !self.session.is_over() {
                 let hello = self.session.open();
                 self.link.dial(hello);

@@ -128,6 +128,9 @@ impl Driver {
             }
             self.receive();
             self.session.tick(self.link.now());
+            while let Some((channel, epoch)) = self.link.data.due() {
+                self.dial_data(channel, epoch);
+            }
             if self.link.redial_is_due() && !self.session.is_over() {
                 self.session.open();
             }

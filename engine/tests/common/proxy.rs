@@ -40,6 +40,8 @@ struct Shared {
     links: Mutex<Vec<Arc<Link>>>,
     stop: AtomicBool,
     bytes: AtomicU64,
+    /// Background streams stand still once so many bytes have passed.
+    limit: AtomicU64,
 }
 
 /// Its threads end with it.
@@ -59,6 +61,7 @@ impl Proxy {
             links: Mutex::default(),
             stop: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
+            limit: AtomicU64::new(u64::MAX),
         });
         let for_thread = Arc::clone(&shared);
         thread::spawn(move || {
@@ -81,6 +84,12 @@ impl Proxy {
     /// Bytes carried so far, both ways.
     pub fn bytes(&self) -> u64 {
         self.shared.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Lets background streams go on only until so many bytes have passed, so that what is
+    /// done then comes in the middle of a migration, however fast that is.
+    pub fn hold_at(&self, bytes: u64) {
+        self.shared.limit.store(bytes, Ordering::Release);
     }
 
     /// Cuts the connections whose channel is wanted; returns how many there were.
@@ -175,6 +184,12 @@ impl Shared {
             if grace == 0 || link.is_over.load(Ordering::Acquire) {
                 return;
             }
+            if matches!(link.channel, Channel::Background(_))
+                && self.bytes.load(Ordering::Relaxed) >= self.limit.load(Ordering::Acquire)
+            {
+                thread::sleep(Duration::from_millis(1));
+                continue;
+            }
             let got = match from.read(&mut buffer) {
                 Ok(0) => {
                     let _ = to.shutdown(Shutdown::Write);
@@ -190,11 +205,13 @@ impl Shared {
             if link.cut.load(Ordering::Acquire) == Cut::BlackHole as u8 {
                 continue;
             }
-            self.bytes.fetch_add(got as u64, Ordering::Relaxed);
             let mut rest = &buffer[..got];
             while !rest.is_empty() {
                 match to.write(rest) {
-                    Ok(sent) => rest = &rest[sent..],
+                    Ok(sent) => {
+                        self.bytes.fetch_add(sent as u64, Ordering::Relaxed);
+                        rest = &rest[sent..];
+                    }
                     Err(error) if is_timeout(&error) => {
                         if link.cut.load(Ordering::Acquire) != 0 {
                             return;

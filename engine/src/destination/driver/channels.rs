@@ -74,6 +74,7 @@ impl Driver {
             stream.shut_down();
             return;
         };
+        self.link.data.opened(channel);
         let generation = stamp.generation;
         if matches!(channel, Channel::Request(_)) {
             self.faults.send(Order::Ask { stream, arrivals, generation });
@@ -135,7 +136,7 @@ impl Driver {
             return;
         }
         if self.link.dials() && !self.session.is_over() {
-            self.dial_data(channel, stamp.epoch);
+            self.link.data.ended(channel, stamp.epoch);
         }
     }
 

@@ -93,6 +93,7 @@ impl Driver {
             stream.shut_down();
             return;
         };
+        self.link.data.opened(channel);
         if let Some(old) = self.data.remove(&channel) {
             old.stream.shut_down();
             self.retired.push((channel, old));
@@ -169,7 +170,7 @@ impl Driver {
             serving.signal.look_again();
         }
         if is_present && self.link.dials() {
-            self.dial_data(channel, stamp.epoch);
+            self.link.data.ended(channel, stamp.epoch);
         }
     }
 
