@@ -150,7 +150,10 @@ fn anonymous_memory_is_refused_with_the_remedy() {
 /// A copy of the demo that anybody may run, in a folder that anybody may read.
 fn copy_for_all(directory: &Path) -> std::path::PathBuf {
     let program = directory.join("demo");
-    fs::copy(DEMO, &program).unwrap();
+    // By another process: a file that is open for writing, perhaps in a child that another
+    // test has just forked, cannot be executed.
+    let copied = Command::new("cp").arg(DEMO).arg(&program).status().unwrap();
+    assert!(copied.success());
     for path in [directory, &program] {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     }
@@ -179,15 +182,20 @@ fn without_rights_a_guest_on_threads_is_handed_over() {
     assert!(errors(&output).contains("CAP_SYS_PTRACE"), "{output:?}");
 }
 
-/// The processes that a running demo has started, once they are three.
+/// The processes that a running demo has started, once they are three and play their parts.
 fn wait_for_roles(demo: &Child) -> [Pid; 3] {
     let list = format!("/proc/{0}/task/{0}/children", demo.id());
     let deadline = Instant::now() + LIMIT;
     loop {
         let children = fs::read_to_string(&list).unwrap();
-        let pids = children.split_whitespace().map(|pid| Pid::from_raw(pid.parse().unwrap()));
-        if let [vmm, page_server, destination] = pids.collect::<Vec<_>>()[..] {
-            return [vmm, page_server, destination];
+        let pids: Vec<i32> = children.split_whitespace().map(|pid| pid.parse().unwrap()).collect();
+        let plays = |pid: &i32| {
+            fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|it| it.contains("--role"))
+        };
+        if let [vmm, page_server, destination] = pids[..]
+            && pids.iter().all(plays)
+        {
+            return [vmm, page_server, destination].map(Pid::from_raw);
         }
         assert!(Instant::now() < deadline, "the demo has not started three processes");
         std::thread::yield_now();

@@ -12,8 +12,6 @@ pub(crate) struct SourceCounters {
     pub(crate) background: AtomicU64,
     pub(crate) zero: AtomicU64,
     pub(crate) unreadable: AtomicU64,
-    /// Bytes of memory that background has looked through.
-    pub(crate) bytes: AtomicU64,
     pub(crate) stale: AtomicU64,
     pub(crate) recoveries: AtomicU64,
 }

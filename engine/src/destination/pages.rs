@@ -118,6 +118,9 @@ pub(crate) struct Pages {
     /// Nobody reads events any more.
     is_unread: AtomicBool,
     pub(crate) counters: PageCounters,
+    /// How often any page became visible.
+    #[cfg(test)]
+    shown: AtomicU64,
 }
 
 impl Pages {
@@ -132,6 +135,8 @@ impl Pages {
             unreadable: Bitmap::over(LazyWords::new(pages)?, pages),
             is_unread: AtomicBool::new(false),
             counters: PageCounters::default(),
+            #[cfg(test)]
+            shown: AtomicU64::new(0),
             memory,
         })
     }
@@ -208,7 +213,11 @@ impl Pages {
     }
 
     fn fill(&self, fill: Fill<'_>, run: &RegionRun) -> fill::Filled {
-        fill::run(self.memory.uffd(), fill, self.address_of(run), run.length, self.page_bytes(run))
+        let (uffd, page_bytes) = (self.memory.uffd(), self.page_bytes(run));
+        let filled = fill::run(uffd, fill, self.address_of(run), run.length, page_bytes);
+        #[cfg(test)]
+        self.shown.fetch_add(filled.installed / page_bytes, Ordering::Relaxed);
+        filled
     }
 
     fn install_error(&self, run: &RegionRun, reached: u64, stopped: Stopped) -> InstallError {

@@ -2,7 +2,7 @@
 
 use super::serving::{NO_HINT, Serving, Underway};
 use crate::sys::holes::Extent;
-use crate::sys::mapping::is_zero;
+use crate::sys::mapping::{RawRun, Staging, is_zero};
 use crate::sys::socket::Piece;
 use crate::transport::Stream;
 use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
@@ -14,10 +14,12 @@ use std::time::{Duration, Instant};
 /// Bytes of content taken, looked through and sent in one go: small enough that an urgent
 /// page does not wait long behind it.
 const CHUNK_BYTES: u64 = 256 << 10;
+/// The least of it, where a file turns out to be full of holes.
+const LEAST_CHUNK_BYTES: u64 = 16 << 10;
+/// How far one look for content goes: dense memory takes as long to look at as it is long.
+const LOOK_AHEAD: u64 = 64 << 20;
 /// How long a stream stands back for requests before each piece.
 const STAND_BACK_FOR: Duration = Duration::from_millis(5);
-/// A mapped file's page tables are given back after this many bytes were read through them.
-const MAPPED_WINDOW: u64 = 64 << 20;
 /// The most pages in one zero frame.
 const MAX_ZERO_PAGES: u64 = 1 << 31;
 
@@ -30,7 +32,11 @@ pub(super) struct Streamer<'s> {
     cursor: PageNumber,
     /// The piece with content that the cursor was last found in, by region.
     extent: Option<(usize, Extent)>,
-    frames: Vec<(Header, Option<RegionRun>)>,
+    frames: Vec<(Header, Option<RawRun>)>,
+    /// Bytes taken in one go: fewer where the last were mostly zeros, because of a file it is
+    /// not known where its holes begin.
+    step: u64,
+    staging: Staging,
 }
 
 impl<'s> Streamer<'s> {
@@ -45,7 +51,17 @@ impl<'s> Streamer<'s> {
         // Streams begin apart; they meet when little is left.
         let pages = serving.layout.page_count();
         let cursor = PageNumber(pages / u64::from(streams.max(1)) * u64::from(slot));
-        Self { serving, stream, generation, underway, cursor, extent: None, frames: Vec::new() }
+        Self {
+            serving,
+            stream,
+            generation,
+            underway,
+            cursor,
+            extent: None,
+            frames: Vec::new(),
+            step: CHUNK_BYTES,
+            staging: Staging::default(),
+        }
     }
 
     /// Sends until the connection ends.
@@ -100,15 +116,16 @@ impl<'s> Streamer<'s> {
         let next = serving.book.peek(from)?;
         let run = serving.layout.split(PageRange::one(next)).next()?;
         let region_length = serving.layout.regions()[run.region].length;
-        let data = self.extent_at(run.region, run.offset, region_length);
+        let look_end = region_length.min(run.offset + run.length.max(LOOK_AHEAD));
+        let data = self.extent_at(run.region, run.offset, look_end);
         let page_bytes = run.length;
         let (is_hole, end) = match data {
-            None => (true, region_length),
+            None => (true, look_end),
             // A page that is partly data is data.
             Some(extent) if extent.start >= run.offset + page_bytes => {
                 (true, extent.start / page_bytes * page_bytes)
             }
-            Some(extent) => (false, extent.end.min(run.offset + CHUNK_BYTES.max(page_bytes))),
+            Some(extent) => (false, extent.end.min(run.offset + self.step.max(page_bytes))),
         };
         let pages = (end - run.offset).div_ceil(page_bytes).min(MAX_ZERO_PAGES);
         let taken = serving.book.take_in(PageRange::new(next, pages))?;
@@ -127,104 +144,101 @@ impl<'s> Streamer<'s> {
             return Some(extent);
         }
         let extent = self.serving.memory.next_data(region, offset, end)?;
-        self.extent = Some((region, extent));
+        // Of a file only the beginning of its content is known.
+        self.extent = Some((region, extent)).filter(|_| !self.serving.memory.is_file(region));
         Some(extent)
     }
 
     fn send_run(&mut self, run: &RegionRun, is_hole: bool) -> io::Result<()> {
         self.underway.push(run.pages);
         self.frames.clear();
-        let serving = self.serving;
+        let mut staging = std::mem::take(&mut self.staging);
         if is_hole {
             self.push_frame(DataFrame::Zero(run.pages), None);
-        } else if serving.memory.is_readable(run.region, run.offset, run.length) {
-            self.push_content(run);
         } else {
-            self.push_readable(run);
+            self.push_run(run, &mut staging);
+            self.adapt(run);
         }
         let mut pieces = Vec::with_capacity(2 * self.frames.len());
         for (header, content) in &self.frames {
             pieces.push(Piece::bytes(header.bytes()));
-            if let Some(run) = content {
-                pieces.push(Piece::memory(serving.memory.run(run.region, run.offset, run.length)));
-            }
+            pieces.extend(content.map(Piece::memory));
         }
-        // SAFETY: headers live in `self.frames`; memory was tested to be readable.
-        unsafe { self.stream.send_pieces(&mut pieces) }?;
-        if !is_hole {
-            let before = serving.counters.bytes.fetch_add(run.length, Ordering::Relaxed);
-            if before / MAPPED_WINDOW != (before + run.length) / MAPPED_WINDOW {
-                serving.memory.drop_page_tables();
-            }
-        }
-        Ok(())
+        // SAFETY: headers live in `self.frames`; content lies in `staging` or in memory that
+        // the VMM keeps mapped.
+        let sent = unsafe { self.stream.send_pieces(&mut pieces) };
+        self.staging = staging;
+        sent
     }
 
-    /// Frames for a run of which a part cannot be read.
-    fn push_readable(&mut self, run: &RegionRun) {
-        let serving = self.serving;
-        let part_of = |start: u64, count: u64| {
-            let pages = PageRange::new(PageNumber(run.pages.start.0 + start), count);
-            serving.layout.split(pages).next().expect("part of a run")
+    /// Takes less the next time if this was mostly zeros, more if it was not.
+    fn adapt(&mut self, run: &RegionRun) {
+        let content: usize = self.frames.iter().filter_map(|(_, it)| it.map(|it| it.length)).sum();
+        self.step = if (content as u64) < run.length / 2 {
+            (self.step / 2).max(LEAST_CHUNK_BYTES)
+        } else {
+            (self.step * 2).min(CHUNK_BYTES)
         };
-        let is_readable_at = |page: u64| {
-            let part = part_of(page, 1);
-            serving.memory.is_readable(part.region, part.offset, part.length)
-        };
-        let mut start = 0;
-        while start < run.pages.count {
-            let is_readable = is_readable_at(start);
-            let mut end = start + 1;
-            while end < run.pages.count && is_readable_at(end) == is_readable {
-                end += 1;
-            }
-            let part = part_of(start, end - start);
-            if is_readable {
-                self.push_content(&part);
-            } else {
-                tracing::error!(pages = %part.pages, "the source's memory cannot be read here");
-                self.push_frame(DataFrame::Unreadable(part.pages), None);
-            }
-            start = end;
-        }
     }
 
-    /// Frames for a run with content: pages that are zero by runs, the others by runs.
-    fn push_content(&mut self, run: &RegionRun) {
-        let serving = self.serving;
+    /// Frames for a run of which not everything may be readable.
+    fn push_run(&mut self, run: &RegionRun, staging: &mut Staging) {
+        let memory = &self.serving.memory;
         let page_bytes = run.length / run.pages.count;
+        let length = if memory.is_file(run.region) { run.length as usize } else { 0 };
+        let staging = staging.bytes(length);
+        let pages = |from: u64, count| PageRange::new(PageNumber(run.pages.start.0 + from), count);
+        let mut done = 0;
+        while done < run.pages.count {
+            let at = done * page_bytes;
+            let into = &mut staging[(at as usize).min(length)..];
+            let brought = memory.bring(run.region, run.offset + at, run.length - at, into);
+            let whole = brought.run.length as u64 / page_bytes;
+            self.push_content(pages(done, whole), brought.run, page_bytes);
+            done += whole;
+            if done < run.pages.count {
+                let lost = if brought.is_cut { run.pages.count - done } else { 1 };
+                let lost = pages(done, lost);
+                tracing::error!(pages = %lost, "the source's memory cannot be read here");
+                self.push_frame(DataFrame::Unreadable(lost), None);
+                done += lost.count;
+            }
+        }
+    }
+
+    /// Frames for pages with content: those that are zero by runs, the others by runs.
+    fn push_content(&mut self, pages: PageRange, content: RawRun, page_bytes: u64) {
+        let part = |from: u64, count: u64| {
+            content.part((from * page_bytes) as usize, (count * page_bytes) as usize)
+        };
+        // SAFETY: readable memory of whole pages, aligned to words.
+        let is_zero_at = |page| unsafe { is_zero(part(page, 1)) };
         let mut start = 0;
-        while start < run.pages.count {
-            let is_zero_at = |page: u64| {
-                let offset = run.offset + page * page_bytes;
-                // SAFETY: tested to be readable; pages are aligned.
-                unsafe { is_zero(serving.memory.run(run.region, offset, page_bytes)) }
-            };
+        while start < pages.count {
             let zero = is_zero_at(start);
             let mut end = start + 1;
-            while end < run.pages.count && is_zero_at(end) == zero {
+            while end < pages.count && is_zero_at(end) == zero {
                 end += 1;
             }
-            let pages = PageRange::new(PageNumber(run.pages.start.0 + start), end - start);
+            let count = end - start;
+            let range = PageRange::new(PageNumber(pages.start.0 + start), count);
             if zero {
-                self.push_frame(DataFrame::Zero(pages), None);
+                self.push_frame(DataFrame::Zero(range), None);
             } else {
-                let part = serving.layout.split(pages).next().expect("part of a run");
-                let frame = DataFrame::Content(pages, part.length as u32);
-                self.push_frame(frame, Some(part));
+                let content = part(start, count);
+                let frame = DataFrame::Content(range, content.length as u32);
+                self.push_frame(frame, Some(content));
             }
             start = end;
         }
     }
 
-    fn push_frame(&mut self, frame: DataFrame, content: Option<RegionRun>) {
+    fn push_frame(&mut self, frame: DataFrame, content: Option<RawRun>) {
         let serving = self.serving;
         let mut header = frame.header(serving.stamp(self.generation));
         if serving.checksums {
-            let bytes = content.map_or(&[][..], |run| {
-                // SAFETY: memory is final and was tested to be readable.
-                unsafe { serving.memory.run(run.region, run.offset, run.length).bytes() }
-            });
+            // SAFETY: memory is final, and staging is not touched before it has been sent.
+            let bytes = content.map_or(&[][..], |run| unsafe { run.bytes() });
             header = header.sealed([bytes]);
         }
         let counter = match frame {

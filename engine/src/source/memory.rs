@@ -1,15 +1,16 @@
-//! Guest memory as a source reads it: mapped by the VMM, or a file mapped here.
+//! Guest memory as a source reads it: mapped by the VMM, or a file.
 //!
-//! Pages leave from where they lie. Holes are found without touching them, and memory that
-//! could vanish under a mapping (a file cut short) is tested before a CPU reads it.
+//! Pages of private memory leave from where they lie; what the page map does not show has
+//! never been touched, and is not touched here. Pages of a file are read into staging, never
+//! through a mapping: that would allocate its holes, cost page tables, and end the process
+//! where the file has been cut short.
 
 use crate::sys::holes::{self, Extent, Pagemap};
-use crate::sys::mapping::{RawRun, is_readable};
+use crate::sys::mapping::RawRun;
 use crate::sys::maps::{self, MappingError};
 use afterimage_protocol::layout::{
     Backing, GuestAddress, GuestLayout, LayoutError, LocalAddress, PageSize, Region,
 };
-use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -27,57 +28,6 @@ pub struct SourceRegion {
 struct FileRegion {
     file: File,
     offset: u64,
-    map: MmapRaw,
-    /// The size of its huge pages, on hugetlbfs.
-    huge_page: Option<u64>,
-}
-
-impl FileRegion {
-    /// The next huge pages that hold anything but zeros. hugetlbfs does not tell its holes,
-    /// and touching one through a mapping takes a huge page from the pool, or fails where
-    /// there is none left. Reading it through the file does neither, and a page of zeros is
-    /// as good as a hole.
-    fn next_huge_data(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
-        let page = self.huge_page.unwrap_or(4096);
-        let mut start = from / page * page;
-        while start < end {
-            if self.holds_content(start, page.min(end - start))? {
-                let stop = (start + page).min(end);
-                return Ok(Some(Extent { start: start.max(from), end: stop }));
-            }
-            start += page;
-        }
-        Ok(None)
-    }
-
-    fn holds_content(&self, start: u64, length: u64) -> io::Result<bool> {
-        // A page with content mostly shows some at its beginning.
-        let mut buffer = vec![0; 64 << 10];
-        let mut at = 0;
-        while at < length {
-            let step = if at == 0 { 4096 } else { buffer.len() as u64 }.min(length - at);
-            let bytes = &mut buffer[..step as usize];
-            match self.file.read_exact_at(bytes, self.offset + start + at) {
-                Ok(()) if bytes.iter().all(|byte| *byte == 0) => at += step,
-                Ok(()) => return Ok(true),
-                // Cut off, or poisoned: whoever tests it finds that out.
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(true),
-                Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(true),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(false)
-    }
-}
-
-/// hugetlbfs, as `statfs` names it.
-const HUGETLBFS: i64 = 0x9584_58f6;
-
-/// The size of a file's huge pages, if it has them.
-fn huge_page_of(file: &File) -> io::Result<Option<u64>> {
-    let system = nix::sys::statfs::fstatfs(file)?;
-    let is_huge = system.filesystem_type().0 as i64 == HUGETLBFS;
-    Ok(is_huge.then_some(system.block_size() as u64))
 }
 
 /// Why a file cannot be a source's memory.
@@ -110,7 +60,7 @@ pub enum SourceMemoryError {
         /// What is wrong with it.
         source: MappingError,
     },
-    /// The file cannot be mapped.
+    /// The system refuses something.
     #[error("could not {operation}")]
     Io {
         /// What was being done.
@@ -136,11 +86,11 @@ impl SourceRegion {
     }
 
     /// A memfd, a file on tmpfs or hugetlbfs, or a snapshot file: `length` bytes from
-    /// `offset`. It is mapped shared and only read. From the switchover on nobody may write
-    /// it; if it is cut short, the pages that are gone are reported as unreadable.
+    /// `offset`. It is only read. From the switchover on nobody may write it; if it is cut
+    /// short, the pages that are gone are reported as unreadable.
     ///
     /// # Errors
-    /// [`SourceMemoryError`] if it is too short or cannot be mapped.
+    /// [`SourceMemoryError`] if it is too short.
     pub fn file(
         guest_address: GuestAddress,
         file: OwnedFd,
@@ -153,17 +103,8 @@ impl SourceRegion {
         if offset.checked_add(length).is_none_or(|end| end > size) {
             return Err(SourceMemoryError::TooShort { guest_address, size, offset, length });
         }
-        let map = MmapOptions::new()
-            .offset(offset)
-            .len(length as usize)
-            .map_raw_read_only(&file)
-            .map_err(wrap("map the memory file"))?;
-        map.advise(memmap2::Advice::DontFork).map_err(wrap("keep memory out of children"))?;
-        let local = LocalAddress(map.as_ptr() as u64);
-        let region =
-            Region::new(guest_address, length, PageSize::KIB_4, Backing::Shared).local_at(local);
-        let huge_page = huge_page_of(&file).map_err(wrap("ask for the memory file's kind"))?;
-        Ok(Self { region, file: Some(FileRegion { file, offset, map, huge_page }) })
+        let region = Region::new(guest_address, length, PageSize::KIB_4, Backing::Shared);
+        Ok(Self { region, file: Some(FileRegion { file, offset }) })
     }
 }
 
@@ -190,12 +131,6 @@ pub struct SourceMemory {
     files: Vec<Option<FileRegion>>,
     pagemap: Option<Pagemap>,
 }
-
-// SAFETY: the raw mappings are only read, through calls that are safe from any thread; who
-// made a mapped region promised that it stays in place.
-unsafe impl Send for SourceMemory {}
-// SAFETY: as above.
-unsafe impl Sync for SourceMemory {}
 
 impl SourceMemory {
     /// Puts regions together.
@@ -229,46 +164,55 @@ impl SourceMemory {
         &self.layout
     }
 
-    /// Where bytes of a region lie.
-    pub(crate) fn run(&self, region: usize, offset: u64, length: u64) -> RawRun {
-        let found = &self.layout.regions()[region];
-        assert!(offset.checked_add(length).is_some_and(|end| end <= found.length));
-        let start = found.local.unwrap_or_default().0 + offset;
-        RawRun { start: start as *mut u8, length: length as usize }
+    /// Whether a region's content must be read into staging.
+    pub(crate) fn is_file(&self, region: usize) -> bool {
+        self.files[region].is_some()
     }
 
-    /// Whether bytes of a region can be read. Private memory always can; a file may have
-    /// been cut short, and touching what is gone would be the end of the process.
-    pub(crate) fn is_readable(&self, region: usize, offset: u64, length: u64) -> bool {
-        match &self.files[region] {
-            None => true,
-            Some(_) if self.cut(region, offset + length).is_some() => false,
-            Some(_) => is_readable(self.run(region, offset, length)),
+    /// `length` bytes of a region from `offset`, where they lie, or read into `staging`, which
+    /// for a file must be as long. The run may be shorter: the byte behind its end cannot be
+    /// read.
+    pub(crate) fn bring(
+        &self,
+        region: usize,
+        offset: u64,
+        length: u64,
+        staging: &mut [u8],
+    ) -> Brought {
+        let Some(FileRegion { file, offset: base }) = &self.files[region] else {
+            let found = &self.layout.regions()[region];
+            assert!(offset.checked_add(length).is_some_and(|end| end <= found.length));
+            let start = found.local.unwrap_or_default().0 + offset;
+            let run = RawRun { start: start as *mut u8, length: length as usize };
+            return Brought { run, is_cut: false };
+        };
+        let into = &mut staging[..length as usize];
+        let (mut got, mut is_cut) = (0, false);
+        while got < into.len() {
+            match file.read_at(&mut into[got..], base + offset + got as u64) {
+                Ok(0) => {
+                    is_cut = true;
+                    break;
+                }
+                Ok(bytes) => got += bytes,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::error!(%error, region, offset = offset + got as u64, "unreadable");
+                    break;
+                }
+            }
         }
+        Brought { run: RawRun { start: into.as_mut_ptr(), length: got }, is_cut }
     }
 
-    /// Where the file of a region ends now, in bytes of the region, if that is before `end`:
-    /// what lies behind is lost, though it looks like a hole.
-    fn cut(&self, region: usize, end: u64) -> Option<u64> {
-        let file = self.files[region].as_ref()?;
-        let size = file.file.metadata().ok()?.len();
-        let here = size.saturating_sub(file.offset);
-        (here < end).then_some(here)
-    }
-
-    /// The next bytes of a region at or after `from`, before `end`, that are no hole; all of
-    /// them where holes cannot be told. What was cut off a file is no hole: it is tested, and
-    /// found unreadable.
+    /// The next bytes of a region at or after `from`, before `end`, that are no hole. Of a file
+    /// only the beginning is known, because to ask for the end costs as much as the file is
+    /// large: `end` is given back. What was cut off a file is no hole: it is read, and found
+    /// missing.
     pub(crate) fn next_data(&self, region: usize, from: u64, end: u64) -> Option<Extent> {
         let whole = Extent { start: from, end };
         let found = match (&self.files[region], &self.pagemap) {
-            (Some(file), _) if file.huge_page.is_some() => file.next_huge_data(from, end),
-            (Some(file), _) => {
-                let base = file.offset;
-                holes::next_data(&file.file, base + from, base + end).map(|extent| {
-                    extent.map(|it| Extent { start: it.start - base, end: it.end - base })
-                })
-            }
+            (Some(file), _) => file.next_data(from, end),
             (None, Some(pagemap)) => {
                 let base = self.layout.regions()[region].local.unwrap_or_default().0;
                 pagemap.next_present(base + from, base + end).map(|extent| {
@@ -277,24 +221,32 @@ impl SourceMemory {
             }
             (None, None) => return Some(whole),
         };
-        let found = found.unwrap_or_else(|error| {
+        found.unwrap_or_else(|error| {
             tracing::debug!(%error, "holes cannot be told");
             Some(whole)
-        });
-        match self.cut(region, end) {
-            // A page that was cut in two is lost too.
-            Some(cut) if found.is_none_or(|data| data.start >= cut) => {
-                Some(Extent { start: from.max(cut / 4096 * 4096), end })
-            }
-            _ => found,
-        }
+        })
     }
+}
 
-    /// Gives back the page tables of mapped files; what they hold stays.
-    pub(crate) fn drop_page_tables(&self) {
-        for file in self.files.iter().flatten() {
-            crate::sys::mapping::drop_page_tables(&file.map);
+/// Content that is ready to be sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Brought {
+    /// What could be read.
+    pub(crate) run: RawRun,
+    /// The file ends there: nothing behind it can be read either.
+    pub(crate) is_cut: bool,
+}
+
+impl FileRegion {
+    fn next_data(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
+        let start = holes::next_data(&self.file, self.offset + from, self.offset + end)?;
+        if let Some(start) = start {
+            return Ok(Some(Extent { start: start - self.offset, end }));
         }
+        // Nothing more: is it a hole, or the end? A page that was cut in two is lost too.
+        let size = self.file.metadata()?.len().saturating_sub(self.offset);
+        let cut = from.max(size / 4096 * 4096);
+        Ok((size < end).then_some(Extent { start: cut, end }))
     }
 }
 
@@ -303,8 +255,16 @@ mod tests {
     use super::*;
     use crate::sys::testing::{Area, Kind};
 
+    /// Whether bytes can be read, and are all zero.
+    fn look(memory: &SourceMemory, offset: u64, length: u64) -> (bool, bool) {
+        let mut staging = vec![1; length as usize];
+        let brought = memory.bring(0, offset, length, &mut staging);
+        let is_whole = brought.run.length as u64 == length;
+        (is_whole, is_whole && staging.iter().all(|byte| *byte == 0))
+    }
+
     #[test]
-    fn holes_of_huge_pages_are_found_without_taking_pages_from_the_pool() {
+    fn holes_of_huge_pages_are_read_without_taking_pages_from_the_pool() {
         const HUGE: u64 = 2 << 20;
         let Some(area) = Area::new(Kind::Hugetlb, 4) else { return };
         area.word(HUGE + (1 << 20)).store(1, std::sync::atomic::Ordering::Relaxed);
@@ -314,10 +274,10 @@ mod tests {
         let same = file.try_clone().unwrap().into();
         let region = SourceRegion::file(GuestAddress(0), same, 0, 4 * HUGE).unwrap();
         let memory = SourceMemory::new(vec![region]).unwrap();
-        let data = Extent { start: HUGE, end: 2 * HUGE };
-        assert_eq!(memory.next_data(0, 0, 4 * HUGE), Some(data));
-        assert_eq!(memory.next_data(0, HUGE + 4096, 4 * HUGE).unwrap().end, 2 * HUGE);
-        assert_eq!(memory.next_data(0, 2 * HUGE, 4 * HUGE), None);
+        // hugetlbfs does not tell its holes; they are read as zeros.
+        assert_eq!(look(&memory, 0, HUGE), (true, true));
+        assert_eq!(look(&memory, HUGE, HUGE), (true, false));
+        assert_eq!(look(&memory, 2 * HUGE, HUGE), (true, true));
         assert_eq!(blocks(), before, "reading took pages from the pool");
     }
 
@@ -331,17 +291,19 @@ mod tests {
         let region = SourceRegion::file(GuestAddress(0), same, offset, 1 << 20).unwrap();
         let memory = SourceMemory::new(vec![region]).unwrap();
         let end = 1 << 20;
-        assert_eq!(memory.next_data(0, 0, end), Some(Extent { start: 0, end: 8192 }));
+        assert_eq!(memory.next_data(0, 0, end).unwrap().start, 0);
         assert_eq!(memory.next_data(0, 8192, end), None, "a hole, and within the file");
-        assert!(memory.is_readable(0, 0, 8192));
+        assert_eq!(look(&memory, 0, 8192), (true, false));
+        assert_eq!(look(&memory, 8192, 8192), (true, true));
 
         file.set_len(offset + (512 << 10) + 5).unwrap();
         assert_eq!(memory.next_data(0, 8192, 512 << 10), None, "still a hole");
         let lost = Extent { start: 512 << 10, end };
         assert_eq!(memory.next_data(0, 8192, end), Some(lost));
         assert_eq!(memory.next_data(0, 600 << 10, end), Some(Extent { start: 600 << 10, end }));
-        assert!(memory.is_readable(0, 0, 8192));
-        assert!(!memory.is_readable(0, 512 << 10, 4096), "half of it is gone");
-        assert!(!memory.is_readable(0, 600 << 10, 4096));
+        assert_eq!(look(&memory, 0, 8192), (true, false));
+        assert_eq!(look(&memory, 512 << 10, 4096), (false, false), "half of it is gone");
+        let brought = memory.bring(0, 600 << 10, 4096, &mut [0; 4096]);
+        assert!(brought.is_cut && brought.run.length == 0);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::serving::{Serving, Underway};
 use crate::polling::{AdaptivePolling, Idle};
-use crate::sys::mapping::{RawRun, is_zero};
+use crate::sys::mapping::{RawRun, Staging, is_zero};
 use crate::sys::socket::{Piece, Wait};
 use crate::transport::Stream;
 use afterimage_protocol::layout::{PageNumber, PageRange};
@@ -22,6 +22,7 @@ pub(super) struct Responder<'s> {
     polling: AdaptivePolling,
     buffer: Vec<u8>,
     filled: usize,
+    staging: Staging,
 }
 
 impl<'s> Responder<'s> {
@@ -35,6 +36,7 @@ impl<'s> Responder<'s> {
             polling: AdaptivePolling::new(serving.polling),
             buffer: vec![0; BATCH * HEADER_BYTES],
             filled: 0,
+            staging: Staging::default(),
             serving,
             stream,
             generation,
@@ -106,7 +108,7 @@ impl<'s> Responder<'s> {
         Ok(())
     }
 
-    fn answer_page(&self, page: PageNumber) -> io::Result<()> {
+    fn answer_page(&mut self, page: PageNumber) -> io::Result<()> {
         let serving = self.serving;
         let pages = PageRange::one(page);
         // A request that crossed with the page's arrival.
@@ -118,20 +120,27 @@ impl<'s> Responder<'s> {
         serving.hint.store(page.0 + 1, Ordering::Relaxed);
         let run = serving.layout.split(pages).next().expect("checked by parse");
         let memory = &serving.memory;
-        if memory.next_data(run.region, run.offset, run.offset + run.length).is_none() {
+        let length = run.length as usize;
+        let is_file = memory.is_file(run.region);
+        let end = run.offset + run.length;
+        if !is_file && memory.next_data(run.region, run.offset, end).is_none() {
             return self.send(DataFrame::Zero(pages), None);
         }
-        if !memory.is_readable(run.region, run.offset, run.length) {
+        let mut staging = std::mem::take(&mut self.staging);
+        let into = staging.bytes(if is_file { length } else { 0 });
+        let content = memory.bring(run.region, run.offset, run.length, into).run;
+        let sent = if content.length < length {
             serving.counters.unreadable.fetch_add(1, Ordering::Relaxed);
             tracing::error!(page = page.0, "the source's memory cannot be read here");
-            return self.send(DataFrame::Unreadable(pages), None);
-        }
-        let content = memory.run(run.region, run.offset, run.length);
-        // SAFETY: readable as was just tested, and page-aligned.
-        if unsafe { is_zero(content) } {
-            return self.send(DataFrame::Zero(pages), None);
-        }
-        self.send(DataFrame::Content(pages, run.length as u32), Some(content))
+            self.send(DataFrame::Unreadable(pages), None)
+        // SAFETY: readable memory of a whole page, aligned to words.
+        } else if unsafe { is_zero(content) } {
+            self.send(DataFrame::Zero(pages), None)
+        } else {
+            self.send(DataFrame::Content(pages, run.length as u32), Some(content))
+        };
+        self.staging = staging;
+        sent
     }
 
     /// Notes what would be lost with this channel. Where that is too much, because nothing is
@@ -152,7 +161,7 @@ impl<'s> Responder<'s> {
     fn send(&self, frame: DataFrame, content: Option<RawRun>) -> io::Result<()> {
         let mut header = frame.header(self.serving.stamp(self.generation));
         if self.serving.checksums {
-            // SAFETY: memory is final and was tested to be readable.
+            // SAFETY: memory is final, and staging is not touched before it has been sent.
             let bytes = content.map_or(&[][..], |run| unsafe { run.bytes() });
             header = header.sealed([bytes]);
         }

@@ -15,23 +15,17 @@ pub(crate) struct Extent {
     pub(crate) end: u64,
 }
 
-/// The next piece of a file with content at or after `from`, before `end`, in whole pages
-/// of the file system.
-pub(crate) fn next_data(file: impl AsFd, from: u64, end: u64) -> io::Result<Option<Extent>> {
+/// Where the next content of a file at or after `from`, before `end`, begins. Where it ends is
+/// not asked: the kernel would look at every page up to there.
+pub(crate) fn next_data(file: impl AsFd, from: u64, end: u64) -> io::Result<Option<u64>> {
     if from >= end {
         return Ok(None);
     }
-    let start = match lseek(&file, from as i64, Whence::SeekData) {
-        Ok(start) if (start as u64) < end => start as u64,
-        Ok(_) | Err(nix::errno::Errno::ENXIO) => return Ok(None),
-        Err(errno) => return Err(errno.into()),
-    };
-    let hole = match lseek(&file, start as i64, Whence::SeekHole) {
-        Ok(hole) => hole as u64,
-        Err(nix::errno::Errno::ENXIO) => end,
-        Err(errno) => return Err(errno.into()),
-    };
-    Ok(Some(Extent { start, end: hole.min(end) }))
+    match lseek(&file, from as i64, Whence::SeekData) {
+        Ok(start) => Ok(Some(start as u64).filter(|start| *start < end)),
+        Err(nix::errno::Errno::ENXIO) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// The page maps of this process.
@@ -154,11 +148,15 @@ mod tests {
         assert_eq!(next_data(&file, 0, 100 * PAGE).unwrap(), None);
         file.write_all_at(&[1], 10 * PAGE).unwrap();
         file.write_all_at(&[1; 8192], 50 * PAGE).unwrap();
-        let first = next_data(&file, 0, 100 * PAGE).unwrap().unwrap();
-        assert_eq!(first, Extent { start: 10 * PAGE, end: 11 * PAGE });
-        let cut = next_data(&file, first.end, 51 * PAGE).unwrap().unwrap();
-        assert_eq!(cut, Extent { start: 50 * PAGE, end: 51 * PAGE });
-        assert_eq!(next_data(&file, 52 * PAGE, 100 * PAGE).unwrap(), None);
+        let next = |from, end| next_data(&file, from * PAGE, end * PAGE).unwrap();
+        assert_eq!(next(0, 100), Some(10 * PAGE));
+        assert_eq!(next(10, 100), Some(10 * PAGE));
+        assert_eq!(next(11, 100), Some(50 * PAGE));
+        assert_eq!(next(11, 50), None);
+        assert_eq!(next(51, 100), Some(51 * PAGE));
+        assert_eq!(next(52, 100), None);
+        let before = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        assert_eq!(before, 3 * PAGE / 512, "looking allocated pages");
         assert_eq!(next_data(&file, 100 * PAGE, 100 * PAGE).unwrap(), None);
     }
 

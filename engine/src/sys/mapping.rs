@@ -41,7 +41,14 @@ impl Alias {
 
     /// Gives back the page tables of the whole mapping; the content stays in the file.
     pub(crate) fn drop_page_tables(&self) {
-        drop_page_tables(&self.map);
+        // SAFETY: on a shared mapping MADV_DONTNEED keeps the content: the next access maps
+        // it again. Nobody holds a reference into the mapping.
+        let result = unsafe {
+            libc::madvise(self.map.as_mut_ptr().cast(), self.map.len(), libc::MADV_DONTNEED)
+        };
+        if result != 0 {
+            tracing::debug!(error = %io::Error::last_os_error(), "an alias keeps its page tables");
+        }
     }
 
     /// Fills the page tables of a run and allocates its pages in one call, far cheaper than
@@ -62,6 +69,12 @@ pub(crate) struct RawRun {
 }
 
 impl RawRun {
+    /// `length` bytes of it from `offset`.
+    pub(crate) fn part(&self, offset: usize, length: usize) -> Self {
+        assert!(offset.checked_add(length).is_some_and(|end| end <= self.length));
+        Self { start: self.start.wrapping_add(offset), length }
+    }
+
     /// Its bytes, for a checksum.
     ///
     /// # Safety
@@ -83,21 +96,19 @@ impl RawRun {
     }
 }
 
-/// Gives back the page tables of a shared mapping of a file; the content stays in the file.
-pub(crate) fn drop_page_tables(map: &MmapRaw) {
-    // SAFETY: on a shared mapping MADV_DONTNEED keeps the content: the next access maps it
-    // again. Nobody holds a reference into the mapping.
-    let result = unsafe { libc::madvise(map.as_mut_ptr().cast(), map.len(), libc::MADV_DONTNEED) };
-    if result != 0 {
-        tracing::debug!(error = %io::Error::last_os_error(), "a mapping keeps its page tables");
-    }
-}
+/// A buffer of whole words, for content on its way out.
+#[derive(Debug, Default)]
+pub(crate) struct Staging(Vec<u64>);
 
-/// Whether every byte of a run can be read. Brings them in, as reading would.
-pub(crate) fn is_readable(run: RawRun) -> bool {
-    // SAFETY: populating for reading changes no content; where it cannot be done, the call
-    // says so instead of killing the process.
-    unsafe { libc::madvise(run.start.cast(), run.length, libc::MADV_POPULATE_READ) == 0 }
+impl Staging {
+    /// `length` bytes of it, aligned to words, with whatever they hold.
+    pub(crate) fn bytes(&mut self, length: usize) -> &mut [u8] {
+        if self.0.len() * 8 < length {
+            self.0.resize(length.div_ceil(8), 0);
+        }
+        // SAFETY: the words are initialised and exclusively borrowed; bytes have no alignment.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), length) }
+    }
 }
 
 /// Whether a run of whole words is all zeros.

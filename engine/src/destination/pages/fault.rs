@@ -142,8 +142,9 @@ impl Pages {
             };
             match filled.stopped {
                 Some(Stopped::EventPending) => return FaultAnswer::EventPending,
-                // The last page has arrived, and all waiting threads were woken.
-                Some(_) if self.remaining() == 0 => return FaultAnswer::Answered,
+                // The last page has arrived and nothing is registered any more: whoever comes
+                // again is answered by the kernel.
+                Some(_) if self.remaining() == 0 => break,
                 Some(stopped) => {
                     let error = self.install_error(run, filled.reached(), stopped);
                     tracing::error!(%error, "a fault stays unanswered");

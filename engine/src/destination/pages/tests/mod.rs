@@ -2,6 +2,7 @@
 
 mod discards;
 mod faults;
+mod once;
 mod placing;
 mod stress;
 
