@@ -3,8 +3,12 @@
 mod common;
 
 use afterimage::{
-    CallError, Destination, DestinationEvent, DiscardNotice, Endpoint, SnapshotServer, StateSection,
+    CallError, Destination, DestinationEvent, DiscardNotice, Endpoint, GuestAddress, GuestLayout,
+    PageSize, SessionId, SnapshotServer, StateSection,
 };
+use afterimage_protocol::layout::{Backing, Region};
+use afterimage_protocol::wire::{Channel, HEADER_BYTES, Header, Kind as FrameKind};
+use common::peer::{HandSource, content, offer_of, pages};
 use common::{Content, EventLog, Kind, Memory, Pair, Setup, Toucher};
 use std::sync::Arc;
 use std::time::Instant;
@@ -84,4 +88,56 @@ fn a_snapshot_that_arrived_before_ready_may_still_run() {
     destination.ready().expect("all of it is there");
     events.wait("run", dump, |event| *event == DestinationEvent::Run);
     new.check(setup.seed, setup.content);
+}
+
+#[test]
+fn pages_that_came_twice_and_broke_off_once_are_asked_for() {
+    prologue!("pages_that_came_twice");
+    for kind in [Kind::Anonymous, Kind::Memfd] {
+        let new = Memory::new(&[(kind, 4 * MIB)]);
+        let memory = new.register(DiscardNotice::Called).expect("registered memory");
+        let listener = common::session::listen();
+        let address = listener.address().clone();
+        let options = common::session::destination_options(&Setup::default());
+        let (destination, _events) =
+            Destination::start(memory, Endpoint::Listen(listener), options).expect("started");
+        let region = Region::new(GuestAddress(0), 4 * MIB, PageSize::KIB_4, Backing::Anonymous);
+        let mut offer = offer_of(&GuestLayout::new(vec![region]).expect("a layout"));
+        offer.streams = 2;
+        let mut hand = HandSource::greet(&address, SessionId([6; 16]), 1);
+        hand.begin_with(offer);
+        let (mut request, answer) = hand.open(&address, Channel::Request(0), 1);
+        let (mut one, at_one) = hand.open(&address, Channel::Background(0), 1);
+        let (mut two, at_two) = hand.open(&address, Channel::Background(1), 1);
+        let stats = || destination.stats();
+        let dump = || format!("{:?}", stats());
+        // One stream breaks off in the middle of pages that the other brings whole. Which of
+        // them claims the pages first is chance; until it is the one that breaks off.
+        let torn = (0..1000).find_map(|attempt| {
+            let range = pages(attempt, 1);
+            let whole = content(range, at_one, 1);
+            one.send(&whole[..HEADER_BYTES + 1000]);
+            two.send(&content(range, at_two, 1));
+            let seen = || (stats().pages_complete, stats().pages_duplicate);
+            let before = attempt;
+            common::wait_until("one of two copies", dump, || {
+                seen().0 > before || seen().1 > before
+            });
+            if seen().0 == before {
+                return Some(range);
+            }
+            // The other was first: this copy is dropped, and the next page is tried.
+            one.send(&whole[HEADER_BYTES + 1000..]);
+            common::wait_until("the second copy", dump, || seen().1 > before);
+            None
+        });
+        let torn = torn.expect("in a thousand attempts");
+        drop(one);
+        let asked = request.receive(HEADER_BYTES).said("a request for what broke off");
+        let asked = Header::from_bytes(asked.try_into().expect("a header's length"));
+        assert_eq!((asked.kind(), asked.page()), (Ok(FrameKind::PageRequest), torn.start.0));
+        request.send(&content(torn, answer, 1));
+        common::wait_until("the page", dump, || stats().pages_complete == torn.start.0 + 1);
+        assert_eq!(stats().fault_latency.count, 0, "nobody waited for it");
+    }
 }

@@ -131,6 +131,13 @@ impl Arrived {
         self.has_lost_acks.store(false, Ordering::Release);
     }
 
+    /// A channel broke in the middle of these pages, which are free again. The source may have
+    /// sent them on another channel meanwhile, where they were dropped because they were
+    /// claimed; for the source they are under way there. So they are asked for.
+    pub(super) fn given_back(&self, pages: PageRange) {
+        self.driver.send(Input::GivenBack(pages));
+    }
+
     /// The source cannot read these pages: whoever touches one waits.
     pub(super) fn unreadable(&self, pages: PageRange) {
         // Told once, however often it is said: the VMM keeps what it is told.

@@ -44,6 +44,8 @@ pub(crate) enum Input {
     Dialed(Dialed),
     /// A data channel is at its end.
     DataEnded { channel: Channel, stamp: Stamp },
+    /// A channel broke in the middle of these pages.
+    GivenBack(PageRange),
     /// Every page is complete.
     AllComplete,
     /// The source cannot read these pages.
@@ -170,6 +172,7 @@ impl Driver {
             Input::Accepted(Accepted { stream, hello }) => self.accept_data(stream, hello),
             Input::Dialed(Dialed { hello, outcome }) => self.dialed(hello, outcome),
             Input::DataEnded { channel, stamp } => self.data_ended(channel, stamp),
+            Input::GivenBack(pages) => drop(self.faults.send(Order::Want(pages))),
             Input::AllComplete => self.all_complete(),
             Input::Unreadable(pages) => {
                 self.events.send(DestinationEvent::Unreadable {

@@ -41,6 +41,8 @@ const EVENT_RETRY: Duration = Duration::from_micros(100);
 pub(super) enum Order {
     /// A new request channel takes the place of the old one.
     Ask { stream: Stream, arrivals: Arrivals, generation: Generation },
+    /// Nobody brings these pages any more, and perhaps nobody waits for them.
+    Want(PageRange),
     /// There is no request channel any more.
     Wait,
     /// The end.
@@ -56,10 +58,11 @@ struct Line {
     filled: usize,
 }
 
-/// A page that somebody waits for.
+/// A page that was asked for.
 #[derive(Clone, Copy, Debug)]
 struct Asked {
-    since: Instant,
+    /// When the first fault was read; `None` if nobody waits.
+    since: Option<Instant>,
     asked: Instant,
 }
 
@@ -132,6 +135,7 @@ impl FaultThread {
                     Order::Ask { stream, arrivals, generation } => {
                         self.take_line(stream, arrivals, generation);
                     }
+                    Order::Want(pages) => self.want(pages),
                     Order::Wait => self.drop_line(),
                     Order::Stop => return Ok(()),
                 }
@@ -192,9 +196,22 @@ impl FaultThread {
     fn ask(&mut self, page: PageNumber) {
         let now = Instant::now();
         // Where another vCPU waits for the same page, it has been asked for already.
-        if let Entry::Vacant(vacant) = self.asked.entry(page) {
-            vacant.insert(Asked { since: now, asked: now });
-            self.push_request(page);
+        match self.asked.entry(page) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(Asked { since: Some(now), asked: now });
+                self.push_request(page);
+            }
+            Entry::Occupied(mut asked) => drop(asked.get_mut().since.get_or_insert(now)),
+        }
+    }
+
+    fn want(&mut self, pages: PageRange) {
+        let asked = Asked { since: None, asked: Instant::now() };
+        for page in pages.iter() {
+            if !self.arrived.pages.planes().is_complete(page) && !self.asked.contains_key(&page) {
+                self.asked.insert(page, asked);
+                self.push_request(page);
+            }
         }
     }
 
@@ -371,8 +388,8 @@ impl FaultThread {
     }
 
     fn waited(&mut self, page: PageNumber) {
-        if let Some(asked) = self.asked.remove(&page) {
-            self.arrived.counters.waited(asked.since.elapsed());
+        if let Some(Asked { since: Some(since), .. }) = self.asked.remove(&page) {
+            self.arrived.counters.waited(since.elapsed());
         }
     }
 

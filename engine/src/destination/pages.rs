@@ -18,7 +18,7 @@ mod hold;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use claim::Target;
+pub(crate) use claim::{Claim, Target};
 pub(crate) use fault::{FaultAnswer, MissingPage};
 
 use super::memory::{DestinationMemory, RegionFile};

@@ -1,7 +1,7 @@
 //! Receiving what nobody has asked for yet.
 
 use super::arrivals::Arrivals;
-use super::pages::Target;
+use super::pages::{Claim, Target};
 use crate::sys::mapping::RawRun;
 use crate::transport::Stream;
 use afterimage_protocol::layout::{PageNumber, PageRange};
@@ -83,23 +83,31 @@ impl<'a> Receiver<'a> {
     fn piece(&mut self, piece: PageRange, length: u64) -> io::Result<()> {
         let arrivals = self.arrivals;
         let claim = arrivals.pages.claim(piece);
-        if let Some(targets) = claim.targets() {
-            for target in targets {
-                match target {
-                    // SAFETY: the alias is mapped as long as `pages` lives, and these pages
-                    // are claimed by this thread.
-                    Target::Memory(run) => unsafe { self.stream.receive_run(run) }?,
-                    Target::Nowhere(bytes) => self.stream.skip(bytes)?,
-                }
-            }
-        } else {
-            self.staging.resize(self.staging.len().max(length as usize), 0);
-            self.stream.receive_exact(&mut self.staging[..length as usize])?;
+        if let Err(error) = self.receive_piece(&claim, length) {
+            drop(claim);
+            arrivals.given_back(piece);
+            return Err(error);
         }
         arrivals.counters.bytes.fetch_add(length, Ordering::Relaxed);
         claim
             .finish(&self.staging, |run| arrivals.acknowledge(run))
             .map_err(|error| arrivals.failed(error))
+    }
+
+    fn receive_piece(&mut self, claim: &Claim<'_>, length: u64) -> io::Result<()> {
+        let Some(targets) = claim.targets() else {
+            self.staging.resize(self.staging.len().max(length as usize), 0);
+            return self.stream.receive_exact(&mut self.staging[..length as usize]);
+        };
+        for target in targets {
+            match target {
+                // SAFETY: the alias is mapped as long as `pages` lives, and these pages are
+                // claimed by this thread.
+                Target::Memory(run) => unsafe { self.stream.receive_run(run) }?,
+                Target::Nowhere(bytes) => self.stream.skip(bytes)?,
+            }
+        }
+        Ok(())
     }
 
     /// Content with a checksum: received as a whole, verified, and only then placed.
