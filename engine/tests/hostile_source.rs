@@ -18,6 +18,7 @@ use common::peer::{
 use common::{EventLog, Kind, Memory, Random, Setup, Toucher};
 use std::io::Write;
 use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -64,7 +65,7 @@ impl Victim {
     }
 
     /// A proper source of the session comes and completes the migration.
-    fn is_served_properly(self) {
+    fn gets_served_properly(self) {
         let Self { destination, events, new, setup, address, epoch, .. } = self;
         let old = Memory::new(&setup.kinds);
         old.fill(setup.seed, setup.content);
@@ -140,7 +141,7 @@ fn a_destination_keeps_out_whoever_is_not_its_source() {
         assert_eq!(refusal(hello).code, code, "{what}");
     }
     drop(hand);
-    victim.is_served_properly();
+    victim.gets_served_properly();
 }
 
 /// What the refusal says, and what is sent in which epoch.
@@ -175,7 +176,7 @@ fn wrong_control_frames_end_the_connection_with_a_reason() {
         assert_eq!(code, RefuseCode::Protocol, "{says}: {reason}");
         assert!(reason.to_lowercase().contains(&says.to_lowercase()), "{says}: {reason}");
     }
-    victim.is_served_properly();
+    victim.gets_served_properly();
 }
 
 #[test]
@@ -221,7 +222,7 @@ fn wrong_data_frames_end_the_channel_and_show_the_guest_nothing() {
         assert_eq!(victim.destination.stats().frames_stale, 1);
         assert_eq!(victim.destination.stats().pages_complete, 0);
         drop(hand);
-        victim.is_served_properly();
+        victim.gets_served_properly();
     }
 }
 
@@ -271,7 +272,7 @@ fn silent_sources_are_given_up() {
     let begin = Instant::now();
     silent.drain();
     assert!(begin.elapsed() < Duration::from_secs(15));
-    victim.is_served_properly();
+    victim.gets_served_properly();
 }
 
 #[test]
@@ -297,7 +298,7 @@ fn random_bytes_from_a_source_end_the_connection() {
         hand.control.drain();
     }
     assert_eq!(victim.destination.stats().pages_complete, 0);
-    victim.is_served_properly();
+    victim.gets_served_properly();
 }
 
 /// Sends `bytes` again and again on a connection, until it is told to stop.
@@ -387,7 +388,6 @@ fn pages_called_unreadable_again_and_again_are_told_once() {
 #[test]
 fn a_bye_is_heard_even_if_nothing_can_be_said_any_more() {
     prologue!("a_bye_is_heard");
-    use std::os::unix::net::UnixStream;
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("socket");
     let setup = Setup { kinds: vec![(Kind::Anonymous, 64 << 10)], ..Setup::default() };

@@ -190,12 +190,13 @@ fn counters_and_discards_told_by_events_come_out_right() {
     stress_all(DiscardNotice::Events, &mut random);
 }
 
+/// More than one read of events brings, and no fault among them: the thread that reads must
+/// not go to sleep on the rest.
+const CROWD: u64 = 100;
+
 #[test]
 fn what_a_whole_crowd_gives_up_at_once_is_all_read() {
     prologue!("what_a_whole_crowd_gives_up");
-    // More than one read of events brings, and no fault among them: the thread that reads
-    // must not go to sleep on the rest.
-    const CROWD: u64 = 100;
     let setup = Setup {
         kinds: vec![(Kind::Anonymous, 8 * MIB)],
         discards: DiscardNotice::Events,
