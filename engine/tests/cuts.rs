@@ -33,6 +33,8 @@ fn count_through(
 ) -> afterimage::DestinationStats {
     let (pair, proxy) = start(setup);
     let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
+    // Before it begins: it may be over before this thread runs again.
+    proxy.hold_at(1);
     pair.switch(&[]);
     let threads = counters.start(6, 400, random);
     let total = pair.old.small_pages() * 4096;
@@ -97,6 +99,7 @@ fn cut_one(wanted: Channel, name: &str) {
             };
             let (pair, proxy) = start(&setup);
             let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
+            proxy.hold_at(1);
             pair.switch(&[]);
             let threads = counters.start(4, 200, &mut random);
             for cut in 1..=3 {
