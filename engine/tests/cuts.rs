@@ -45,6 +45,7 @@ fn count_through(
         let how = Cut::any(random);
         let chosen = RefCell::new(random.fork());
         proxy.cut(how, |channel| wanted(&mut chosen.borrow_mut(), channel));
+        common::wait_until("the cut", || pair.dump(), || proxy.is_settled());
     }
     proxy.hold_at(u64::MAX);
     for thread in threads {

@@ -103,6 +103,13 @@ impl Proxy {
         open.count()
     }
 
+    /// Whether every connection that was cut has come to its end.
+    pub fn is_settled(&self) -> bool {
+        let links = self.shared.links.lock().expect("not poisoned");
+        let mut cut = links.iter().filter(|link| link.cut.load(Ordering::Acquire) != 0);
+        cut.all(|link| link.is_over.load(Ordering::Acquire))
+    }
+
     /// How many connections are open.
     pub fn open(&self, is_wanted: impl Fn(Channel) -> bool) -> usize {
         let links = self.shared.links.lock().expect("not poisoned");
