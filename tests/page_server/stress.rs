@@ -4,6 +4,8 @@
 //! image or zero. Threads that add hold the page's gate for reading and a lock word in the
 //! page itself; a thread that gives pages up holds their gates alone.
 
+mod random;
+
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, RwLock};
 use std::thread;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use afterimage::{
     Address, Destination, DestinationEvent, DestinationMemory, DestinationOptions,
@@ -24,8 +26,9 @@ use afterimage_tools::require;
 use nix::sys::signal::Signal;
 
 use crate::support::{LIMIT, PAGE, Server, memfd, sha256};
+use random::Random;
 
-const PAGES: u64 = 6144;
+const PAGES: u64 = 12288;
 const LENGTH: u64 = PAGES * PAGE;
 const WORDS: u64 = PAGE / 8;
 const LOCK: u64 = 0;
@@ -34,36 +37,6 @@ const COUNTER: u64 = 1;
 const ADDERS: u64 = 4;
 const ADDITIONS: u64 = 1200;
 const BALLOONS: u64 = 2;
-
-/// `SplitMix64`.
-struct Random(u64);
-
-impl Random {
-    /// From `AFTERIMAGE_SEED`, or a new seed; says which, past the capture of the harness.
-    fn seeded(test: &str) -> Self {
-        let seed = std::env::var("AFTERIMAGE_SEED").ok().map_or_else(
-            || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64,
-            |text| text.parse().expect("AFTERIMAGE_SEED is a number"),
-        );
-        let _ = writeln!(std::io::stderr(), "{test}: AFTERIMAGE_SEED={seed}");
-        Self(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let value = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        value ^ (value >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    fn fork(&mut self) -> Self {
-        Self(self.next())
-    }
-}
 
 /// What the page server is to send: runs of content, of zeros that were written, and holes.
 /// Every lock word is free.
@@ -141,6 +114,8 @@ struct Guest {
     image: Arc<Vec<u8>>,
     discards: DiscardNotice,
     scope: FaultScope,
+    /// Before, it is only read.
+    may_run: AtomicBool,
 }
 
 impl Guest {
@@ -178,6 +153,7 @@ impl Guest {
             image: Arc::clone(image),
             discards,
             scope,
+            may_run: AtomicBool::new(false),
         };
         Some((Arc::new(guest), events))
     }
@@ -208,6 +184,13 @@ impl Guest {
         let found = self.word(page, word).load(Ordering::Relaxed);
         assert_eq!(found, self.expected(page, word), "word {word} of page {page}");
         lock.store(0, Ordering::Release);
+    }
+
+    /// What a VMM does before its guest runs.
+    fn look(&self, page: u64, word: u64) {
+        let _here = self.pages[page as usize].gate.read().expect("no thread panicked");
+        let found = self.word(page, word).load(Ordering::Relaxed);
+        assert_eq!(found, self.expected(page, word), "word {word} of page {page}, before Run");
     }
 
     /// Lets the kernel be the one that needs the page.
@@ -358,12 +341,14 @@ fn until(guest: &Arc<Guest>, events: &Events<DestinationEvent>, wanted: &Destina
     }
 }
 
-/// One guest, from where it may run to the end of its session and beyond.
-fn run(guest: &Arc<Guest>, events: &Events<DestinationEvent>, early: u64, random: &mut Random) {
-    until(guest, events, &DestinationEvent::Run);
+/// Threads that need pages already while there is no source, and add as soon as they may.
+fn adders(guest: &Arc<Guest>, random: &mut Random) -> Vec<Worker<()>> {
     let adder = |mut random: Random| {
         let guest = Arc::clone(guest);
         Worker::start(move || {
+            while !guest.may_run.load(Ordering::Relaxed) {
+                guest.look(random.below(PAGES), 2 + random.below(WORDS - 2));
+            }
             let copy = memfd(PAGE);
             for _ in 0..ADDITIONS {
                 let page = random.below(PAGES);
@@ -374,13 +359,26 @@ fn run(guest: &Arc<Guest>, events: &Events<DestinationEvent>, early: u64, random
             }
         })
     };
+    (0..ADDERS).map(|_| adder(random.fork())).collect()
+}
+
+/// One guest, from where it may run to the end of its session and beyond.
+fn run(
+    guest: &Arc<Guest>,
+    events: &Events<DestinationEvent>,
+    early: u64,
+    adders: Vec<Worker<()>>,
+    random: &mut Random,
+) {
+    until(guest, events, &DestinationEvent::Run);
+    guest.may_run.store(true, Ordering::Relaxed);
     let balloon = |mut random: Random| {
         let guest = Arc::clone(guest);
         let runs = LENGTH / guest.ram.backing().page_bytes() / 64;
         Worker::start(move || guest.inflate(runs, &mut random))
     };
     let mut workers: Vec<_> = (0..BALLOONS).map(|_| balloon(random.fork())).collect();
-    workers.extend((0..ADDERS).map(|_| adder(random.fork())));
+    workers.extend(adders);
     for worker in workers {
         worker.finish("a thread of the guest", || guest.dump());
     }
@@ -417,12 +415,13 @@ fn stress(test: &'static str, mode: Mode, backings: &[Backing], discards: Discar
     // Before there is a source nothing has arrived: what is given up now never may.
     let start = |backing: &Backing| {
         let (guest, events) = Guest::start(*backing, &bytes, discards, &address)?;
-        let (early, mut random) = (Arc::clone(&guest), random.fork());
+        let (early, mut forked) = (Arc::clone(&guest), random.fork());
         let runs = PAGES * PAGE / backing.page_bytes() / 256;
-        let worker = Worker::start(move || early.inflate(runs, &mut random));
+        let worker = Worker::start(move || early.inflate(runs, &mut forked));
         worker.finish("a balloon before there is a source", || guest.dump());
         let early = guest.given_up() * PAGE / backing.page_bytes();
-        Some((guest, events, early))
+        let adders = adders(&guest, &mut random);
+        Some((guest, events, early, adders))
     };
     let guests: Vec<_> = backings.iter().filter_map(start).collect();
 
@@ -434,9 +433,9 @@ fn stress(test: &'static str, mode: Mode, backings: &[Backing], discards: Discar
     }
     let mut server = Server::start(&arguments);
     thread::scope(|scope| {
-        let run = |(guest, events, early)| {
+        let run = |(guest, events, early, adders)| {
             let mut random = random.fork();
-            scope.spawn(move || run(&guest, &events, early, &mut random))
+            scope.spawn(move || run(&guest, &events, early, adders, &mut random))
         };
         let sizes: Vec<_> = guests.iter().map(|(guest, ..)| guest.ram.backing()).collect();
         let threads: Vec<_> = guests.into_iter().map(run).collect();
