@@ -4,4 +4,5 @@ mod command;
 mod handoff;
 mod migration;
 mod snapshot;
+mod stress;
 mod support;
