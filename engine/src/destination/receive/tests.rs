@@ -52,6 +52,7 @@ fn pages_discarded_in_a_piece_that_breaks_off_are_acknowledged() {
         assert_eq!(arrived.pages.remaining(), 0, "{kind:?}");
         let acknowledged: u64 = arrived.take_acks().iter().map(|run| run.count).sum();
         assert!(acknowledged >= count, "{kind:?}: {acknowledged}");
-        assert!(matches!(inbox.next(), Some(Input::AllComplete)), "{kind:?}");
+        let mut told = std::iter::from_fn(|| inbox.next());
+        assert!(told.any(|input| matches!(input, Input::AllComplete)), "{kind:?}");
     }
 }
