@@ -141,12 +141,3 @@ fn pages_that_came_twice_and_broke_off_once_are_asked_for() {
         assert_eq!(stats().fault_latency.count, 0, "nobody waited for it");
     }
 }
-
-#[test]
-fn a_guest_that_runs_may_be_called_ready_when_all_is_over() {
-    prologue!("a_guest_that_runs_may_be_called_ready");
-    let pair = Pair::start(&Setup::default()).expect("no huge pages");
-    pair.switch(&[]);
-    pair.finish();
-    pair.destination.ready().expect("it runs");
-}

@@ -359,9 +359,8 @@ impl DestinationSession {
     /// snapshot needs no device state.
     pub fn ready(&mut self) -> Result<(), NotNow> {
         let call = "be ready";
-        // A session that ended well is over, and the guest runs here; a snapshot may have
-        // arrived whole before anybody was ready to run it.
-        let has_everything = self.complete && (self.told_to_run || self.is_snapshot());
+        // A snapshot may have arrived whole before anybody was ready to run it.
+        let has_everything = self.is_snapshot() && self.complete;
         if (self.over && !has_everything) || self.record.ownership == DestinationOwnership::Refused
         {
             return Err(NotNow { call, reason: "the guest will not run here" });
