@@ -7,6 +7,7 @@ use afterimage::{
     ThreadRole,
 };
 use common::counters::Counters;
+use common::proxy::Proxy;
 use common::{Content, Kind, Listening, Pair, Random, Setup, Toucher, Transport};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -112,10 +113,23 @@ fn many_threads_fault_while_the_background_runs() {
     let mut random = Random::seeded("many_threads_fault_while_the_background_runs");
     for kind in [Kind::Anonymous, Kind::Memfd] {
         let setup = Setup { kinds: vec![(kind, 32 * MIB)], streams: 4, ..Setup::default() };
-        let pair = Pair::start(&setup).expect("no huge pages asked for");
+        let mut proxy = None;
+        let pair = Pair::start_with(
+            &setup,
+            |_, _| (),
+            |address| proxy.insert(Proxy::start(&address)).address(),
+        );
+        let (pair, proxy) = (pair.expect("no huge pages"), proxy.expect("a detour"));
         let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
+        // The background begins when somebody has waited for a page: it may be over before a
+        // thread has touched anything.
+        proxy.hold_at(1);
         pair.switch(&[section("cpu", 3000)]);
-        for thread in counters.start(16, 600, &mut random) {
+        let threads = counters.start(16, 600, &mut random);
+        let requested = || pair.destination.stats().pages_requested;
+        common::wait_until("a page asked for", || pair.dump(), || requested() > 0);
+        proxy.hold_at(u64::MAX);
+        for thread in threads {
             thread.finish("a guest thread that counts", || pair.dump());
         }
         pair.finish();
