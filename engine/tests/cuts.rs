@@ -6,22 +6,11 @@ mod common;
 use afterimage_protocol::wire::Channel;
 use common::counters::Counters;
 use common::proxy::{Cut, Proxy};
-use common::{Kind, Listening, Pair, Random, Setup};
+use common::{Kind, Listening, Random, Setup};
 use std::cell::RefCell;
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
-
-/// A migration through a proxy.
-fn start(setup: &Setup) -> (Pair, Proxy) {
-    let mut proxy = None;
-    let pair = Pair::start_with(
-        setup,
-        |_, _| (),
-        |address| proxy.insert(Proxy::start(&address)).address(),
-    );
-    (pair.expect("no huge pages asked for"), proxy.expect("a detour"))
-}
 
 /// A guest counts while connections are cut by `wanted` at random moments; then everything
 /// must be there.
@@ -31,7 +20,7 @@ fn count_through(
     cuts: u64,
     wanted: impl Fn(&mut Random, Channel) -> bool,
 ) -> afterimage::DestinationStats {
-    let (pair, proxy) = start(setup);
+    let (pair, proxy) = Proxy::between(setup);
     let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
     // Before it begins: it may be over before this thread runs again.
     proxy.hold_at(1);
@@ -98,7 +87,7 @@ fn cut_one(wanted: Channel, name: &str) {
                 listening,
                 ..Setup::default()
             };
-            let (pair, proxy) = start(&setup);
+            let (pair, proxy) = Proxy::between(&setup);
             let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
             proxy.hold_at(1);
             pair.switch(&[]);
@@ -159,7 +148,7 @@ fn channels_that_break_before_the_switchover_are_made_again() {
     for listening in [Listening::Source, Listening::Destination] {
         for wanted in [Channel::Request(0), Channel::Background(0), Channel::Control] {
             let setup = Setup { listening, ..Setup::default() };
-            let (pair, proxy) = start(&setup);
+            let (pair, proxy) = Proxy::between(&setup);
             for _ in 0..3 {
                 common::wait_until(
                     "all three channels",

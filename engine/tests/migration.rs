@@ -113,13 +113,7 @@ fn many_threads_fault_while_the_background_runs() {
     let mut random = Random::seeded("many_threads_fault_while_the_background_runs");
     for kind in [Kind::Anonymous, Kind::Memfd] {
         let setup = Setup { kinds: vec![(kind, 32 * MIB)], streams: 4, ..Setup::default() };
-        let mut proxy = None;
-        let pair = Pair::start_with(
-            &setup,
-            |_, _| (),
-            |address| proxy.insert(Proxy::start(&address)).address(),
-        );
-        let (pair, proxy) = (pair.expect("no huge pages"), proxy.expect("a detour"));
+        let (pair, proxy) = Proxy::between(&setup);
         let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
         // The background begins when somebody has waited for a page: it may be over before a
         // thread has touched anything.
@@ -157,7 +151,9 @@ fn device_state_of_any_shape_arrives_whole() {
 #[test]
 fn ready_comes_after_the_state_and_may_be_said_twice() {
     prologue!("ready_comes_after");
-    let pair = Pair::start(&Setup::default()).expect("no huge pages");
+    let (pair, proxy) = Proxy::between(&Setup::default());
+    // Not all may have arrived when it is said again: then the session is over.
+    proxy.hold_at(1);
     assert!(matches!(pair.destination.ready(), Err(CallError::NotNow(_))));
     pair.switch(&[]);
     let again = pair.destination.ready();
@@ -165,6 +161,7 @@ fn ready_comes_after_the_state_and_may_be_said_twice() {
     // Memory is small: the session may be over by now, the one reason to refuse.
     assert!(again.is_ok() || stats.pages_complete == stats.pages_total, "{again:?}");
     assert!(matches!(pair.source.switch_over(vec![]), Err(CallError::NotNow(_))));
+    proxy.hold_at(u64::MAX);
     pair.finish();
     pair.check_content();
 }

@@ -1,6 +1,6 @@
 //! A proxy on loopback that knows which channel each of its connections is, and cuts them.
 
-use super::Random;
+use super::{Pair, Random, Setup};
 use afterimage::Address;
 use afterimage_protocol::wire::{Channel, GREETING_PREFIX, Greeting};
 use std::io::{Read, Write};
@@ -75,6 +75,14 @@ impl Proxy {
             }
         });
         Self { address: Address::Tcp(local.to_string()), local, shared }
+    }
+
+    /// A migration through a proxy, without huge pages.
+    pub fn between(setup: &Setup) -> (Pair, Self) {
+        let mut proxy = None;
+        let detour = |address| proxy.insert(Self::start(&address)).address();
+        let pair = Pair::start_with(setup, |_, _| (), detour);
+        (pair.expect("no huge pages asked for"), proxy.expect("a detour"))
     }
 
     pub fn address(&self) -> Address {

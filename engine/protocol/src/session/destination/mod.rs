@@ -356,7 +356,7 @@ impl DestinationSession {
     ///
     /// # Errors
     /// [`NotNow`] before all device state is there, or after the session is over. A
-    /// snapshot needs no device state.
+    /// snapshot needs no device state, and may be ready after all of it has arrived.
     pub fn ready(&mut self) -> Result<(), NotNow> {
         let call = "be ready";
         // A snapshot may have arrived whole before anybody was ready to run it.
