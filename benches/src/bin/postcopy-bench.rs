@@ -1,0 +1,3 @@
+//! Measures the engine against the floors of the machine it runs on.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! `postcopy-bench`: Afterimage measured against the machine's limits and its peers.
