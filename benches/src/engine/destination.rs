@@ -1,0 +1,207 @@
+//! The side that gets the guest.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use afterimage::{
+    Address, Destination, DestinationEvent, DestinationOptions, DestinationStats, DiscardNotice,
+    Endpoint, Events, FaultScope, Plaintext,
+};
+use afterimage_tools::migrate;
+
+use super::footprint::Sampler;
+use super::{Setup, relay};
+use crate::error::{BenchError, Doing};
+use crate::guest;
+use crate::memory::{self, Memory, PAGE};
+use crate::outcome::{Figure, Meter, Outcome, Reading};
+use crate::sys;
+use crate::unit::{Unit, WORKING_SET};
+
+/// How long one event may be waited for.
+const LIMIT: Duration = Duration::from_secs(300);
+/// What a mapped page costs the guest itself: the page and its entry in the page table.
+const PAGE_AND_ENTRY: u64 = PAGE + 8;
+
+/// Gets a guest from `address`, lets it do what the unit says, and verifies its memory.
+///
+/// # Errors
+/// If the engine fails, the guest is not here within minutes, or a page is not what it must
+/// be.
+pub fn receive(unit: Unit, setup: Setup, address: &str) -> Result<Outcome, BenchError> {
+    let relayed = matches!(unit, Unit::Wire(_)).then(|| relay::start(address)).transpose()?;
+    let address = relayed.as_ref().map_or(address, |(address, _)| address);
+    let memory = Memory::empty(setup.memory)?;
+    let sampler = Sampler::start()?;
+    // SAFETY: `memory` outlives the destination; it is reached by raw pointers and atomics.
+    let registered = unsafe {
+        migrate::destination_memory(memory.ram(), FaultScope::UserOnly, DiscardNotice::Called)
+    }
+    .doing("registering guest memory")?;
+    let address: Address = address.parse().doing("the address of the source")?;
+    let mut options = DestinationOptions::default();
+    options.polling = setup.wait.polling();
+    options.plaintext = Plaintext::Anywhere;
+    let (destination, events) =
+        Destination::start(registered, Endpoint::Connect(address), options)
+            .doing("starting the destination")?;
+    let run = run(unit, &destination, &events, &memory, sampler.guest())?;
+    let stats = destination.stats();
+    drop(destination);
+    let guest = stats.pages_complete.saturating_sub(stats.pages_zero) * guest_share(&memory);
+    let extra = sampler.stop(|| guest);
+    run.guest.verify(&memory)?;
+    let wire = relayed.map(|(_, count)| count.load(Ordering::Relaxed));
+    Ok(outcome(run, &stats, &memory, extra, wire))
+}
+
+fn guest_share(memory: &Memory) -> u64 {
+    let page = memory.ram().backing().page_bytes();
+    if page == PAGE { PAGE_AND_ENTRY } else { page }
+}
+
+fn outcome(
+    run: Run,
+    stats: &DestinationStats,
+    memory: &Memory,
+    extra: u64,
+    wire: Option<u64>,
+) -> Outcome {
+    let page = memory.ram().backing().page_bytes();
+    let bytes = |pages: u64| (pages * page) as f64;
+    let mut outcome = Outcome::default()
+        .metered(run.reading)
+        .with(Figure::AtNanoseconds, run.at as f64)
+        .with(Figure::Bytes, bytes(stats.pages_requested + stats.pages_background))
+        .with(Figure::BackgroundBytes, bytes(stats.pages_background))
+        .with(Figure::RequestedBytes, bytes(stats.pages_requested))
+        .with(Figure::DuplicatePages, stats.pages_duplicate as f64)
+        .with(Figure::ZeroPages, (stats.pages_zero * page / PAGE) as f64)
+        .with(Figure::Pages, (memory.plan().bytes / PAGE) as f64)
+        .with(Figure::ExtraBytes, extra as f64);
+    if let Some(wire) = wire {
+        outcome = outcome.with(Figure::WireBytes, wire as f64);
+    }
+    match run.guest {
+        GuestOutcome::Idle => {}
+        GuestOutcome::Faulted(latencies) => outcome.latencies = Some(latencies),
+        GuestOutcome::Worked { seconds, added } => {
+            let operations: u64 = added.iter().sum();
+            outcome = outcome
+                .with(Figure::Operations, operations as f64)
+                .with(Figure::Seconds, seconds);
+        }
+    }
+    outcome
+}
+
+struct Run {
+    at: u64,
+    reading: Reading,
+    guest: GuestOutcome,
+}
+
+fn run(
+    unit: Unit,
+    destination: &Destination,
+    events: &Events<DestinationEvent>,
+    memory: &Memory,
+    guest_bytes: &AtomicU64,
+) -> Result<Run, BenchError> {
+    until(events, |event| matches!(event, DestinationEvent::State(_)))?;
+    destination.ready().doing("being ready")?;
+    until(events, |event| *event == DestinationEvent::Run)?;
+    let at = sys::now_ns();
+    let meter = Meter::start();
+    let done = AtomicBool::new(false);
+    let (guest, reading) = thread::scope(|scope| {
+        let guest = scope.spawn(|| work(unit, memory, &done));
+        let watch = matches!(unit, Unit::Footprint(_)).then(|| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let stats = destination.stats();
+                    let pages = stats.pages_requested + stats.pages_background;
+                    guest_bytes.store(pages * guest_share(memory), Ordering::Relaxed);
+                    thread::sleep(Duration::from_millis(1));
+                }
+            })
+        });
+        let arrived = until(events, |event| *event == DestinationEvent::AllArrived);
+        let reading = meter.read();
+        done.store(true, Ordering::Release);
+        if let Some(watch) = watch {
+            watch.join().expect("watching does not panic");
+        }
+        // If not all has arrived, the guest may wait for ever; the process ends then.
+        arrived?;
+        let guest = guest.join().expect("the guest does not panic")?;
+        Ok::<_, BenchError>((guest, reading))
+    })?;
+    until(events, |event| *event == DestinationEvent::Finished)?;
+    Ok(Run { at, reading, guest })
+}
+
+/// What the guest did meanwhile.
+enum GuestOutcome {
+    Idle,
+    Faulted(crate::latency::Latencies),
+    Worked { seconds: f64, added: Vec<u64> },
+}
+
+impl GuestOutcome {
+    fn verify(&self, memory: &Memory) -> Result<(), BenchError> {
+        match self {
+            Self::Worked { added, .. } => {
+                memory.verify_except(|page| added.get(page as usize).copied().unwrap_or(0))
+            }
+            _ => memory.verify(),
+        }
+    }
+}
+
+fn work(unit: Unit, memory: &Memory, done: &AtomicBool) -> Result<GuestOutcome, BenchError> {
+    match unit {
+        Unit::Faults(plan) => {
+            let pages = memory::shuffled(plan.bytes / PAGE).into_iter();
+            let pages = pages.map(|page| memory.address(page));
+            // SAFETY: the destination serves this memory until all is here.
+            unsafe { guest::touch(pages, plan.think, done) }.map(GuestOutcome::Faulted)
+        }
+        Unit::WorkingSet(_) => {
+            let (seconds, added) = guest::work(memory, WORKING_SET / PAGE);
+            Ok(GuestOutcome::Worked { seconds, added })
+        }
+        _ => Ok(GuestOutcome::Idle),
+    }
+}
+
+/// The same work on memory that is here from the start.
+///
+/// # Errors
+/// If the machine has not so much, or a page is not what it must be.
+pub fn resident(bytes: u64) -> Result<Outcome, BenchError> {
+    let memory = Memory::filled(crate::floors::anonymous(bytes))?;
+    let (seconds, added) = guest::work(&memory, WORKING_SET / PAGE);
+    memory.verify_except(|page| added.get(page as usize).copied().unwrap_or(0))?;
+    let operations: u64 = added.iter().sum();
+    Ok(Outcome::default()
+        .with(Figure::Seconds, seconds)
+        .with(Figure::Operations, operations as f64))
+}
+
+fn until(
+    events: &Events<DestinationEvent>,
+    is_it: impl Fn(&DestinationEvent) -> bool,
+) -> Result<(), BenchError> {
+    loop {
+        match events.next_timeout(LIMIT) {
+            Ok(event) if is_it(&event) => return Ok(()),
+            Ok(DestinationEvent::Failed(why) | DestinationEvent::Ended(why)) => {
+                return Err(BenchError::Failed(why));
+            }
+            Ok(_) => {}
+            Err(error) => return Err(error).doing("waiting for the destination"),
+        }
+    }
+}

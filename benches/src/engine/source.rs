@@ -1,0 +1,93 @@
+//! The side that has the guest's memory.
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::time::Duration;
+
+use afterimage::{
+    Address, Background, Endpoint, Events, Listener, Plaintext, Source, SourceEvent, SourceOptions,
+    StateSection,
+};
+use afterimage_tools::migrate;
+
+use super::Setup;
+use super::footprint::Sampler;
+use crate::error::{BenchError, Doing};
+use crate::memory::Memory;
+use crate::outcome::{Figure, Meter, Outcome};
+use crate::sys;
+use crate::unit::Load;
+
+/// How long one event may be waited for.
+const LIMIT: Duration = Duration::from_secs(300);
+/// As much as the state of a few vCPUs.
+const STATE_BYTES: usize = 8192;
+
+/// Serves `memory` once, from the switchover to the end; `listening` is called with the
+/// address as soon as there is one.
+///
+/// # Errors
+/// If the engine fails, or the destination is not done within minutes.
+pub fn serve(
+    memory: &Memory,
+    setup: Setup,
+    listen: &str,
+    listening: impl FnOnce(String) -> Result<(), BenchError>,
+) -> Result<Outcome, BenchError> {
+    let address: Address = listen.parse().doing("the address of the source")?;
+    if let Some(path) = listen.strip_prefix("unix:") {
+        // Left by the unit before this one.
+        let _ = std::fs::remove_file(path);
+    }
+    // Without encryption on purpose: the other side is on this machine.
+    let plaintext = Plaintext::Anywhere;
+    let listener = Listener::bind(&address, plaintext).doing(&format!("listening at {listen}"))?;
+    let bound = listener.address().to_string();
+    let sampler = Sampler::start()?;
+    // SAFETY: `memory` outlives the source, which is dropped below, and nobody writes it.
+    let served = unsafe { migrate::source_memory(memory.ram()) }.doing("the source's memory")?;
+    let mut options = SourceOptions::default();
+    options.streams = setup.streams;
+    options.polling = setup.wait.polling();
+    options.plaintext = plaintext;
+    options.background = match setup.background {
+        Load::Idle => Background::OnRequest,
+        Load::Saturating => Background::Unlimited,
+        Load::Limited(rate) => {
+            let bytes_per_second = NonZeroU64::new(rate).unwrap_or(NonZeroU64::MIN);
+            Background::Limited { bytes_per_second }
+        }
+    };
+    let (source, events) = Source::start(Arc::new(served), Endpoint::Listen(listener), options)
+        .doing("starting the source")?;
+    listening(bound)?;
+    until(&events, |event| matches!(event, SourceEvent::Attached(_)))?;
+    let state = StateSection { name: "vcpus".into(), version: 1, bytes: vec![7; STATE_BYTES] };
+    let meter = Meter::start();
+    let at = sys::now_ns();
+    source.switch_over(vec![state]).doing("switching over")?;
+    until(&events, |event| *event == SourceEvent::Finished)?;
+    let reading = meter.read();
+    drop(source);
+    let extra = sampler.stop(|| 0);
+    Ok(Outcome::default()
+        .metered(reading)
+        .with(Figure::AtNanoseconds, at as f64)
+        .with(Figure::ExtraBytes, extra as f64))
+}
+
+fn until(
+    events: &Events<SourceEvent>,
+    is_it: impl Fn(&SourceEvent) -> bool,
+) -> Result<(), BenchError> {
+    loop {
+        match events.next_timeout(LIMIT) {
+            Ok(event) if is_it(&event) => return Ok(()),
+            Ok(SourceEvent::PersistFailed) => {
+                return Err(BenchError::Failed("the source gave up".into()));
+            }
+            Ok(_) => {}
+            Err(error) => return Err(error).doing("waiting for the source"),
+        }
+    }
+}
