@@ -9,6 +9,7 @@
 //! | --- | --- |
 //! | describe memory at the source | [`SourceRegion`], [`SourceMemory`] |
 //! | serve it in a migration | [`Source`], [`SourceOptions`], [`SourceEvent`] |
+//! | limit what nobody has asked for | [`Background`] |
 //! | serve one image to many | [`SnapshotServer`] |
 //! | describe and register memory at the destination | [`DestinationRegion`], [`DestinationMemory`] |
 //! | get it | [`Destination`], [`DestinationOptions`], [`DestinationEvent`] |
@@ -120,9 +121,9 @@ pub use destination::{
 pub use events::{Events, NoEvent};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
 pub use source::{
-    CallError, Checksums, Endpoint, Incarnation, SessionId, SnapshotServer, SnapshotStats, Source,
-    SourceEvent, SourceLedger, SourceMemory, SourceMemoryError, SourceOptions, SourceOwnership,
-    SourceRecord, SourceRegion, StartError, StateSection,
+    Background, CallError, Checksums, Endpoint, Incarnation, SessionId, SnapshotServer,
+    SnapshotStats, Source, SourceEvent, SourceLedger, SourceMemory, SourceMemoryError,
+    SourceOptions, SourceOwnership, SourceRecord, SourceRegion, StartError, StateSection,
 };
 pub use stats::{DestinationStats, FaultLatency, SourceStats};
 pub use sys::maps::MappingError;

@@ -1,12 +1,13 @@
 //! Sending what nobody has asked for yet.
 
+use super::pacing::Permit;
 use super::serving::{NO_HINT, Serving, Underway};
 use crate::sys::holes::Extent;
 use crate::sys::mapping::{RawRun, Staging, is_zero};
 use crate::sys::socket::Piece;
 use crate::transport::Stream;
 use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
-use afterimage_protocol::wire::{DataFrame, Generation, Header};
+use afterimage_protocol::wire::{DataFrame, Generation, HEADER_BYTES, Header};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -23,6 +24,9 @@ const STAND_BACK_FOR: Duration = Duration::from_millis(5);
 /// The most pages in one zero frame.
 const MAX_ZERO_PAGES: u64 = 1 << 31;
 
+/// A header and what follows it.
+type Frame = (Header, Option<RawRun>);
+
 /// One background stream.
 pub(super) struct Streamer<'s> {
     serving: &'s Serving,
@@ -32,7 +36,7 @@ pub(super) struct Streamer<'s> {
     cursor: PageNumber,
     /// The piece with content that the cursor was last found in, by region.
     extent: Option<(usize, Extent)>,
-    frames: Vec<(Header, Option<RawRun>)>,
+    frames: Vec<Frame>,
     /// Bytes taken in one go: fewer where the last were mostly zeros, because of a file it is
     /// not known where its holes begin.
     step: u64,
@@ -71,7 +75,6 @@ impl<'s> Streamer<'s> {
         }
         while !self.serving.is_closing() {
             let seen = self.serving.signal.changes();
-            self.stand_back();
             if self.underway.is_full() {
                 self.underway.settle(&self.serving.book);
                 if self.underway.is_full() && !self.serving.wait_change(&self.stream, seen) {
@@ -79,10 +82,18 @@ impl<'s> Streamer<'s> {
                 }
                 continue;
             }
-            match self.take() {
-                Some((run, is_hole)) => self.send_run(&run, is_hole)?,
-                None if self.serving.wait_change(&self.stream, seen) => {}
-                None => return Ok(()),
+            let Some(permit) = self.serving.permit(&self.stream, self.step) else {
+                return Ok(());
+            };
+            self.stand_back();
+            match self.take(permit.bytes) {
+                Some((run, is_hole)) => self.send_run(&run, is_hole, &permit)?,
+                None => {
+                    self.serving.pace.leaves(&permit, 0);
+                    if !self.serving.wait_change(&self.stream, seen) {
+                        return Ok(());
+                    }
+                }
             }
         }
         Ok(())
@@ -101,15 +112,15 @@ impl<'s> Streamer<'s> {
 
     /// Takes the next pages to send: near the last request, else where this stream is, else
     /// from the start again.
-    fn take(&mut self) -> Option<(RegionRun, bool)> {
+    fn take(&mut self, most: u64) -> Option<(RegionRun, bool)> {
         let hint = self.serving.hint.swap(NO_HINT, Ordering::Relaxed);
         if hint < self.serving.layout.page_count() {
             self.cursor = PageNumber(hint);
         }
-        self.take_from(self.cursor).or_else(|| self.take_from(PageNumber(0)))
+        self.take_from(self.cursor, most).or_else(|| self.take_from(PageNumber(0), most))
     }
 
-    fn take_from(&mut self, from: PageNumber) -> Option<(RegionRun, bool)> {
+    fn take_from(&mut self, from: PageNumber, most: u64) -> Option<(RegionRun, bool)> {
         let serving = self.serving;
         // A look first, to know what kind of memory is next; the taking may get another
         // thread's leavings further on, which then are looked at again.
@@ -125,7 +136,7 @@ impl<'s> Streamer<'s> {
             Some(extent) if extent.start >= run.offset + page_bytes => {
                 (true, extent.start / page_bytes * page_bytes)
             }
-            Some(extent) => (false, extent.end.min(run.offset + self.step.max(page_bytes))),
+            Some(extent) => (false, extent.end.min(run.offset + most.max(page_bytes))),
         };
         let pages = (end - run.offset).div_ceil(page_bytes).min(MAX_ZERO_PAGES);
         let taken = serving.book.take_in(PageRange::new(next, pages))?;
@@ -149,7 +160,7 @@ impl<'s> Streamer<'s> {
         Some(extent)
     }
 
-    fn send_run(&mut self, run: &RegionRun, is_hole: bool) -> io::Result<()> {
+    fn send_run(&mut self, run: &RegionRun, is_hole: bool, permit: &Permit) -> io::Result<()> {
         self.underway.push(run.pages);
         self.frames.clear();
         let mut staging = std::mem::take(&mut self.staging);
@@ -159,6 +170,8 @@ impl<'s> Streamer<'s> {
             self.push_run(run, &mut staging);
             self.adapt(run);
         }
+        let bytes: usize = self.frames.iter().map(frame_bytes).sum();
+        self.serving.pace.leaves(permit, bytes as u64);
         let mut pieces = Vec::with_capacity(2 * self.frames.len());
         for (header, content) in &self.frames {
             pieces.push(Piece::bytes(header.bytes()));
@@ -253,4 +266,8 @@ impl<'s> Streamer<'s> {
         counter.fetch_add(pages.count, Ordering::Relaxed);
         self.frames.push((header, content));
     }
+}
+
+fn frame_bytes((_, content): &Frame) -> usize {
+    HEADER_BYTES + content.map_or(0, |content| content.length)
 }

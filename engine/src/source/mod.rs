@@ -3,11 +3,13 @@
 mod background;
 pub(crate) mod driver;
 mod memory;
+mod pacing;
 mod request;
 mod serving;
 mod snapshot;
 
 pub use memory::{SourceMemory, SourceMemoryError, SourceRegion};
+pub use pacing::Background;
 pub use snapshot::{SnapshotServer, SnapshotStats};
 
 use crate::events::{self, Events};
@@ -24,6 +26,7 @@ use afterimage_protocol::wire::{Capabilities, Channel, SessionKind};
 pub use afterimage_protocol::wire::{Incarnation, SessionId};
 use driver::{Call, Driver, Input};
 use mio::Poll;
+use pacing::Pace;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -75,6 +78,8 @@ impl std::fmt::Debug for SourceLedger {
 pub struct SourceOptions {
     /// Background streams, 1 to 16.
     pub streams: u16,
+    /// How fast what nobody has asked for is sent; in a snapshot, to each destination.
+    pub background: Background,
     /// How long a thread that answers requests polls before it blocks; zero never polls.
     pub polling: Duration,
     /// How often a side that has nothing to say says so.
@@ -108,6 +113,7 @@ impl Default for SourceOptions {
     fn default() -> Self {
         Self {
             streams: 1,
+            background: Background::default(),
             polling: Duration::from_micros(50),
             heartbeat: Duration::from_millis(200),
             silence: Duration::from_secs(1),
@@ -272,6 +278,7 @@ impl Endpoint {
 #[derive(Debug, Default)]
 pub(crate) struct SourceShared {
     pub(crate) counters: Arc<SourceCounters>,
+    pub(crate) pace: Arc<Pace>,
     book: Mutex<Option<Arc<Book<LazyWords>>>>,
     /// Whether the last connection has gone, even if it never came as far as attaching.
     is_away: AtomicBool,
@@ -375,6 +382,7 @@ impl Source {
     ) -> io::Result<(Self, Events<SourceEvent>)> {
         let (sender, events) = events::channel()?;
         let shared = Arc::new(SourceShared::default());
+        shared.pace.set(options.background);
         let session = SourceSession::new(options.config(kind, &memory), options.record);
         let id = options.record.session;
         let hook = options.threads.clone();
@@ -430,6 +438,13 @@ impl Source {
     /// [`CallError`] if the session is over.
     pub fn fence(&self) -> Result<(), CallError> {
         self.call(Call::Fence)
+    }
+
+    /// Changes how fast what nobody has asked for is sent, at once: what a stream is sending
+    /// at this moment still leaves, and streams that wait go on by the new rate. Kept when the
+    /// connection is made again. Does not wait, and may be called at any time.
+    pub fn set_background(&self, background: Background) {
+        self.shared.pace.set(background);
     }
 
     /// What has been done so far.

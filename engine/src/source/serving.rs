@@ -1,6 +1,8 @@
 //! What the threads of a source share while they serve one connection of a session.
 
+use super::SourceShared;
 use super::memory::SourceMemory;
+use super::pacing::{Pace, Permit};
 use crate::inbox::Outlet;
 use crate::source::driver::Input;
 use crate::stats::SourceCounters;
@@ -29,6 +31,7 @@ pub(super) struct Serving {
     pub(super) epoch: Epoch,
     pub(super) checksums: bool,
     pub(super) polling: Duration,
+    pub(super) pace: Arc<Pace>,
     pub(super) counters: Arc<SourceCounters>,
     pub(super) driver: Outlet<Input>,
     /// Requests that have been read and not answered: background stands back.
@@ -84,7 +87,7 @@ impl Serving {
         book: Arc<Book<LazyWords>>,
         epoch: Epoch,
         options: ServingOptions,
-        counters: Arc<SourceCounters>,
+        shared: &SourceShared,
         driver: Outlet<Input>,
     ) -> Self {
         Self {
@@ -94,7 +97,8 @@ impl Serving {
             epoch,
             checksums: options.checksums,
             polling: options.polling,
-            counters,
+            pace: Arc::clone(&shared.pace),
+            counters: Arc::clone(&shared.counters),
             driver,
             urgent: AtomicU32::new(0),
             hint: AtomicU64::new(NO_HINT),
@@ -115,6 +119,13 @@ impl Serving {
     pub(super) fn close(&self) {
         self.closing.store(true, Ordering::Release);
         self.signal.look_again();
+        self.pace.wake();
+    }
+
+    /// Waits until a piece of at most `most` bytes may leave in background; `None` if it is
+    /// time to stop instead.
+    pub(super) fn permit(&self, stream: &Stream, most: u64) -> Option<Permit> {
+        self.pace.permit(most, LOOK_AFTER, || self.is_closing(), || stream.has_ended())
     }
 
     /// Waits until memory is final; `false` if it is time to stop instead.

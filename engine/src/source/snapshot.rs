@@ -5,7 +5,9 @@
 //! destination may run when it likes.
 
 use super::driver::Input;
-use super::{Source, SourceEvent, SourceMemory, SourceOptions, SourceShared, StartError};
+use super::{
+    Background, Source, SourceEvent, SourceMemory, SourceOptions, SourceShared, StartError,
+};
 use crate::events::{self, EventSender, Events};
 use crate::inbox::{Inbox, Outlet};
 use crate::session_link::{INBOX, Line, SessionLink};
@@ -41,8 +43,7 @@ pub struct SnapshotServer {
 struct Guest {
     outlet: Outlet<Input>,
     shared: Arc<SourceShared>,
-    /// Held for its threads.
-    _source: Source,
+    source: Source,
     presence: Presence,
 }
 
@@ -59,6 +60,8 @@ enum Presence {
 struct Room {
     guests: BTreeMap<Incarnation, Guest>,
     most: usize,
+    /// Of each destination, those that are still to come included.
+    background: Background,
 }
 
 fn lock(room: &Mutex<Room>) -> MutexGuard<'_, Room> {
@@ -87,7 +90,8 @@ impl SnapshotServer {
     ) -> Result<(Self, Events<(Incarnation, SourceEvent)>), StartError> {
         options.check(&memory)?;
         let (sender, events) = events::channel()?;
-        let room = Arc::new(Mutex::new(Room { guests: BTreeMap::new(), most }));
+        let background = options.background;
+        let room = Arc::new(Mutex::new(Room { guests: BTreeMap::new(), most, background }));
         let session = options.record.session;
         let hook = options.threads.clone();
         let template = Template { memory, options, events: sender };
@@ -102,6 +106,17 @@ impl SnapshotServer {
     #[must_use]
     pub const fn session(&self) -> SessionId {
         self.session
+    }
+
+    /// Changes how fast what nobody has asked for is sent to each destination, at once, also
+    /// to those that are still to come. It is each one's own rate: `n` destinations together
+    /// may get `n` times as much. See [`Source::set_background`].
+    pub fn set_background(&self, background: Background) {
+        let mut room = lock(&self.room);
+        room.background = background;
+        for guest in room.guests.values() {
+            guest.source.set_background(background);
+        }
     }
 
     /// What has been done so far.
@@ -205,8 +220,12 @@ impl Template {
         )?;
         let shared = Arc::clone(&source.shared);
         let presence = Presence::Connected;
-        let guest = Guest { outlet: outlet.clone(), shared, _source: source, presence };
-        lock(room).guests.insert(name, guest);
+        let mut seats = lock(room);
+        // Before its first connection is handed to it: nothing has left at another rate.
+        source.set_background(seats.background);
+        let guest = Guest { outlet: outlet.clone(), shared, source, presence };
+        seats.guests.insert(name, guest);
+        drop(seats);
         self.relay(room, name, events)?;
         Ok(outlet)
     }

@@ -35,7 +35,7 @@ impl Driver {
             book,
             stamp.epoch,
             options,
-            Arc::clone(&self.shared.counters),
+            &self.shared,
             self.outlet.clone(),
         ));
         if self.session.is_frozen() {
