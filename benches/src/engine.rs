@@ -6,6 +6,7 @@ mod footprint;
 mod relay;
 pub mod source;
 
+use crate::floors::anonymous;
 use crate::unit::{BackgroundPlan, FaultPlan, Load, MemoryPlan, Residence, Unit, Wait};
 
 /// How a unit uses the engine, alike on both sides.
@@ -25,25 +26,19 @@ impl Setup {
     /// The setup of a unit of the engine.
     #[must_use]
     pub const fn of(unit: Unit) -> Option<Self> {
-        let background = |memory, streams| Self {
-            memory,
-            streams,
-            wait: Wait::Blocking,
-            background: Load::Saturating,
-        };
-        Some(match unit {
-            Unit::Faults(FaultPlan { wait, load, bytes, .. }) => {
-                Self { wait, background: load, ..background(crate::floors::anonymous(bytes), 1) }
+        let (memory, streams, wait, background) = match unit {
+            Unit::Faults(FaultPlan { wait, load, bytes, .. }) => (anonymous(bytes), 1, wait, load),
+            Unit::Background(BackgroundPlan { memory, streams }) => {
+                (memory, streams, Wait::Blocking, Load::Saturating)
             }
-            Unit::Background(BackgroundPlan { memory, streams }) => background(memory, streams),
             Unit::Switchover(memory) | Unit::Wire(memory) | Unit::Footprint(memory) => {
-                Self { wait: Wait::Polling, ..background(memory, 1) }
+                (memory, 1, Wait::Polling, Load::Saturating)
             }
             Unit::WorkingSet(Residence { is_resident: false, bytes }) => {
-                let memory = crate::floors::anonymous(bytes);
-                Self { wait: Wait::Polling, ..background(memory, 1) }
+                (anonymous(bytes), 1, Wait::Polling, Load::Saturating)
             }
             _ => return None,
-        })
+        };
+        Some(Self { memory, streams, wait, background })
     }
 }

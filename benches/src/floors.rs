@@ -19,13 +19,26 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::error::{BenchError, Doing};
 use crate::memory::Memory;
 use crate::sys::Uffd;
-use crate::unit::{MemoryPlan, POLLING, Shape, Wait};
+use crate::unit::{FaultPlan, MemoryPlan, POLLING, Shape, Unit, Wait};
 use afterimage_tools::ram::Backing;
 
 /// Dense anonymous memory.
 #[must_use]
 pub const fn anonymous(bytes: u64) -> MemoryPlan {
     MemoryPlan { backing: Backing::Anonymous, bytes, shape: Shape::Dense }
+}
+
+/// What the source of a floor must have; `None` if the unit is no floor with a source.
+#[must_use]
+pub const fn source_plan(unit: Unit) -> Option<MemoryPlan> {
+    match unit {
+        Unit::PingPong(_) => Some(ping_pong::plan()),
+        Unit::RemoteFault(FaultPlan { bytes, .. }) | Unit::Stream(_, bytes) => {
+            Some(anonymous(bytes))
+        }
+        Unit::Place(mechanism, bytes) => Some(place::plan(mechanism, bytes)),
+        _ => None,
+    }
 }
 
 /// Memory of a floor's destination, registered as a whole.

@@ -5,6 +5,7 @@
 //! - [`memory`], [`guest`], [`network`], [`sys`]: what they are made of
 //! - [`latency`], [`outcome`]: what comes of it
 
+pub mod engine;
 pub mod error;
 pub mod floors;
 pub mod guest;
@@ -14,3 +15,4 @@ pub mod network;
 pub mod outcome;
 pub mod sys;
 pub mod unit;
+pub mod worker;

@@ -20,12 +20,12 @@ pub enum Unit {
     LocalFault(Wait),
     /// Floor 3, `L`: event, request, answer, COPY, wake; nothing else.
     RemoteFault(FaultPlan),
-    /// Floor 4: a stream into memory that nobody registered.
-    Stream(Into),
+    /// Floor 4: a stream of so many bytes into memory that nobody registered.
+    Stream(Into, u64),
     /// Floor 5: placing pages whose content is there.
     Fill(Mechanism),
-    /// Floor 6: receiving and placing, without any book-keeping.
-    Place(Mechanism),
+    /// Floor 6: receiving and placing so many bytes, without any book-keeping.
+    Place(Mechanism, u64),
     /// The engine: a guest's faults.
     Faults(FaultPlan),
     /// The engine: all memory by background.
@@ -216,10 +216,10 @@ impl fmt::Display for Unit {
             Self::PingPong(wait) => write!(f, "floor 1: ping-pong, {wait}"),
             Self::LocalFault(wait) => write!(f, "floor 2: local fault, {wait}"),
             Self::RemoteFault(plan) => write!(f, "floor 3: L, {plan}"),
-            Self::Stream(Into::Reused) => write!(f, "floor 4: stream into reused memory"),
-            Self::Stream(Into::Fresh) => write!(f, "floor 4: stream into fresh memory"),
+            Self::Stream(Into::Reused, _) => write!(f, "floor 4: stream into reused memory"),
+            Self::Stream(Into::Fresh, _) => write!(f, "floor 4: stream into fresh memory"),
             Self::Fill(mechanism) => write!(f, "floor 5: fill by {mechanism}"),
-            Self::Place(mechanism) => write!(f, "floor 6: receive and fill by {mechanism}"),
+            Self::Place(mechanism, _) => write!(f, "floor 6: receive and fill by {mechanism}"),
             Self::Faults(plan) => write!(f, "faults, {plan}"),
             Self::Background(BackgroundPlan { memory, streams }) => {
                 write!(f, "background, {memory}, streams {streams}")

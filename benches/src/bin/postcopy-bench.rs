@@ -1,3 +1,5 @@
 //! Measures the engine against the floors of the machine it runs on.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    afterimage_bench::cli::main()
+}

@@ -7,18 +7,12 @@ use crate::error::{BenchError, Doing};
 use crate::memory::{Memory, PAGE};
 use crate::network::{Listener, Socket};
 use crate::outcome::{Figure, Meter, Outcome};
-use crate::unit::{Into, MemoryPlan, Wait};
+use crate::unit::{Into, Wait};
 
 /// Bytes sent in one call.
 const SEND: usize = 1 << 20;
 /// Bytes received in one go.
 const RECEIVE: usize = 256 << 10;
-
-/// What the source must have.
-#[must_use]
-pub const fn plan(bytes: u64) -> MemoryPlan {
-    anonymous(bytes)
-}
 
 /// Sends all memory once.
 ///
@@ -54,7 +48,7 @@ fn send_all(memory: &Memory, socket: &Socket) -> Result<(), BenchError> {
 /// If the connection breaks, or what came is not what it must be.
 pub fn destination(into: Into, bytes: u64, address: &str) -> Result<Outcome, BenchError> {
     let socket = Socket::connect(address)?;
-    let fresh = (into == Into::Fresh).then(|| Memory::empty(plan(bytes))).transpose()?;
+    let fresh = (into == Into::Fresh).then(|| Memory::empty(anonymous(bytes))).transpose()?;
     let mut reused = vec![1; RECEIVE];
     let sum = AtomicU64::new(0);
     socket.send(&[1]).doing("sending a word")?;
@@ -85,7 +79,7 @@ pub fn destination(into: Into, bytes: u64, address: &str) -> Result<Outcome, Ben
 
 /// What went into one buffer is gone; the first word of each piece was added up.
 fn verify_sum(bytes: u64, sum: u64) -> Result<(), BenchError> {
-    let firsts = (0..bytes).step_by(RECEIVE).filter_map(|at| plan(bytes).content(at / PAGE));
+    let firsts = (0..bytes).step_by(RECEIVE).filter_map(|at| anonymous(bytes).content(at / PAGE));
     if firsts.fold(0u64, u64::wrapping_add) == sum {
         Ok(())
     } else {

@@ -1,0 +1,139 @@
+//! The measuring processes: this program again, told by lines of JSON what to measure.
+//!
+//! Invariant: a worker does one unit at a time, and answers each order with exactly one
+//! outcome or error; a source says before that where it listens.
+
+use std::io::{self, BufRead, Write};
+
+use serde::{Deserialize, Serialize};
+
+use crate::engine::{self, Setup};
+use crate::error::{BenchError, Doing};
+use crate::floors::{self, fill, local_fault, ping_pong, place, remote_fault, stream};
+use crate::memory::Memory;
+use crate::network::Listener;
+use crate::outcome::Outcome;
+use crate::unit::{MemoryPlan, Residence, Unit};
+
+/// What a worker is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Be the source of a unit, and listen there.
+    Serve {
+        /// What is measured.
+        unit: Unit,
+        /// An address of the engine's kind, with port 0 if any will do.
+        listen: String,
+    },
+    /// Be the destination of a unit.
+    Measure {
+        /// What is measured.
+        unit: Unit,
+        /// Where the source listens, if there is one.
+        address: Option<String>,
+    },
+}
+
+/// What a worker says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// The source of the unit listens here.
+    Listening(String),
+    /// The unit is done.
+    Done(Box<Outcome>),
+    /// The unit could not be done.
+    Failed(BenchError),
+}
+
+/// Bytes of guest memory that a source keeps for units to come.
+const MOST_KEPT: u64 = 7 << 30;
+
+/// Does what standard input says until it ends.
+///
+/// # Errors
+/// If whoever gives the orders does not keep to the protocol, or is gone.
+pub fn run() -> io::Result<()> {
+    let mut memories = Memories::default();
+    for line in io::stdin().lock().lines() {
+        let answer = match serde_json::from_str(&line?)? {
+            Order::Serve { unit, listen } => serve(unit, &listen, &mut memories),
+            Order::Measure { unit, address } => measure(unit, address.as_deref()),
+        };
+        say(&match answer {
+            Ok(outcome) => Answer::Done(Box::new(outcome)),
+            Err(error) => Answer::Failed(error),
+        })?;
+    }
+    Ok(())
+}
+
+fn say(answer: &Answer) -> io::Result<()> {
+    let mut line = serde_json::to_string(answer)?;
+    line.push('\n');
+    let mut output = io::stdout().lock();
+    output.write_all(line.as_bytes())?;
+    output.flush()
+}
+
+fn listening(address: String) -> Result<(), BenchError> {
+    say(&Answer::Listening(address)).doing("saying where the source listens")
+}
+
+fn serve(unit: Unit, listen: &str, memories: &mut Memories) -> Result<Outcome, BenchError> {
+    if let Some(setup) = Setup::of(unit) {
+        return engine::source::serve(memories.get(setup.memory)?, setup, listen, listening);
+    }
+    let floor = floors::source_plan(unit);
+    let plan = floor.ok_or_else(|| BenchError::Failed(format!("{unit} has no source")))?;
+    let memory = memories.get(plan)?;
+    let listener = Listener::bind(listen)?;
+    listening(listener.address()?)?;
+    match unit {
+        Unit::PingPong(wait) => ping_pong::source(memory, wait, &listener),
+        Unit::RemoteFault(plan) => remote_fault::source(memory, plan, &listener),
+        Unit::Stream(..) => stream::source(memory, &listener),
+        _ => place::source(memory, &listener),
+    }
+}
+
+fn measure(unit: Unit, address: Option<&str>) -> Result<Outcome, BenchError> {
+    let source = || address.ok_or_else(|| BenchError::Failed(format!("{unit} needs a source")));
+    if let Some(setup) = Setup::of(unit) {
+        return engine::destination::receive(unit, setup, source()?);
+    }
+    match unit {
+        Unit::PingPong(wait) => ping_pong::destination(wait, source()?),
+        Unit::LocalFault(wait) => local_fault::run(wait),
+        Unit::RemoteFault(plan) => remote_fault::destination(plan, source()?),
+        Unit::Stream(into, bytes) => stream::destination(into, bytes, source()?),
+        Unit::Fill(mechanism) => fill::run(mechanism),
+        Unit::Place(mechanism, bytes) => place::destination(mechanism, bytes, source()?),
+        Unit::WorkingSet(Residence { bytes, .. }) => engine::destination::resident(bytes),
+        _ => Err(BenchError::Failed(format!("{unit} is not understood"))),
+    }
+}
+
+/// Guest memory that is kept for the next round: to fill it takes longer than to move it.
+#[derive(Debug, Default)]
+struct Memories(Vec<Memory>);
+
+impl Memories {
+    fn get(&mut self, plan: MemoryPlan) -> Result<&Memory, BenchError> {
+        if let Some(index) = self.0.iter().position(|memory| memory.plan() == plan) {
+            let memory = self.0.remove(index);
+            self.0.push(memory);
+        } else {
+            let content = |plan: &MemoryPlan| plan.content_pages() * crate::memory::PAGE;
+            while !self.0.is_empty()
+                && self.0.iter().map(|it| content(&it.plan())).sum::<u64>() + content(&plan)
+                    > MOST_KEPT
+            {
+                self.0.remove(0);
+            }
+            self.0.push(Memory::filled(plan)?);
+        }
+        Ok(self.0.last().expect("just pushed"))
+    }
+}
