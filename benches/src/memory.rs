@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use afterimage_tools::ram::{Backing, GuestRam};
 
 use crate::error::{BenchError, Doing};
-use crate::sys;
+use crate::sys::{self, PageMap};
 use crate::unit::{MemoryPlan, Shape};
 
 /// Bytes in a page as content is counted.
@@ -137,6 +137,20 @@ impl Memory {
         let holes = (0..pages).step_by(stride as usize);
         for page in holes.filter(|page| self.plan.content(*page).is_none()) {
             self.verify_page(page, added(page))?;
+        }
+        Ok(())
+    }
+
+    /// Reads every page that is mapped; the others may be missing.
+    ///
+    /// # Errors
+    /// As [`Self::verify`].
+    pub fn verify_present(&self) -> Result<(), BenchError> {
+        let map = PageMap::open().doing("/proc/self/pagemap")?;
+        for page in 0..self.plan.content_end() {
+            if map.is_present(self.address(page) as u64) {
+                self.verify_page(page, 0)?;
+            }
         }
         Ok(())
     }

@@ -111,7 +111,11 @@ impl Socket {
                 length,
             )
         };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()).doing("TCP_NOTSENT_LOWAT") }
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error()).doing("TCP_NOTSENT_LOWAT")
+        }
     }
 
     /// Fills `into`; `false` at the end of the stream.

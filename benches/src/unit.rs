@@ -10,6 +10,9 @@ use afterimage_tools::ram::Backing;
 use afterimage_tools::size::Size;
 use serde::{Deserialize, Serialize};
 
+use crate::floors;
+use crate::memory::PAGE;
+
 /// One measurement, made once in each round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -197,6 +200,9 @@ pub struct Residence {
 /// The part of its memory that a guest works in.
 pub const WORKING_SET: u64 = 64 << 20;
 
+/// Content that the machine has room for twice.
+const MOST_MOVED: u64 = 6 << 30;
+
 impl Unit {
     /// Whether it needs a source.
     #[must_use]
@@ -207,6 +213,29 @@ impl Unit {
                 | Self::Fill(_)
                 | Self::WorkingSet(Residence { is_resident: true, .. })
         )
+    }
+
+    /// Guest memory on huge pages that its source keeps.
+    #[must_use]
+    pub fn huge_memory(&self) -> Option<MemoryPlan> {
+        let memory = match self {
+            Self::Background(plan) => Some(plan.memory),
+            Self::Switchover(memory) | Self::Footprint(memory) | Self::Wire(memory) => {
+                Some(*memory)
+            }
+            _ => floors::source_plan(*self),
+        };
+        memory.filter(|memory| memory.backing == Backing::Hugetlb)
+    }
+
+    /// Whether it ends before all memory has arrived, because there is no room for it twice;
+    /// the destination's process ends with it.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        match self {
+            Self::Switchover(memory) => memory.content_pages() * PAGE > MOST_MOVED,
+            _ => false,
+        }
     }
 }
 

@@ -83,7 +83,7 @@ fn listening(address: String) -> Result<(), BenchError> {
 
 fn serve(unit: Unit, listen: &str, memories: &mut Memories) -> Result<Outcome, BenchError> {
     if let Some(setup) = Setup::of(unit) {
-        return engine::source::serve(memories.get(setup.memory)?, setup, listen, listening);
+        return engine::source::serve(unit, memories.get(setup.memory)?, setup, listen, listening);
     }
     let floor = floors::source_plan(unit);
     let plan = floor.ok_or_else(|| BenchError::Failed(format!("{unit} has no source")))?;

@@ -16,19 +16,20 @@ use crate::error::{BenchError, Doing};
 use crate::memory::Memory;
 use crate::outcome::{Figure, Meter, Outcome};
 use crate::sys;
-use crate::unit::Load;
+use crate::unit::{Load, Unit};
 
 /// How long one event may be waited for.
 const LIMIT: Duration = Duration::from_secs(300);
 /// As much as the state of a few vCPUs.
 const STATE_BYTES: usize = 8192;
 
-/// Serves `memory` once, from the switchover to the end; `listening` is called with the
+/// Serves `memory` once, from the switchover to the end of `unit`; `listening` is called with the
 /// address as soon as there is one.
 ///
 /// # Errors
 /// If the engine fails, or the destination is not done within minutes.
 pub fn serve(
+    unit: Unit,
     memory: &Memory,
     setup: Setup,
     listen: &str,
@@ -66,7 +67,8 @@ pub fn serve(
     let meter = Meter::start();
     let at = sys::now_ns();
     source.switch_over(vec![state]).doing("switching over")?;
-    until(&events, |event| *event == SourceEvent::Finished)?;
+    let last = if unit.is_given_up() { SourceEvent::Running } else { SourceEvent::Finished };
+    until(&events, |event| *event == last)?;
     let reading = meter.read();
     drop(source);
     let extra = sampler.stop(|| 0);

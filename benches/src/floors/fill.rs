@@ -24,9 +24,8 @@ pub fn run(mechanism: Mechanism) -> Result<Outcome, BenchError> {
         Mechanism::Move => FEATURE_MOVE,
         Mechanism::ContinueMemfd | Mechanism::ContinueHugetlb => FEATURES_MINOR,
     };
-    let uffd = Uffd::new(features).map_err(|error| {
-        BenchError::Lacking(format!("this kernel has no {mechanism}: {error}"))
-    })?;
+    let uffd = Uffd::new(features)
+        .map_err(|error| BenchError::Lacking(format!("this kernel has no {mechanism}: {error}")))?;
     let content = content(mechanism, &memory)?;
     register(&uffd, &memory, features == FEATURES_MINOR)?;
     let run = RUN.max(memory.ram().backing().page_bytes());

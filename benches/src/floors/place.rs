@@ -34,11 +34,7 @@ pub fn source(memory: &Memory, listener: &Listener) -> Result<Outcome, BenchErro
 /// # Errors
 /// If the connection breaks, the machine lacks the mechanism, or a page is not what it must
 /// be.
-pub fn destination(
-    mechanism: Mechanism,
-    bytes: u64,
-    address: &str,
-) -> Result<Outcome, BenchError> {
+pub fn destination(mechanism: Mechanism, bytes: u64, address: &str) -> Result<Outcome, BenchError> {
     let socket = Socket::connect(address)?;
     let memory = Memory::empty(plan(mechanism, bytes))?;
     let is_copied = matches!(mechanism, Mechanism::Copy);

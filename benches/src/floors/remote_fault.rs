@@ -113,19 +113,19 @@ pub fn destination(plan: FaultPlan, address: &str) -> Result<Outcome, BenchError
         let pages = pages.map(|page| memory.address(page));
         // SAFETY: the handler serves this memory until it is over.
         let latencies = unsafe { guest::touch(pages, plan.think, &done) }?;
-        let reading = receiver.map(|it| it.join().expect("receiving does not panic")).transpose()?;
+        let reading =
+            receiver.map(|it| it.join().expect("receiving does not panic")).transpose()?;
         is_over.store(true, Ordering::Release);
         requests.shut_down();
         handler.join().expect("the handler does not panic")?;
         Ok::<_, BenchError>((latencies, reading))
     })?;
     sink.as_ref().map_or(Ok(()), Memory::verify)?;
-    verify_touched(&memory)?;
+    // The rest is not there, and nobody would serve it any more.
+    memory.verify_present()?;
     let outcome = Outcome::of(latencies);
     Ok(match seconds {
-        Some(reading) => {
-            outcome.metered(reading).with(Figure::BackgroundBytes, plan.bytes as f64)
-        }
+        Some(reading) => outcome.metered(reading).with(Figure::BackgroundBytes, plan.bytes as f64),
         None => outcome,
     })
 }
@@ -154,17 +154,6 @@ fn receive(uffd: &Uffd, sink: &Memory, socket: &Socket) -> Result<(), BenchError
         socket.receive(&mut staging, Wait::Blocking).doing("receiving in background")?;
         let offset = u64::from_le_bytes(offset);
         uffd.copy(sink.address(offset / PAGE) as u64, &staging).doing("UFFDIO_COPY")?;
-    }
-    Ok(())
-}
-
-/// Verifies what was touched: the rest is not there, and nobody would serve it.
-fn verify_touched(memory: &Memory) -> Result<(), BenchError> {
-    let map = crate::sys::PageMap::open().doing("/proc/self/pagemap")?;
-    let touched = (0..memory.plan().bytes / PAGE)
-        .filter(|page| map.is_present(memory.address(*page) as u64));
-    for page in touched {
-        memory.verify_page(page, 0)?;
     }
     Ok(())
 }

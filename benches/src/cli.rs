@@ -1,0 +1,231 @@
+//! The command line.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use afterimage_tools::ram::{HUGE_PAGE_BYTES, HugePages};
+use clap::{Parser, Subcommand};
+
+use crate::error::BenchError;
+use crate::machine::Machine;
+use crate::pair::Network;
+use crate::report::{Report, SCHEMA_VERSION};
+use crate::suite::{Row, Sizes, Step, Units, rows, sweeps};
+use crate::{run, worker};
+
+/// The command by which this program starts itself to measure.
+pub const WORKER: &str = "worker";
+
+const EXAMPLES: &str = "\
+Examples:
+  postcopy-bench --quick                            every row, in less than five minutes
+  postcopy-bench                                    every row and the sweeps, larger guests
+  postcopy-bench --only fault_idle_p99,cpu_per_gib  some rows
+  postcopy-bench --network veth --json > today.json between two network namespaces
+  postcopy-bench --list                             the rows, and what they say
+
+Figures are ratios to floors of the same run. docs/benchmarking.md says what each means.
+
+Exit status:
+  0  all was measured and verified; rows may fall short
+  1  a page had another content than it must have
+  2  the command line is wrong
+  3  the machine lacks something: rows are missing
+  4  something failed: rows are missing";
+
+/// Measures the engine against the floors of the machine it runs on: source and destination
+/// are two processes, floors and scenarios go by turns, and every page is verified.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "postcopy-bench", version, after_help = EXAMPLES, max_term_width = 100)]
+struct Options {
+    /// Smaller guests, and no sweeps over streams, shapes, sizes and rates
+    #[arg(long)]
+    quick: bool,
+
+    /// Only these rows, and what they are compared with
+    #[arg(long, value_delimiter = ',', value_name = "ROW")]
+    only: Vec<String>,
+
+    /// How often everything is measured; medians of fewer than five say little
+    #[arg(long, default_value_t = 5, value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+
+    /// How both processes are connected: tcp (loopback), unix, veth (between two network
+    /// namespaces; needs root) or veth:MBIT for a link of so many Mbit/s
+    #[arg(long, default_value = "tcp", value_name = "KIND", value_parser = network)]
+    network: Network,
+
+    /// Write one JSON object instead of the table
+    #[arg(long)]
+    json: bool,
+
+    /// List the rows and what they say, and measure nothing
+    #[arg(long)]
+    list: bool,
+
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+enum Command {
+    /// Measures a unit as another process says
+    #[command(name = WORKER, hide = true)]
+    Worker,
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let options = Options::parse();
+    // Warnings of engines that are cut off on purpose say nothing here.
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
+    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    match options.command {
+        Some(Command::Worker) => match worker::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("postcopy-bench: a measuring process: {error}");
+                ExitCode::from(4)
+            }
+        },
+        None if options.list => list(),
+        None => bench(&options),
+    }
+}
+
+fn network(text: &str) -> Result<Network, String> {
+    match text.split_once(':') {
+        None if text == "tcp" => Ok(Network::Tcp),
+        None if text == "unix" => Ok(Network::Unix),
+        None if text == "veth" => Ok(Network::Veth(None)),
+        Some(("veth", rate)) => match rate.parse::<u64>() {
+            Ok(rate @ 1..=1_000_000) => Ok(Network::Veth(Some(rate * 1_000_000))),
+            _ => Err(format!("{rate:?} is no rate: write Mbit/s, as veth:1000")),
+        },
+        _ => Err("write tcp, unix, veth or veth:MBIT".into()),
+    }
+}
+
+fn list() -> ExitCode {
+    let mut text = String::new();
+    for row in rows::all(Sizes::FULL) {
+        text.push_str(&format!("{:<28} {}\n", row.name, row.what));
+    }
+    print(&text);
+    ExitCode::SUCCESS
+}
+
+fn print(text: &str) {
+    // If nobody listens, the exit status still says how it went.
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
+fn bench(options: &Options) -> ExitCode {
+    let sizes = if options.quick { Sizes::QUICK } else { Sizes::FULL };
+    let rows = match chosen(rows::all(sizes), &options.only) {
+        Ok(rows) => rows,
+        Err(unknown) => {
+            eprintln!(
+                "postcopy-bench: there is no row {unknown:?}; `postcopy-bench --list` names them"
+            );
+            return ExitCode::from(2);
+        }
+    };
+    let steps = steps(options, &rows, sizes);
+    // Where they are not to be had, rows of huge pages are missing, and the report says why.
+    let _huge_pages = HugePages::reserve(huge_pages(&steps, sizes));
+    let mut machine = Machine::look(options.network.to_string());
+    let measured = run::run(&steps, options.rounds, options.network, !options.json);
+    let measurements = match measured {
+        Ok(measurements) => measurements,
+        Err(error) => return fail(options, &error),
+    };
+    machine.look_again();
+    let report = Report::of(&rows, &measurements, machine);
+    if options.json {
+        // Numbers, strings and lists of them: this cannot fail.
+        print(&(serde_json::to_string(&report).expect("plain data serialises") + "\n"));
+    } else {
+        print(&report.to_string());
+    }
+    match (report.failed.is_empty(), report.lacking.is_empty()) {
+        (true, true) => ExitCode::SUCCESS,
+        (true, false) => ExitCode::from(3),
+        (false, _) => ExitCode::from(4),
+    }
+}
+
+fn fail(options: &Options, error: &BenchError) -> ExitCode {
+    eprintln!("postcopy-bench: {error}");
+    if options.json {
+        let failure = serde_json::json!({
+            "schema_version": SCHEMA_VERSION,
+            "verified": false,
+            "error": error.to_string(),
+        });
+        print(&format!("{failure}\n"));
+    }
+    ExitCode::from(1)
+}
+
+fn chosen(rows: Vec<Row>, only: &[String]) -> Result<Vec<Row>, String> {
+    if let Some(unknown) = only.iter().find(|name| rows.iter().all(|row| row.name != **name)) {
+        return Err(unknown.clone());
+    }
+    let is_chosen = |row: &Row| only.is_empty() || only.iter().any(|name| name == row.name);
+    Ok(rows.into_iter().filter(is_chosen).collect())
+}
+
+fn steps(options: &Options, rows: &[Row], sizes: Sizes) -> BTreeSet<Step> {
+    let mut steps: BTreeSet<Step> = rows.iter().flat_map(|row| row.steps.clone()).collect();
+    if options.only.is_empty() {
+        let units = Units::new(sizes);
+        steps.extend(units.floors());
+        if !options.quick {
+            steps.extend(sweeps::all(&units));
+        }
+    }
+    steps
+}
+
+/// Huge pages for both sides, and at the source for every shape.
+fn huge_pages(steps: &BTreeSet<Step>, sizes: Sizes) -> u64 {
+    let plans = steps.iter().filter_map(|step| step.unit.huge_memory());
+    let plans: BTreeSet<_> = plans.collect();
+    if plans.is_empty() {
+        return 0;
+    }
+    (plans.len() as u64 + 1) * sizes.huge_guest / HUGE_PAGE_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn every_row_has_a_name_of_its_own_and_can_be_chosen() {
+        let rows = rows::all(Sizes::QUICK);
+        let names: BTreeSet<_> = rows.iter().map(|row| row.name).collect();
+        assert_eq!(names.len(), rows.len());
+        let some = chosen(rows, &["cpu_per_gib".into()]).unwrap();
+        assert_eq!(some.len(), 1);
+        assert_eq!(chosen(some, &["nothing".into()]).unwrap_err(), "nothing");
+    }
+
+    #[test]
+    fn networks_are_understood() {
+        assert_eq!(network("veth:1000"), Ok(Network::Veth(Some(1_000_000_000))));
+        assert_eq!(network("unix"), Ok(Network::Unix));
+        assert!(network("veth:0").is_err() && network("carrier pigeon").is_err());
+    }
+}
