@@ -5,17 +5,21 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use afterimage_tools::ram::{HUGE_PAGE_BYTES, HugePages};
+use afterimage_tools::size::{Size, SizeError};
 use clap::{Parser, Subcommand};
 
 use crate::error::BenchError;
 use crate::machine::Machine;
 use crate::pair::Network;
 use crate::report::{Report, SCHEMA_VERSION};
+use crate::run::{self, Plan};
 use crate::suite::{Row, Sizes, Step, Units, rows, sweeps};
-use crate::{run, worker};
+use crate::worker;
 
 /// The command by which this program starts itself to measure.
 pub const WORKER: &str = "worker";
+/// Its option to spoil what it serves.
+pub const CORRUPT: &str = "--corrupt-one-byte";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -37,6 +41,7 @@ Exit status:
 /// Measures the engine against the floors of the machine it runs on: source and destination
 /// are two processes, floors and scenarios go by turns, and every page is verified.
 #[derive(Clone, Debug, Parser)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[command(name = "postcopy-bench", version, after_help = EXAMPLES, max_term_width = 100)]
 struct Options {
     /// Smaller guests, and no sweeps over streams, shapes, sizes and rates
@@ -52,6 +57,11 @@ struct Options {
         value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
 
+    /// Guest memory of transfers and of faults under load, a multiple of 4M
+    /// [default: 1G; 512M with --quick]
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    memory: Option<Size>,
+
     /// How both processes are connected: tcp (loopback), unix, veth (between two network
     /// namespaces; needs root) or veth:MBIT for a link of so many Mbit/s
     #[arg(long, default_value = "tcp", value_name = "KIND", value_parser = network)]
@@ -60,6 +70,10 @@ struct Options {
     /// Write one JSON object instead of the table
     #[arg(long)]
     json: bool,
+
+    /// Change one byte of each source, to see that it is found
+    #[arg(long, hide = true)]
+    corrupt_one_byte: bool,
 
     /// List the rows and what they say, and measure nothing
     #[arg(long)]
@@ -73,7 +87,11 @@ struct Options {
 enum Command {
     /// Measures a unit as another process says
     #[command(name = WORKER, hide = true)]
-    Worker,
+    Worker {
+        /// Change one byte of the memory that it serves
+        #[arg(long)]
+        corrupt_one_byte: bool,
+    },
 }
 
 /// Runs the program.
@@ -85,7 +103,7 @@ pub fn main() -> ExitCode {
     let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
     match options.command {
-        Some(Command::Worker) => match worker::run() {
+        Some(Command::Worker { corrupt_one_byte }) => match worker::run(corrupt_one_byte) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("postcopy-bench: a measuring process: {error}");
@@ -95,6 +113,21 @@ pub fn main() -> ExitCode {
         None if options.list => list(),
         None => bench(&options),
     }
+}
+
+impl Options {
+    fn sizes(&self) -> Sizes {
+        let sizes = if self.quick { Sizes::QUICK } else { Sizes::FULL };
+        self.memory.map_or(sizes, |memory| sizes.with_guest(memory.0))
+    }
+}
+
+fn memory(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error: SizeError| error.to_string())?;
+    if size.0 == 0 || !size.0.is_multiple_of(2 * HUGE_PAGE_BYTES) {
+        return Err("a multiple of 4M is needed".into());
+    }
+    Ok(size)
 }
 
 fn network(text: &str) -> Result<Network, String> {
@@ -111,11 +144,9 @@ fn network(text: &str) -> Result<Network, String> {
 }
 
 fn list() -> ExitCode {
-    let mut text = String::new();
-    for row in rows::all(Sizes::FULL) {
-        text.push_str(&format!("{:<28} {}\n", row.name, row.what));
-    }
-    print(&text);
+    let lines = rows::all(Sizes::FULL);
+    let lines = lines.iter().map(|row| format!("{:<28} {}\n", row.name, row.what));
+    print(&lines.collect::<String>());
     ExitCode::SUCCESS
 }
 
@@ -125,7 +156,7 @@ fn print(text: &str) {
 }
 
 fn bench(options: &Options) -> ExitCode {
-    let sizes = if options.quick { Sizes::QUICK } else { Sizes::FULL };
+    let sizes = options.sizes();
     let rows = match chosen(rows::all(sizes), &options.only) {
         Ok(rows) => rows,
         Err(unknown) => {
@@ -139,7 +170,13 @@ fn bench(options: &Options) -> ExitCode {
     // Where they are not to be had, rows of huge pages are missing, and the report says why.
     let _huge_pages = HugePages::reserve(huge_pages(&steps, sizes));
     let mut machine = Machine::look(options.network.to_string());
-    let measured = run::run(&steps, options.rounds, options.network, !options.json);
+    let plan = Plan {
+        rounds: options.rounds,
+        network: options.network,
+        corrupt_one_byte: options.corrupt_one_byte,
+        shows_progress: !options.json,
+    };
+    let measured = run::run(&steps, plan);
     let measurements = match measured {
         Ok(measurements) => measurements,
         Err(error) => return fail(options, &error),
@@ -180,8 +217,9 @@ fn chosen(rows: Vec<Row>, only: &[String]) -> Result<Vec<Row>, String> {
     Ok(rows.into_iter().filter(is_chosen).collect())
 }
 
-fn steps(options: &Options, rows: &[Row], sizes: Sizes) -> BTreeSet<Step> {
-    let mut steps: BTreeSet<Step> = rows.iter().flat_map(|row| row.steps.clone()).collect();
+/// What is compared stands side by side, as the rows name it.
+fn steps(options: &Options, rows: &[Row], sizes: Sizes) -> Vec<Step> {
+    let mut steps: Vec<Step> = rows.iter().flat_map(|row| row.steps.clone()).collect();
     if options.only.is_empty() {
         let units = Units::new(sizes);
         steps.extend(units.floors());
@@ -189,11 +227,13 @@ fn steps(options: &Options, rows: &[Row], sizes: Sizes) -> BTreeSet<Step> {
             steps.extend(sweeps::all(&units));
         }
     }
+    let mut seen = BTreeSet::new();
+    steps.retain(|step| seen.insert(*step));
     steps
 }
 
 /// Huge pages for both sides, and at the source for every shape.
-fn huge_pages(steps: &BTreeSet<Step>, sizes: Sizes) -> u64 {
+fn huge_pages(steps: &[Step], sizes: Sizes) -> u64 {
     let plans = steps.iter().filter_map(|step| step.unit.huge_memory());
     let plans: BTreeSet<_> = plans.collect();
     if plans.is_empty() {

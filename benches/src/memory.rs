@@ -195,6 +195,7 @@ impl MemoryPlan {
             Shape::HalfZero => mix(page) >> 63 == 1,
             Shape::OnePiece | Shape::Sparse => page < self.content_end(),
             Shape::Scattered => page.is_multiple_of(4),
+            Shape::Empty => false,
         };
         has_content.then_some(word)
     }
@@ -206,6 +207,7 @@ impl MemoryPlan {
             Shape::Dense | Shape::HalfZero | Shape::Scattered => self.bytes,
             Shape::OnePiece => self.bytes / 4,
             Shape::Sparse => self.bytes.min(SPARSE_CONTENT),
+            Shape::Empty => 0,
         };
         bytes / PAGE
     }

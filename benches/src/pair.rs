@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use crate::cli;
 use crate::error::{BenchError, Doing};
 use crate::namespaces::Namespaces;
 use crate::outcome::Outcome;
@@ -17,7 +18,7 @@ use crate::unit::Unit;
 use crate::worker::{Answer, Order};
 
 /// How long one unit may take; far more than any does.
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_mins(10);
 
 /// How both processes are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -49,14 +50,15 @@ enum Side {
 #[derive(Debug)]
 pub struct Pair {
     network: Network,
+    corrupt_one_byte: bool,
     workers: Option<Workers>,
 }
 
 impl Pair {
-    /// Nothing runs yet.
+    /// Nothing runs yet. The source's memory may be spoilt, to see that it is found.
     #[must_use]
-    pub const fn new(network: Network) -> Self {
-        Self { network, workers: None }
+    pub const fn new(network: Network, corrupt_one_byte: bool) -> Self {
+        Self { network, corrupt_one_byte, workers: None }
     }
 
     /// Measures a unit once.
@@ -67,7 +69,7 @@ impl Pair {
     pub fn measure(&mut self, unit: Unit) -> Result<Measured, BenchError> {
         let mut workers = match self.workers.take() {
             Some(workers) => workers,
-            None => Workers::start(self.network)?,
+            None => Workers::start(self.network, self.corrupt_one_byte)?,
         };
         let measured = workers.measure(unit)?;
         // A destination may have to be given up with most of its memory missing.
@@ -91,7 +93,7 @@ struct Workers {
 }
 
 impl Workers {
-    fn start(network: Network) -> Result<Self, BenchError> {
+    fn start(network: Network, corrupt_one_byte: bool) -> Result<Self, BenchError> {
         let directory = tempfile::Builder::new().prefix("postcopy-bench-").tempdir();
         let directory = directory.doing("a directory for sockets")?;
         let namespaces = match network {
@@ -104,13 +106,13 @@ impl Workers {
             (_, None) => "tcp:127.0.0.1:0".to_owned(),
         };
         let (sender, answers) = channel();
-        let start = |side| Worker::start(side, namespaces.as_ref(), &sender);
+        let start = |side| Worker::start(side, corrupt_one_byte, namespaces.as_ref(), &sender);
         let (source, destination) = (start(Side::Source)?, start(Side::Destination)?);
         Ok(Self { source, destination, answers, sender, listen, namespaces, _directory: directory })
     }
 
     fn start_side(&self, side: Side) -> Result<Worker, BenchError> {
-        Worker::start(side, self.namespaces.as_ref(), &self.sender)
+        Worker::start(side, false, self.namespaces.as_ref(), &self.sender)
     }
 
     fn measure(&mut self, unit: Unit) -> Result<Measured, BenchError> {
@@ -164,6 +166,7 @@ struct Worker {
 impl Worker {
     fn start(
         side: Side,
+        corrupt_one_byte: bool,
         namespaces: Option<&Namespaces>,
         answers: &Sender<(Side, Option<Answer>)>,
     ) -> Result<Self, BenchError> {
@@ -174,12 +177,12 @@ impl Worker {
             Some(namespaces) if side == Side::Source => namespaces.in_source(&program),
             Some(namespaces) => namespaces.in_destination(&program),
         };
-        let mut child = command
-            .arg(crate::cli::WORKER)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .doing(&doing)?;
+        command.arg(cli::WORKER);
+        if corrupt_one_byte && side == Side::Source {
+            command.arg(cli::CORRUPT);
+        }
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().doing(&doing)?;
         let orders = child.stdin.take();
         let output = child.stdout.take();
         let answers = answers.clone();

@@ -1,7 +1,7 @@
 //! A run: rounds of units, one after the other, so that what is compared is measured close
 //! together and by turns.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -18,6 +18,19 @@ const GIGABIT: u64 = 1_000_000_000;
 /// Memory that the machine keeps for itself beside a guest.
 const SPARE: u64 = 3 << 30;
 
+/// How a run is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// How often each step is measured.
+    pub rounds: u32,
+    /// How both processes are connected.
+    pub network: Network,
+    /// Whether the sources' memory is spoilt, to see that it is found.
+    pub corrupt_one_byte: bool,
+    /// Whether there is a bar on standard error.
+    pub shows_progress: bool,
+}
+
 /// What all rounds came to.
 #[derive(Clone, Debug, Default)]
 pub struct Measurements {
@@ -31,20 +44,16 @@ pub struct Measurements {
     pub failed: BTreeMap<Step, String>,
 }
 
-/// Measures `steps`, each once in each of `rounds` rounds.
+/// Measures `steps` in their order, each once in each round.
 ///
 /// # Errors
 /// [`BenchError::Wrong`] as soon as a page has another content than it must have; nothing
 /// else ends a run.
-pub fn run(
-    steps: &BTreeSet<Step>,
-    rounds: u32,
-    network: Network,
-    show: bool,
-) -> Result<Measurements, BenchError> {
-    let bar = bar(steps.len() as u64 * u64::from(rounds), show);
-    let mut chosen = Pair::new(network);
-    let mut gigabit = Pair::new(Network::Veth(Some(GIGABIT)));
+pub fn run(steps: &[Step], plan: Plan) -> Result<Measurements, BenchError> {
+    let Plan { rounds, network, corrupt_one_byte, shows_progress } = plan;
+    let bar = bar(steps.len() as u64 * u64::from(rounds), shows_progress);
+    let mut chosen = Pair::new(network, corrupt_one_byte);
+    let mut gigabit = Pair::new(Network::Veth(Some(GIGABIT)), corrupt_one_byte);
     let mut measurements = Measurements::default();
     for number in 1..=rounds {
         let mut round = Round::new();
@@ -114,8 +123,8 @@ fn needed_for(memory: &MemoryPlan, is_given_up: bool) -> u64 {
     if is_given_up { content } else { 2 * content }
 }
 
-fn bar(units: u64, show: bool) -> ProgressBar {
-    let bar = if show { ProgressBar::new(units) } else { ProgressBar::hidden() };
+fn bar(units: u64, shows_progress: bool) -> ProgressBar {
+    let bar = if shows_progress { ProgressBar::new(units) } else { ProgressBar::hidden() };
     let style = ProgressStyle::with_template("{bar:20} {pos}/{len} {elapsed}, {eta} left  {msg}");
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

@@ -104,6 +104,13 @@ impl Sizes {
     /// For a look.
     pub const QUICK: Self =
         Self { guest: 512 << 20, busy_guest: 1 << 30, huge_guest: 256 << 20, idle_guest: 16 << 20 };
+
+    /// With a guest of another size, and the others in proportion.
+    #[must_use]
+    pub const fn with_guest(self, guest: u64) -> Self {
+        let idle_guest = if guest < self.idle_guest { guest } else { self.idle_guest };
+        Self { guest, busy_guest: 2 * guest, huge_guest: guest / 2, idle_guest }
+    }
 }
 
 /// The units of a run of one size.

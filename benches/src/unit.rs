@@ -166,6 +166,8 @@ pub enum Shape {
     Scattered,
     /// In the first 16 MiB; the rest was never touched.
     Sparse,
+    /// Nowhere; nothing was ever touched.
+    Empty,
 }
 
 /// Guest memory.
@@ -294,6 +296,7 @@ impl fmt::Display for MemoryPlan {
             Shape::OnePiece => "sparse in one piece",
             Shape::Scattered => "sparse by page",
             Shape::Sparse => "sparse",
+            Shape::Empty => "empty",
         };
         write!(f, "{} {backing}, {shape}", Size(self.bytes))
     }

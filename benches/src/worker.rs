@@ -4,6 +4,7 @@
 //! outcome or error; a source says before that where it listens.
 
 use std::io::{self, BufRead, Write};
+use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 
@@ -50,12 +51,13 @@ pub enum Answer {
 /// Bytes of guest memory that a source keeps for units to come.
 const MOST_KEPT: u64 = 7 << 30;
 
-/// Does what standard input says until it ends.
+/// Does what standard input says until it ends; as a source with one byte spoilt, if that is
+/// asked for.
 ///
 /// # Errors
 /// If whoever gives the orders does not keep to the protocol, or is gone.
-pub fn run() -> io::Result<()> {
-    let mut memories = Memories::default();
+pub fn run(corrupt_one_byte: bool) -> io::Result<()> {
+    let mut memories = Memories { kept: Vec::new(), corrupt_one_byte };
     for line in io::stdin().lock().lines() {
         let answer = match serde_json::from_str(&line?)? {
             Order::Serve { unit, listen } => serve(unit, &listen, &mut memories),
@@ -116,24 +118,31 @@ fn measure(unit: Unit, address: Option<&str>) -> Result<Outcome, BenchError> {
 }
 
 /// Guest memory that is kept for the next round: to fill it takes longer than to move it.
-#[derive(Debug, Default)]
-struct Memories(Vec<Memory>);
+#[derive(Debug)]
+struct Memories {
+    kept: Vec<Memory>,
+    corrupt_one_byte: bool,
+}
 
 impl Memories {
     fn get(&mut self, plan: MemoryPlan) -> Result<&Memory, BenchError> {
-        if let Some(index) = self.0.iter().position(|memory| memory.plan() == plan) {
-            let memory = self.0.remove(index);
-            self.0.push(memory);
+        if let Some(index) = self.kept.iter().position(|memory| memory.plan() == plan) {
+            let memory = self.kept.remove(index);
+            self.kept.push(memory);
         } else {
             let content = |plan: &MemoryPlan| plan.content_pages() * crate::memory::PAGE;
-            while !self.0.is_empty()
-                && self.0.iter().map(|it| content(&it.plan())).sum::<u64>() + content(&plan)
+            while !self.kept.is_empty()
+                && self.kept.iter().map(|it| content(&it.plan())).sum::<u64>() + content(&plan)
                     > MOST_KEPT
             {
-                self.0.remove(0);
+                self.kept.remove(0);
             }
-            self.0.push(Memory::filled(plan)?);
+            let memory = Memory::filled(plan)?;
+            if self.corrupt_one_byte {
+                memory.word(plan.content_end() / 2 / 4 * 4).fetch_xor(1, Ordering::Relaxed);
+            }
+            self.kept.push(memory);
         }
-        Ok(self.0.last().expect("just pushed"))
+        Ok(self.kept.last().expect("just pushed"))
     }
 }

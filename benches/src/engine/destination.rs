@@ -1,6 +1,6 @@
 //! The side that gets the guest.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use afterimage::{
 };
 use afterimage_tools::migrate;
 
-use super::footprint::Sampler;
+use super::footprint::Footprint;
 use super::{Setup, relay};
 use crate::error::{BenchError, Doing};
 use crate::guest;
@@ -20,7 +20,7 @@ use crate::sys;
 use crate::unit::{Unit, WORKING_SET};
 
 /// How long one event may be waited for.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_mins(5);
 /// What a mapped page costs the guest itself: the page and its entry in the page table.
 const PAGE_AND_ENTRY: u64 = PAGE + 8;
 
@@ -33,7 +33,7 @@ pub fn receive(unit: Unit, setup: Setup, address: &str) -> Result<Outcome, Bench
     let relayed = matches!(unit, Unit::Wire(_)).then(|| relay::start(address)).transpose()?;
     let address = relayed.as_ref().map_or(address, |(address, _)| address);
     let memory = Memory::empty(setup.memory)?;
-    let sampler = Sampler::start()?;
+    let footprint = Footprint::start()?;
     // SAFETY: `memory` outlives the destination; it is reached by raw pointers and atomics.
     let registered = unsafe {
         migrate::destination_memory(memory.ram(), FaultScope::UserOnly, DiscardNotice::Called)
@@ -45,18 +45,16 @@ pub fn receive(unit: Unit, setup: Setup, address: &str) -> Result<Outcome, Bench
     options.plaintext = Plaintext::Anywhere;
     let (destination, events) = Destination::start(registered, Endpoint::Connect(address), options)
         .doing("starting the destination")?;
-    let run = run(unit, &destination, &events, &memory, sampler.guest())?;
+    let run = run(unit, &destination, &events, &memory, footprint)?;
     let stats = destination.stats();
     drop(destination);
-    let guest = stats.pages_complete.saturating_sub(stats.pages_zero) * guest_share(&memory);
-    let extra = sampler.stop(|| guest);
     if unit.is_given_up() {
         memory.verify_present()?;
     } else {
         run.guest.verify(&memory)?;
     }
     let wire = relayed.map(|(_, count)| count.load(Ordering::Relaxed));
-    Ok(outcome(run, &stats, &memory, extra, wire))
+    Ok(outcome(run, &stats, &memory, wire))
 }
 
 fn guest_share(memory: &Memory) -> u64 {
@@ -64,13 +62,7 @@ fn guest_share(memory: &Memory) -> u64 {
     if page == PAGE { PAGE_AND_ENTRY } else { page }
 }
 
-fn outcome(
-    run: Run,
-    stats: &DestinationStats,
-    memory: &Memory,
-    extra: u64,
-    wire: Option<u64>,
-) -> Outcome {
+fn outcome(run: Run, stats: &DestinationStats, memory: &Memory, wire: Option<u64>) -> Outcome {
     let page = memory.ram().backing().page_bytes();
     let bytes = |pages: u64| (pages * page) as f64;
     let mut outcome = Outcome::default()
@@ -81,8 +73,10 @@ fn outcome(
         .with(Figure::RequestedBytes, bytes(stats.pages_requested))
         .with(Figure::DuplicatePages, stats.pages_duplicate as f64)
         .with(Figure::ZeroPages, (stats.pages_zero * page / PAGE) as f64)
-        .with(Figure::Pages, (memory.plan().bytes / PAGE) as f64)
-        .with(Figure::ExtraBytes, extra as f64);
+        .with(Figure::Pages, (memory.plan().bytes / PAGE) as f64);
+    if let Some(extra) = run.extra {
+        outcome = outcome.with(Figure::ExtraBytes, extra as f64);
+    }
     if let Some(wire) = wire {
         outcome = outcome.with(Figure::WireBytes, wire as f64);
     }
@@ -102,6 +96,7 @@ struct Run {
     at: u64,
     reading: Reading,
     guest: GuestOutcome,
+    extra: Option<u64>,
 }
 
 fn run(
@@ -109,7 +104,7 @@ fn run(
     destination: &Destination,
     events: &Events<DestinationEvent>,
     memory: &Memory,
-    guest_bytes: &AtomicU64,
+    footprint: Footprint,
 ) -> Result<Run, BenchError> {
     until(events, |event| matches!(event, DestinationEvent::State(_)))?;
     destination.ready().doing("being ready")?;
@@ -117,34 +112,28 @@ fn run(
     let at = sys::now_ns();
     let meter = Meter::start();
     if unit.is_given_up() {
-        return Ok(Run { at, reading: meter.read(), guest: GuestOutcome::Idle });
+        return Ok(Run { at, reading: meter.read(), guest: GuestOutcome::Idle, extra: None });
     }
     let done = AtomicBool::new(false);
-    let (guest, reading) = thread::scope(|scope| {
+    let share = || {
+        let stats = destination.stats();
+        (stats.pages_requested + stats.pages_background) * guest_share(memory)
+    };
+    let (guest, reading, extra) = thread::scope(|scope| {
         let guest = scope.spawn(|| work(unit, memory, &done));
-        let watch = matches!(unit, Unit::Footprint(_)).then(|| {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    let stats = destination.stats();
-                    let pages = stats.pages_requested + stats.pages_background;
-                    guest_bytes.store(pages * guest_share(memory), Ordering::Relaxed);
-                    thread::sleep(Duration::from_millis(1));
-                }
-            })
-        });
+        let watch = matches!(unit, Unit::Footprint(_))
+            .then(|| scope.spawn(|| footprint.watch(share, &done)));
         let arrived = until(events, |event| *event == DestinationEvent::AllArrived);
         let reading = meter.read();
         done.store(true, Ordering::Release);
-        if let Some(watch) = watch {
-            watch.join().expect("watching does not panic");
-        }
+        let extra = watch.map(|watch| watch.join().expect("watching does not panic"));
         // If not all has arrived, the guest may wait for ever; the process ends then.
         arrived?;
         let guest = guest.join().expect("the guest does not panic")?;
-        Ok::<_, BenchError>((guest, reading))
+        Ok::<_, BenchError>((guest, reading, extra))
     })?;
     until(events, |event| *event == DestinationEvent::Finished)?;
-    Ok(Run { at, reading, guest })
+    Ok(Run { at, reading, guest, extra })
 }
 
 /// What the guest did meanwhile.

@@ -2,6 +2,8 @@
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use afterimage::{
@@ -11,7 +13,7 @@ use afterimage::{
 use afterimage_tools::migrate;
 
 use super::Setup;
-use super::footprint::Sampler;
+use super::footprint::Footprint;
 use crate::error::{BenchError, Doing};
 use crate::memory::Memory;
 use crate::outcome::{Figure, Meter, Outcome};
@@ -19,7 +21,7 @@ use crate::sys;
 use crate::unit::{Load, Unit};
 
 /// How long one event may be waited for.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_mins(5);
 /// As much as the state of a few vCPUs.
 const STATE_BYTES: usize = 8192;
 
@@ -44,7 +46,7 @@ pub fn serve(
     let plaintext = Plaintext::Anywhere;
     let listener = Listener::bind(&address, plaintext).doing(&format!("listening at {listen}"))?;
     let bound = listener.address().to_string();
-    let sampler = Sampler::start()?;
+    let footprint = Footprint::start()?;
     // SAFETY: `memory` outlives the source, which is dropped below, and nobody writes it.
     let served = unsafe { migrate::source_memory(memory.ram()) }.doing("the source's memory")?;
     let mut options = SourceOptions::default();
@@ -64,18 +66,28 @@ pub fn serve(
     listening(bound)?;
     until(&events, |event| matches!(event, SourceEvent::Attached(_)))?;
     let state = StateSection { name: "vcpus".into(), version: 1, bytes: vec![7; STATE_BYTES] };
-    let meter = Meter::start();
-    let at = sys::now_ns();
-    source.switch_over(vec![state]).doing("switching over")?;
     let last = if unit.is_given_up() { SourceEvent::Running } else { SourceEvent::Finished };
-    until(&events, |event| *event == last)?;
-    let reading = meter.read();
+    let is_over = AtomicBool::new(false);
+    let (at, reading, extra) = thread::scope(|scope| {
+        let watch = matches!(unit, Unit::Footprint(_))
+            .then(|| scope.spawn(|| footprint.watch(|| 0, &is_over)));
+        let meter = Meter::start();
+        let at = sys::now_ns();
+        let served = source
+            .switch_over(vec![state])
+            .doing("switching over")
+            .and_then(|()| until(&events, |event| *event == last));
+        let reading = meter.read();
+        is_over.store(true, Ordering::Release);
+        let extra = watch.map(|watch| watch.join().expect("watching does not panic"));
+        served.map(|()| (at, reading, extra))
+    })?;
     drop(source);
-    let extra = sampler.stop(|| 0);
-    Ok(Outcome::default()
-        .metered(reading)
-        .with(Figure::AtNanoseconds, at as f64)
-        .with(Figure::ExtraBytes, extra as f64))
+    let outcome = Outcome::default().metered(reading).with(Figure::AtNanoseconds, at as f64);
+    Ok(match extra {
+        Some(extra) => outcome.with(Figure::ExtraBytes, extra as f64),
+        None => outcome,
+    })
 }
 
 fn until(
