@@ -13,7 +13,7 @@ const NOTHING: RGBColor = RGBColor(243, 244, 246);
 const LITTLE: (f64, f64, f64) = (214.0, 230.0, 244.0);
 const ALL: (f64, f64, f64) = (8.0, 48.0, 107.0);
 
-/// Guest memory from bottom to top, time from left to right; the colour says how much of a
+/// Guest memory from bottom to top, without the holes between its regions, time from left to right; the colour says how much of a
 /// part is there.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HeatMap<'a> {
