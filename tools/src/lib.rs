@@ -7,6 +7,8 @@
 //! - [`microvm`]: the virtual machine that runs them on KVM
 //! - [`handoff`]: handing a stopped guest over to another process of the machine
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
+//! - [`report_page`]: measurements as a page of HTML with pictures
+//! - [`sampling`]: samples of a migration as it goes on
 //! - [`size`]: sizes of memory as people write and read them
 //! - [`require`]: what tests need of the machine
 
@@ -17,5 +19,7 @@ pub mod microvm;
 pub mod migrate;
 pub mod page_server;
 pub mod ram;
+pub mod report_page;
 pub mod require;
+pub mod sampling;
 pub mod size;

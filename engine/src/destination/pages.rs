@@ -163,6 +163,20 @@ impl Pages {
         self.remaining.load(Ordering::Acquire)
     }
 
+    /// The share of complete pages in each of `parts` parts of equal length, 0 to 1.
+    pub(crate) fn complete_shares(&self, parts: usize) -> Vec<f64> {
+        let pages = self.planes.pages();
+        let parts = pages.min(parts as u64);
+        // In 128 bits, because a guest of many pages in many parts passes 64.
+        let border = |part| (u128::from(pages) * u128::from(part) / u128::from(parts)) as u64;
+        let share = |part| {
+            let (start, end) = (border(part), border(part + 1));
+            let range = PageRange::new(PageNumber(start), end - start);
+            self.planes.completed().count_in(range) as f64 / range.count as f64
+        };
+        (0..parts).map(share).collect()
+    }
+
     /// The thread that reads events has ended: who waits for one to be read gives up.
     pub(crate) fn reading_ended(&self) {
         self.is_unread.store(true, Ordering::Release);

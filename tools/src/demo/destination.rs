@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use afterimage::{
@@ -19,6 +20,7 @@ use crate::guest::{Guest, GuestKind, MachineState, ThreadsGuest, digest, verify}
 use crate::microvm::PreparedVm;
 use crate::migrate;
 use crate::ram::GuestRam;
+use crate::sampling::{self, ArrivalSample};
 
 /// How often the parent is told how far things are.
 const PROGRESS_PAUSE: Duration = Duration::from_millis(50);
@@ -43,7 +45,7 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     let (destination, events) = Destination::start(memory, Endpoint::Connect(address), options)
         .map_err(|error| DemoError::failed("cannot start the destination", &error))?;
     let arrival = Arrival { line, setup, destination: &destination, events };
-    let mut guest = arrival.receive(&mut place)?;
+    let (mut guest, samples) = arrival.receive_and_sample(&mut place)?;
 
     // The process that served ends next. The guest has nobody left to ask.
     loop {
@@ -77,6 +79,7 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
         operations_at_source_exit,
         operations: state.operations(),
         stopped_at_us,
+        samples,
     })));
     Ok(())
 }
@@ -154,6 +157,30 @@ struct Arrival<'a> {
 }
 
 impl Arrival<'_> {
+    /// Receives, and samples meanwhile what arrives if that is wanted.
+    fn receive_and_sample(
+        &self,
+        place: &mut Place,
+    ) -> Result<(Box<dyn Guest>, Vec<ArrivalSample>), DemoError> {
+        if !self.setup.takes_samples {
+            return Ok((self.receive(place)?, Vec::new()));
+        }
+        thread::scope(|scope| {
+            let destination = self.destination;
+            let (stop, stopped) = crossbeam_channel::bounded(0);
+            let watcher = thread::Builder::new()
+                .name("sampler".to_owned())
+                .spawn_scoped(scope, move || sampling::watch(destination, &stopped, now_us))
+                .map_err(|error| DemoError::failed("cannot start a thread", &error))?;
+            let guest = self.receive(place);
+            drop(stop);
+            let samples = watcher
+                .join()
+                .map_err(|_| DemoError::Failed("the sampling of arrivals failed".to_owned()))?;
+            Ok((guest?, samples))
+        })
+    }
+
     /// Does what the engine says until the session is over. The guest runs then.
     fn receive(&self, place: &mut Place) -> Result<Box<dyn Guest>, DemoError> {
         let mut guest = None;

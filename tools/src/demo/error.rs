@@ -17,7 +17,7 @@ pub(super) enum Status {
     Usage = 2,
     /// The machine lacks something; nothing was moved.
     Lacking = 3,
-    /// The move failed or took too long.
+    /// The move failed or took too long, or its page could not be written.
     Failed = 4,
 }
 

@@ -17,9 +17,11 @@ use super::error::{DemoError, Status};
 use super::options::Transport;
 use crate::guest::{GuestKind, Workload};
 use crate::ram::Backing;
+use crate::sampling::ArrivalSample;
 
 /// All that a role must know; the first line that it gets.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub(super) struct Setup {
     /// The parent, with which the role ends.
     pub(super) parent: i32,
@@ -39,6 +41,8 @@ pub(super) struct Setup {
     pub(super) listen: String,
     /// The socket by which the guest is handed over, if it is.
     pub(super) handoff: Option<PathBuf>,
+    /// Whether the destination is to take samples of what arrives.
+    pub(super) takes_samples: bool,
     /// How long any one step may take.
     pub(super) limit: Duration,
     pub(super) corrupt_one_byte: bool,
@@ -139,6 +143,8 @@ pub(super) struct Done {
     pub(super) operations_at_source_exit: u64,
     pub(super) operations: u64,
     pub(super) stopped_at_us: u64,
+    /// What had arrived when.
+    pub(super) samples: Vec<ArrivalSample>,
 }
 
 /// The engine's statistics.

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
@@ -20,6 +21,7 @@ Examples:
   demo --handoff                          the source's VMM hands its guest to a page server, and
                                           is killed before a page is sent
   demo --json | jq .blackout_us           one object, described in docs/report.md
+  demo --report out                       also a page with pictures, out/index.html
   demo --probe                            what this machine has for it
 
 Exit status:
@@ -27,7 +29,7 @@ Exit status:
   1  the guest moved, but its memory is not what it should be
   2  the command line is wrong
   3  the machine lacks something (KVM, a right, memory); nothing was moved
-  4  the move failed or took too long";
+  4  the move failed or took too long, or its page could not be written";
 
 /// Moves a running guest between two processes of this machine, in postcopy: its vCPUs
 /// first, its memory while it runs. Then verifies every page.
@@ -90,6 +92,10 @@ pub(super) struct Options {
     /// One JSON object on standard output instead of the report
     #[arg(long)]
     pub(super) json: bool,
+
+    /// Write a page with pictures of the migration into this directory, as index.html
+    #[arg(long, value_name = "DIR")]
+    pub(super) report: Option<PathBuf>,
 
     /// Say what the machine has for the demo, and move nothing
     #[arg(long)]

@@ -12,30 +12,36 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use super::error::{DemoError, Status};
+use super::error::{DemoError, Status, one_line};
 use super::machine::{self, Choice};
 use super::messages::{Command, Message, Setup, deadline, now_us, write_line};
 use super::options::{Options, Role, Transport};
 use super::progress::Bars;
 use super::report::{Failure, Report, RoleProcess, SCHEMA_VERSION, Story};
+use crate::report_page;
+use crate::sampling::ArrivalSample;
 
 /// How much longer than a role the parent waits: the role knows better what is wrong.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Moves a guest as the options say, and reports.
 pub(super) fn run(options: &Options) -> Status {
-    let report = match move_guest(options) {
-        Ok(report) => report,
+    let (mut report, samples) = match move_guest(options) {
+        Ok(moved) => moved,
         Err(error) => return fail(options, &error),
     };
+    let page = options.report.as_ref().map_or(Ok(()), |it| report.write_page(it, &samples));
     let text = if options.json { json(&report) } else { report.to_string() };
     // If nobody listens, the status still says how it went.
     let _ = io::stdout().write_all(text.as_bytes());
-    if report.verified {
-        return Status::Verified;
+    if let Err(error) = &page {
+        eprintln!("demo: {error}");
     }
-    eprintln!("demo: the memory at the destination is wrong: {}", report.verification());
-    Status::Wrong
+    if !report.verified {
+        eprintln!("demo: the memory at the destination is wrong: {}", report.verification());
+        return Status::Wrong;
+    }
+    page.map_or_else(|error| error.status(), |()| Status::Verified)
 }
 
 fn fail(options: &Options, error: &DemoError) -> Status {
@@ -58,8 +64,12 @@ fn json(what: &impl serde::Serialize) -> String {
     serde_json::to_string(what).expect("plain data serialises") + "\n"
 }
 
-fn move_guest(options: &Options) -> Result<Report, DemoError> {
+fn move_guest(options: &Options) -> Result<(Report, Vec<ArrivalSample>), DemoError> {
     options.check()?;
+    if let Some(directory) = &options.report {
+        report_page::prepare(directory)
+            .map_err(|error| DemoError::Usage(format!("--report: {}", one_line(&error))))?;
+    }
     let choice = machine::choose(options.guest)?;
     machine::check_memory(options)?;
     if let Some(note) = &choice.note {
@@ -76,7 +86,9 @@ fn move_guest(options: &Options) -> Result<Report, DemoError> {
     let mut bars = Bars::new(options.backing().page_bytes());
     let story = Watch::start(&setup).and_then(|watch| watch.until_the_end(&mut bars));
     bars.clear();
-    Report::of(&setup, story?)
+    let mut story = story?;
+    let samples = story.take_samples();
+    Ok((Report::of(&setup, story)?, samples))
 }
 
 fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Setup {
@@ -100,6 +112,7 @@ fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Set
         zero_fraction: options.zero_fraction,
         listen: listen.unwrap_or_else(|| "tcp:127.0.0.1:0".to_owned()),
         handoff: socket("handoff").filter(|_| options.handoff),
+        takes_samples: options.report.is_some(),
         limit: options.limit(),
         corrupt_one_byte: options.corrupt_one_byte,
     }

@@ -1,5 +1,7 @@
 //! What the demo found out, as one JSON object and as text. docs/report.md has the keys.
 
+mod page;
+
 use std::fmt::{self, Write};
 
 use serde::Serialize;
@@ -9,6 +11,7 @@ use super::messages::{Done, Latency, Setup, Stopped};
 use super::options::Transport;
 use crate::guest::{GuestKind, Workload};
 use crate::ram::Backing;
+use crate::sampling::ArrivalSample;
 use crate::size::Size;
 
 /// Of all JSON that the demo writes. It grows when a key changes its meaning or goes.
@@ -42,6 +45,17 @@ impl Story {
         let is_served_by_itself = self.handed_over_at_us.is_none();
         self.source_exit_at_us.is_some()
             && (is_served_by_itself || self.page_server_exit_at_us.is_some())
+    }
+
+    /// What had arrived when, in microseconds since the guest was stopped.
+    pub(super) fn take_samples(&mut self) -> Vec<ArrivalSample> {
+        let mut samples =
+            self.done.as_mut().map_or_else(Vec::new, |done| std::mem::take(&mut done.samples));
+        let stopped_at_us = self.stopped.as_ref().map_or(0, |stopped| stopped.at_us);
+        for sample in &mut samples {
+            sample.at_us = sample.at_us.saturating_sub(stopped_at_us);
+        }
+        samples
     }
 }
 
@@ -80,6 +94,9 @@ pub(super) struct Report {
     guest_operations_after: u64,
     sha256_source: String,
     sha256_destination: String,
+    /// Where the page is, if one was wanted.
+    #[serde(rename = "report", skip_serializing_if = "Option::is_none")]
+    page: Option<String>,
 }
 
 /// When the guest changed hands at the source.
@@ -177,6 +194,7 @@ impl Report {
             guest_operations_after: done.operations,
             sha256_source,
             sha256_destination: done.sha256,
+            page: None,
         })
     }
 }
@@ -212,34 +230,54 @@ fn judge(verified: Result<String, String>, source: &str, destination: &str) -> (
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}\n", self.title())?;
-        let mut row =
-            |name: &str, value: String, what: &str| writeln!(f, "  {name:<10} {value:>11}  {what}");
-        row("blackout", time(self.blackout_us as f64), self.blackout())?;
+        for Row { name, value, what } in self.rows() {
+            writeln!(f, "  {name:<10} {value:>11}  {what}")?;
+        }
+        if let Some(path) = &self.page {
+            writeln!(f, "\nPictures of it are in {path}.")?;
+        }
+        Ok(())
+    }
+}
+
+/// A line of the report as text.
+struct Row {
+    name: &'static str,
+    value: String,
+    what: String,
+}
+
+impl Report {
+    fn rows(&self) -> Vec<Row> {
+        let mut rows = Vec::new();
+        let mut row = |name, value: String, what: &str| {
+            rows.push(Row { name, value, what: what.to_owned() });
+        };
+        row("blackout", time(self.blackout_us as f64), self.blackout());
         if let Some(handover) = &self.handover {
-            row("VMM's end", time(handover.vmm_exit_us as f64), &self.end_of_the_vmm(handover))?;
+            row("VMM's end", time(handover.vmm_exit_us as f64), &self.end_of_the_vmm(handover));
         }
         let total = time(self.total_us as f64);
-        row("all memory", total, "from the stop of the vCPUs until every page was there")?;
-        row("pages", self.pages_total.to_string(), &self.shares())?;
-        row("faults", self.fault_latency_us.count.to_string(), &self.faults())?;
-        row("background", format!("{}/s", Size(self.background_bytes_per_s)), &self.traffic())?;
+        row("all memory", total, "from the stop of the vCPUs until every page was there");
+        row("pages", self.pages_total.to_string(), &self.shares());
+        row("faults", self.fault_latency_us.count.to_string(), &self.faults());
+        row("background", format!("{}/s", Size(self.background_bytes_per_s)), &self.traffic());
         let rounds = self.guest_rounds_after - self.guest_rounds_before;
-        row("guest", format!("{rounds} rounds"), &self.rounds())?;
+        row("guest", format!("{rounds} rounds"), &self.rounds());
         let verdict = if self.verified { "yes" } else { "NO" };
         // Two lines, so that none is longer than a terminal is wide.
         let (pages, increments) =
             self.verification.rsplit_once(", ").unwrap_or((&self.verification, ""));
-        row("verified", verdict.to_owned(), pages)?;
+        row("verified", verdict.to_owned(), pages);
         if !increments.is_empty() {
-            row("", String::new(), increments)?;
+            row("", String::new(), increments);
         }
         let short = |digest: &str| digest.chars().take(8).collect::<String>();
         let what = format!("{} at the source; of what nobody writes", short(&self.sha256_source));
-        row("SHA-256", short(&self.sha256_destination), &what)
+        row("SHA-256", short(&self.sha256_destination), &what);
+        rows
     }
-}
 
-impl Report {
     /// What verification said.
     pub(super) fn verification(&self) -> &str {
         &self.verification

@@ -18,6 +18,20 @@ fn a_piece_is_in_place_when_it_is_acknowledged() {
 }
 
 #[test]
+fn the_shares_of_parts_follow_what_arrives() {
+    for guest in Guest::each(8, DiscardNotice::Called) {
+        assert_eq!(guest.pages.complete_shares(4), [0.0; 4]);
+        guest.bring(1, 4, 7);
+        assert_eq!(guest.pages.complete_shares(4), [0.5, 1.0, 0.5, 0.0]);
+        // Of 2, 3 and 3 pages; the first share is of pages 0 and 1.
+        assert_eq!(guest.pages.complete_shares(3), [0.5, 1.0, 0.0]);
+        assert_eq!(guest.pages.complete_shares(1), [0.5]);
+        assert_eq!(guest.pages.complete_shares(1000).len(), 8, "no part without a page");
+        assert_eq!(guest.pages.complete_shares(0), []);
+    }
+}
+
+#[test]
 fn a_piece_brings_only_what_nobody_else_brings() {
     for guest in Guest::each(8, DiscardNotice::Called) {
         guest.bring(1, 1, 5);
