@@ -2,18 +2,22 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use afterimage_tools::ram::{HUGE_PAGE_BYTES, HugePages};
+use afterimage_tools::report_page;
 use afterimage_tools::size::{Size, SizeError};
 use clap::{Parser, Subcommand};
 
 use crate::error::BenchError;
 use crate::machine::Machine;
+use crate::page;
 use crate::pair::Network;
 use crate::report::{Report, SCHEMA_VERSION};
 use crate::run::{self, Plan};
 use crate::suite::{Row, Sizes, Step, Units, rows, sweeps};
+use crate::unit::{Think, Unit};
 use crate::worker;
 
 /// The command by which this program starts itself to measure.
@@ -27,6 +31,7 @@ Examples:
   postcopy-bench                                    every row and the sweeps, larger guests
   postcopy-bench --only fault_idle_p99,cpu_per_gib  some rows
   postcopy-bench --network veth --json > today.json between two network namespaces
+  postcopy-bench --quick --report pictures          the same, and a page to look at
   postcopy-bench --list                             the rows, and what they say
 
 Figures are ratios to floors of the same run. docs/benchmarking.md says what each means.
@@ -74,6 +79,10 @@ struct Options {
     /// Change one byte of each source, to see that it is found
     #[arg(long, hide = true)]
     corrupt_one_byte: bool,
+
+    /// Write a page with pictures into this directory: one file, index.html
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
 
     /// List the rows and what they say, and measure nothing
     #[arg(long)]
@@ -166,9 +175,16 @@ fn bench(options: &Options) -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Some(directory) = &options.report
+        && let Err(error) = report_page::prepare(directory)
+    {
+        eprintln!("postcopy-bench: {}", BenchError::failed("--report", &error));
+        return ExitCode::from(2);
+    }
     let steps = steps(options, &rows, sizes);
+    let once = once(options, &steps, sizes);
     // Where they are not to be had, rows of huge pages are missing, and the report says why.
-    let _huge_pages = HugePages::reserve(huge_pages(&steps, sizes));
+    let _huge_pages = HugePages::reserve(huge_pages(steps.iter().chain(&once), sizes));
     let mut machine = Machine::look(options.network.to_string());
     let plan = Plan {
         rounds: options.rounds,
@@ -176,18 +192,29 @@ fn bench(options: &Options) -> ExitCode {
         corrupt_one_byte: options.corrupt_one_byte,
         shows_progress: !options.json,
     };
-    let measured = run::run(&steps, plan);
+    let measured = run::run(&steps, &once, plan);
     let measurements = match measured {
         Ok(measurements) => measurements,
         Err(error) => return fail(options, &error),
     };
     machine.look_again();
-    let report = Report::of(&rows, &measurements, machine);
+    let mut report = Report::of(&rows, &measurements, machine);
+    let mut page_error = None;
+    if let Some(directory) = &options.report {
+        match page::write(directory, &report, &measurements, &Units::new(sizes)) {
+            Ok(path) => report.report = Some(path),
+            Err(error) => page_error = Some(BenchError::failed("--report", &error)),
+        }
+    }
     if options.json {
         // Numbers, strings and lists of them: this cannot fail.
         print(&(serde_json::to_string(&report).expect("plain data serialises") + "\n"));
     } else {
         print(&report.to_string());
+    }
+    if let Some(error) = page_error {
+        eprintln!("postcopy-bench: {error}");
+        return ExitCode::from(4);
     }
     match (report.failed.is_empty(), report.lacking.is_empty()) {
         (true, true) => ExitCode::SUCCESS,
@@ -232,9 +259,23 @@ fn steps(options: &Options, rows: &[Row], sizes: Sizes) -> Vec<Step> {
     steps
 }
 
+/// What only pictures need: measured once where a run is to be quick.
+fn once(options: &Options, steps: &[Step], sizes: Sizes) -> Vec<Step> {
+    if options.report.is_none() {
+        return Vec::new();
+    }
+    let units = Units::new(sizes);
+    let mut once = vec![Unit::Trace(units.loaded(Think::BackToBack)).into()];
+    if options.only.is_empty() {
+        once.extend([sweeps::rates(), sweeps::streams(&units), sweeps::switchover()].concat());
+    }
+    once.retain(|step| !steps.contains(step));
+    once
+}
+
 /// Huge pages for both sides, and at the source for every shape.
-fn huge_pages(steps: &[Step], sizes: Sizes) -> u64 {
-    let plans = steps.iter().filter_map(|step| step.unit.huge_memory());
+fn huge_pages<'a>(steps: impl Iterator<Item = &'a Step>, sizes: Sizes) -> u64 {
+    let plans = steps.filter_map(|step| step.unit.huge_memory());
     let plans: BTreeSet<_> = plans.collect();
     if plans.is_empty() {
         return 0;

@@ -27,7 +27,8 @@ impl Setup {
     #[must_use]
     pub const fn of(unit: Unit) -> Option<Self> {
         let (memory, streams, wait, background) = match unit {
-            Unit::Faults(FaultPlan { wait, load, bytes, .. }) => (anonymous(bytes), 1, wait, load),
+            Unit::Faults(FaultPlan { wait, load, bytes, .. })
+            | Unit::Trace(FaultPlan { wait, load, bytes, .. }) => (anonymous(bytes), 1, wait, load),
             Unit::Background(BackgroundPlan { memory, streams }) => {
                 (memory, streams, Wait::Blocking, Load::Saturating)
             }

@@ -6,7 +6,8 @@
 //! - [`unit`]: what can be measured; [`floors`] and [`engine`] do it, in processes that
 //!   [`worker`] makes of this program
 //! - [`memory`], [`guest`], [`network`], [`sys`]: what they are made of
-//! - [`latency`], [`outcome`], [`figures`], [`report`], [`machine`]: what comes of it
+//! - [`latency`], [`outcome`], [`figures`], [`report`], [`page`], [`machine`]: what comes
+//!   of it
 
 pub mod cli;
 pub mod engine;
@@ -20,6 +21,7 @@ pub mod memory;
 pub mod namespaces;
 pub mod network;
 pub mod outcome;
+pub mod page;
 pub mod pair;
 pub mod report;
 pub mod run;

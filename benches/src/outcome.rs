@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use afterimage_tools::sampling::ArrivalSample;
 use serde::{Deserialize, Serialize};
 
 use crate::latency::Latencies;
@@ -45,6 +46,8 @@ pub struct Outcome {
     figures: BTreeMap<Figure, f64>,
     /// How long faults, or round trips, took.
     pub latencies: Option<Latencies>,
+    /// What arrived when, if that was watched.
+    pub samples: Vec<ArrivalSample>,
 }
 
 impl Outcome {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -15,6 +16,9 @@ use crate::unit::Unit;
 /// Of the JSON object. It grows when a key changes its meaning or goes.
 pub const SCHEMA_VERSION: u32 = 1;
 
+/// Figures by the name of what they are of.
+pub type Details = BTreeMap<String, BTreeMap<&'static str, Summary>>;
+
 /// Everything.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -24,9 +28,9 @@ pub struct Report {
     /// The rows.
     pub rows: Vec<RowReport>,
     /// The floors' figures, by name.
-    pub floors: BTreeMap<String, BTreeMap<&'static str, Summary>>,
+    pub floors: Details,
     /// The engine's figures, by name.
-    pub scenarios: BTreeMap<String, BTreeMap<&'static str, Summary>>,
+    pub scenarios: Details,
     /// Latencies of all rounds together, by name.
     pub histograms: BTreeMap<String, Buckets>,
     /// The machine.
@@ -35,6 +39,9 @@ pub struct Report {
     pub lacking: BTreeMap<String, String>,
     /// What failed, and how.
     pub failed: BTreeMap<String, String>,
+    /// The page with pictures, if one was written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub report: Option<PathBuf>,
 }
 
 /// One row.
@@ -115,6 +122,7 @@ impl Report {
             machine,
             lacking: named(&measurements.lacking),
             failed: named(&measurements.failed),
+            report: None,
         }
     }
 }
@@ -141,6 +149,13 @@ const fn is_floor(unit: Unit) -> bool {
 }
 
 impl RowReport {
+    /// What it is to reach, as people read it; empty where nothing is asked.
+    #[must_use]
+    pub fn reach_text(&self) -> String {
+        let sign = if self.better == "lower" { "≤" } else { "≥" };
+        self.reach.map_or_else(String::new, |reach| format!("{sign} {}", number(reach)))
+    }
+
     fn of(row: &Row, measurements: &Measurements) -> Self {
         let values = measurements.rounds.iter().filter_map(|round| (row.work_out)(round));
         let (values, reaches): (Vec<f64>, Vec<Option<f64>>) =
@@ -193,18 +208,7 @@ impl Measurements {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let machine = &self.machine;
-        writeln!(
-            f,
-            "{} processors ({}), Linux {}, {}; load {:.1} before, {:.1} after.",
-            machine.processors,
-            machine.processor,
-            machine.kernel,
-            machine.network,
-            machine.load_before,
-            machine.load_after
-        )?;
-        writeln!(f, "Every page was verified.\n")?;
+        writeln!(f, "{}\n", self.lead())?;
         self.rows(f)?;
         details(f, "Floors", &self.floors)?;
         details(f, "Engine", &self.scenarios)?;
@@ -213,11 +217,30 @@ impl fmt::Display for Report {
                 writeln!(f, "{what}: {name}: {why}")?;
             }
         }
+        if let Some(page) = &self.report {
+            writeln!(f, "pictures: {}", page.display())?;
+        }
         Ok(())
     }
 }
 
 impl Report {
+    /// What was measured where.
+    #[must_use]
+    pub fn lead(&self) -> String {
+        let machine = &self.machine;
+        format!(
+            "{} processors ({}), Linux {}, {}; load {:.1} before, {:.1} after. Every page was \
+             verified.",
+            machine.processors,
+            machine.processor,
+            machine.kernel,
+            machine.network,
+            machine.load_before,
+            machine.load_after
+        )
+    }
+
     fn rows(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
@@ -229,8 +252,7 @@ impl Report {
                 writeln!(f, "{:<28} {:>9}", row.name, "missing")?;
                 continue;
             };
-            let sign = if row.better == "lower" { "≤" } else { "≥" };
-            let reach = row.reach.map_or_else(String::new, |it| format!("{sign} {}", number(it)));
+            let reach = row.reach_text();
             let ok = match row.ok {
                 None => "",
                 Some(true) => "ok",
@@ -244,11 +266,7 @@ impl Report {
     }
 }
 
-fn details(
-    f: &mut fmt::Formatter<'_>,
-    title: &str,
-    all: &BTreeMap<String, BTreeMap<&'static str, Summary>>,
-) -> fmt::Result {
+fn details(f: &mut fmt::Formatter<'_>, title: &str, all: &Details) -> fmt::Result {
     if all.is_empty() {
         return Ok(());
     }
@@ -261,7 +279,8 @@ fn details(
 }
 
 /// A figure as people read it; `None` for what only the JSON has.
-fn figure(key: &str, summary: &Summary) -> Option<String> {
+#[must_use]
+pub fn figure(key: &str, summary: &Summary) -> Option<String> {
     let value = summary.median;
     Some(match key {
         "p50_us" => format!("half in {} µs", number(value)),
@@ -279,7 +298,8 @@ fn figure(key: &str, summary: &Summary) -> Option<String> {
 }
 
 /// Three digits that matter.
-fn number(value: f64) -> String {
+#[must_use]
+pub fn number(value: f64) -> String {
     let digits = match value.abs() {
         100.0.. => 0,
         10.0.. => 1,

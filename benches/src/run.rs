@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use afterimage_tools::sampling::ArrivalSample;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::BenchError;
@@ -38,26 +39,29 @@ pub struct Measurements {
     pub rounds: Vec<Round>,
     /// All latencies of a step together.
     pub latencies: BTreeMap<Step, Latencies>,
+    /// What arrived when, in the last round that was watched.
+    pub samples: BTreeMap<Step, Vec<ArrivalSample>>,
     /// What the machine lacked.
     pub lacking: BTreeMap<Step, String>,
     /// What failed, once at least.
     pub failed: BTreeMap<Step, String>,
 }
 
-/// Measures `steps` in their order, each once in each round.
+/// Measures `steps` in their order, each once in each round, and `once` in the first.
 ///
 /// # Errors
 /// [`BenchError::Wrong`] as soon as a page has another content than it must have; nothing
 /// else ends a run.
-pub fn run(steps: &[Step], plan: Plan) -> Result<Measurements, BenchError> {
+pub fn run(steps: &[Step], once: &[Step], plan: Plan) -> Result<Measurements, BenchError> {
     let Plan { rounds, network, corrupt_one_byte, shows_progress } = plan;
-    let bar = bar(steps.len() as u64 * u64::from(rounds), shows_progress);
+    let bar = bar(steps.len() as u64 * u64::from(rounds) + once.len() as u64, shows_progress);
     let mut chosen = Pair::new(network, corrupt_one_byte);
     let mut gigabit = Pair::new(Network::Veth(Some(GIGABIT)), corrupt_one_byte);
     let mut measurements = Measurements::default();
     for number in 1..=rounds {
         let mut round = Round::new();
-        for step in steps {
+        let more = if number == 1 { once } else { &[] };
+        for step in steps.iter().chain(more) {
             bar.set_message(format!("round {number} of {rounds}: {}", step.unit));
             let pair = match step.over {
                 Over::Chosen => &mut chosen,
@@ -88,6 +92,9 @@ impl Measurements {
                     self.latencies.entry(step).or_default().add(latencies);
                 }
                 round.insert(step, figures::of(&measured));
+                if !measured.destination.samples.is_empty() {
+                    self.samples.insert(step, measured.destination.samples);
+                }
             }
             Err(BenchError::Wrong(what)) => {
                 return Err(BenchError::Wrong(format!("{}: {what}", step.unit)));

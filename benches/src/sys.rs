@@ -266,7 +266,8 @@ pub fn now_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// Bytes of memory that this process has resident, and bytes of its page tables.
+/// Bytes of memory that only this process has, and bytes of its page tables. Shared memory
+/// does not count: mapped twice it would count twice.
 ///
 /// # Errors
 /// If the kernel does not say.
@@ -276,7 +277,7 @@ pub fn resident() -> io::Result<u64> {
         let line = status.lines().find_map(|line| line.strip_prefix(key))?;
         line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
     };
-    let sum = ["RssAnon:", "RssFile:", "RssShmem:", "VmPTE:"].map(kib);
+    let sum = ["RssAnon:", "RssFile:", "VmPTE:"].map(kib);
     let sum: Option<u64> = sum.into_iter().sum();
     let sum = sum.ok_or_else(|| io::Error::other("/proc/self/status has other lines"))?;
     Ok(sum * 1024)

@@ -31,6 +31,8 @@ pub enum Unit {
     Place(Mechanism, u64),
     /// The engine: a guest's faults.
     Faults(FaultPlan),
+    /// The same watched, to be drawn: the watching costs a little.
+    Trace(FaultPlan),
     /// The engine: all memory by background.
     Background(BackgroundPlan),
     /// The engine: from the stop at the source until the guest may run.
@@ -252,6 +254,7 @@ impl fmt::Display for Unit {
             Self::Fill(mechanism) => write!(f, "floor 5: fill by {mechanism}"),
             Self::Place(mechanism, _) => write!(f, "floor 6: receive and fill by {mechanism}"),
             Self::Faults(plan) => write!(f, "faults, {plan}"),
+            Self::Trace(plan) => write!(f, "trace of faults, {plan}"),
             Self::Background(BackgroundPlan { memory, streams }) => {
                 write!(f, "background, {memory}, streams {streams}")
             }

@@ -8,6 +8,7 @@ use std::env;
 use std::fmt::Display;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::process::Command;
 
 use crate::ram::HugePages;
 
@@ -49,6 +50,24 @@ pub fn userfaultfd() -> bool {
     }
     let opened = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd");
     or_skip("userfaultfd", opened).is_some()
+}
+
+/// Whether network namespaces can be made. Name: `netns`.
+///
+/// # Panics
+/// If they cannot and `AFTERIMAGE_REQUIRE` names `netns`.
+#[must_use]
+pub fn network_namespaces() -> bool {
+    let name = format!("require-{}", std::process::id());
+    let ip = |verb: &str| {
+        let output = Command::new("ip").args(["netns", verb, &name]).output();
+        let output = output.map_err(|error| format!("ip: {error}"))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    };
+    or_skip("netns", ip("add").and_then(|()| ip("delete"))).is_some()
 }
 
 /// Passes a success on; prints the failure as a skip, or panics if `name` is required.

@@ -8,7 +8,9 @@ use afterimage::{
     Address, Destination, DestinationEvent, DestinationOptions, DestinationStats, DiscardNotice,
     Endpoint, Events, FaultScope, Plaintext,
 };
-use afterimage_tools::migrate;
+use afterimage_tools::ram::Backing;
+use afterimage_tools::sampling::ArrivalSample;
+use afterimage_tools::{migrate, sampling};
 
 use super::footprint::Footprint;
 use super::{Setup, relay};
@@ -21,8 +23,8 @@ use crate::unit::{Unit, WORKING_SET};
 
 /// How long one event may be waited for.
 const LIMIT: Duration = Duration::from_mins(5);
-/// What a mapped page costs the guest itself: the page and its entry in the page table.
-const PAGE_AND_ENTRY: u64 = PAGE + 8;
+/// Bytes of an entry in a page table.
+const ENTRY: u64 = 8;
 
 /// Gets a guest from `address`, lets it do what the unit says, and verifies its memory.
 ///
@@ -57,9 +59,13 @@ pub fn receive(unit: Unit, setup: Setup, address: &str) -> Result<Outcome, Bench
     Ok(outcome(run, &stats, &memory, wire))
 }
 
+/// What a page costs the guest itself: its entry in the page table and, where the memory is
+/// this process's own, the page.
 fn guest_share(memory: &Memory) -> u64 {
-    let page = memory.ram().backing().page_bytes();
-    if page == PAGE { PAGE_AND_ENTRY } else { page }
+    match memory.ram().backing() {
+        Backing::Anonymous => PAGE + ENTRY,
+        Backing::Memfd | Backing::Hugetlb => ENTRY,
+    }
 }
 
 fn outcome(run: Run, stats: &DestinationStats, memory: &Memory, wire: Option<u64>) -> Outcome {
@@ -80,6 +86,7 @@ fn outcome(run: Run, stats: &DestinationStats, memory: &Memory, wire: Option<u64
     if let Some(wire) = wire {
         outcome = outcome.with(Figure::WireBytes, wire as f64);
     }
+    outcome.samples = run.samples;
     match run.guest {
         GuestOutcome::Idle => {}
         GuestOutcome::Faulted(latencies) => outcome.latencies = Some(latencies),
@@ -97,6 +104,7 @@ struct Run {
     reading: Reading,
     guest: GuestOutcome,
     extra: Option<u64>,
+    samples: Vec<ArrivalSample>,
 }
 
 fn run(
@@ -112,28 +120,41 @@ fn run(
     let at = sys::now_ns();
     let meter = Meter::start();
     if unit.is_given_up() {
-        return Ok(Run { at, reading: meter.read(), guest: GuestOutcome::Idle, extra: None });
+        return Ok(Run {
+            at,
+            reading: meter.read(),
+            guest: GuestOutcome::Idle,
+            extra: None,
+            samples: Vec::new(),
+        });
     }
     let done = AtomicBool::new(false);
     let share = || {
         let stats = destination.stats();
         (stats.pages_requested + stats.pages_background) * guest_share(memory)
     };
-    let (guest, reading, extra) = thread::scope(|scope| {
+    let (guest, reading, extra, samples) = thread::scope(|scope| {
         let guest = scope.spawn(|| work(unit, memory, &done));
         let watch = matches!(unit, Unit::Footprint(_))
             .then(|| scope.spawn(|| footprint.watch(share, &done)));
+        let (stop, stopped) = crossbeam_channel::bounded(1);
+        let samples = matches!(unit, Unit::Trace(_)).then(|| {
+            let clock = move || (sys::now_ns() - at) / 1000;
+            scope.spawn(move || sampling::watch(destination, &stopped, clock))
+        });
         let arrived = until(events, |event| *event == DestinationEvent::AllArrived);
         let reading = meter.read();
         done.store(true, Ordering::Release);
+        drop(stop);
+        let samples = samples.map(|it| it.join().expect("sampling does not panic"));
         let extra = watch.map(|watch| watch.join().expect("watching does not panic"));
         // If not all has arrived, the guest may wait for ever; the process ends then.
         arrived?;
         let guest = guest.join().expect("the guest does not panic")?;
-        Ok::<_, BenchError>((guest, reading, extra))
+        Ok::<_, BenchError>((guest, reading, extra, samples))
     })?;
     until(events, |event| *event == DestinationEvent::Finished)?;
-    Ok(Run { at, reading, guest, extra })
+    Ok(Run { at, reading, guest, extra, samples: samples.unwrap_or_default() })
 }
 
 /// What the guest did meanwhile.
@@ -156,7 +177,7 @@ impl GuestOutcome {
 
 fn work(unit: Unit, memory: &Memory, done: &AtomicBool) -> Result<GuestOutcome, BenchError> {
     match unit {
-        Unit::Faults(plan) => {
+        Unit::Faults(plan) | Unit::Trace(plan) => {
             let pages = memory::shuffled(plan.bytes / PAGE).into_iter();
             let pages = pages.map(|page| memory.address(page));
             // SAFETY: the destination serves this memory until all is here.
