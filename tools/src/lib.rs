@@ -7,9 +7,11 @@
 //! - [`microvm`]: the virtual machine that runs them on KVM
 //! - [`handoff`]: handing a stopped guest over to another process of the machine
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
+//! - [`bandwidth`]: the rate of the background as people write it
 //! - [`size`]: sizes of memory as people write and read them
 //! - [`require`]: what tests need of the machine
 
+pub mod bandwidth;
 pub mod demo;
 pub mod guest;
 pub mod handoff;

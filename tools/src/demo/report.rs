@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::error::DemoError;
 use super::messages::{Done, Latency, Setup, Stopped};
 use super::options::Transport;
+use crate::bandwidth::Bandwidth;
 use crate::guest::{GuestKind, Workload};
 use crate::ram::Backing;
 use crate::size::Size;
@@ -114,6 +115,7 @@ struct Asked {
     memory_bytes: u64,
     transport: Transport,
     streams: u16,
+    bandwidth: Bandwidth,
     checksums: bool,
     handoff: bool,
 }
@@ -192,6 +194,7 @@ impl Asked {
             memory_bytes: setup.memory_bytes,
             transport: setup.transport,
             streams: setup.streams,
+            bandwidth: setup.bandwidth,
             checksums: setup.checksums,
             handoff: setup.handoff.is_some(),
         }
