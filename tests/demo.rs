@@ -337,6 +337,8 @@ fn what_cannot_be_done_is_refused_in_one_line() {
         ("--memory 3M", "a multiple of 2M"),
         ("--vcpus 9", "1..=8"),
         ("--streams 17", "1..=16"),
+        ("--bandwidth 0", "as 100M or 1.5G"),
+        ("--bandwidth on-request", "would never end"),
         ("--backing paper", "hugetlb"),
     ] {
         let run = self::run(arguments);

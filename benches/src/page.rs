@@ -53,7 +53,8 @@ fn rows(report: &Report) -> Section {
             table = table.row([row.name, "missing", "", "", row.what]);
             continue;
         };
-        let reach = row.reach_text();
+        // Does not break in a narrow column.
+        let reach = row.reach_text().replace(' ', "\u{a0}");
         let spread = format!("{} to {}", number(spread[0]), number(spread[1]));
         let cells = [row.name.to_owned(), number(value), reach, spread, row.what.to_owned()];
         table = match row.ok {

@@ -93,6 +93,7 @@ fn wrong_arguments_are_told_apart_from_failures() {
         (2, "--listen", &["--memory", ram]),
         (2, "write tcp:HOST:PORT", &["--listen", "nonsense", "--memory", ram]),
         (2, "1..=16", &["--listen", local, "--memory", ram, "--streams", "17"]),
+        (2, "on-request", &["--listen", local, "--memory", ram, "--bandwidth", "fast"]),
         (2, "as in 200ms", &["--listen", local, "--memory", ram, "--silence", "5"]),
         (2, "longer than", &["--listen", local, "--memory", ram, "--silence", "100ms"]),
         (2, "cannot be used with", &["--connect", "unix:/x", "--memory", ram, "--snapshot"]),

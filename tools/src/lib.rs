@@ -9,9 +9,11 @@
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
 //! - [`report_page`]: measurements as a page of HTML with pictures
 //! - [`sampling`]: samples of a migration as it goes on
+//! - [`bandwidth`]: the rate of the background as people write it
 //! - [`size`]: sizes of memory as people write and read them
 //! - [`require`]: what tests need of the machine
 
+pub mod bandwidth;
 pub mod demo;
 pub mod guest;
 pub mod handoff;

@@ -200,6 +200,7 @@ fn plaintext(options: &Options) -> Plaintext {
 fn source_options(options: &Options) -> SourceOptions {
     let mut source = SourceOptions::default();
     source.streams = options.streams;
+    source.background = options.bandwidth.into();
     source.polling = options.polling;
     source.heartbeat = options.heartbeat;
     source.silence = options.silence;

@@ -22,8 +22,9 @@ pub enum Background {
     /// At most so much, evenly, all streams of one destination together. Counted are pages
     /// with content and the headers of frames: runs of zero pages cost next to nothing.
     ///
-    /// Within any time `t`, at most what the rate allows in `t` + 10 ms leaves, and beside it
-    /// what one stream takes at once: 5 ms worth, at most 256 KiB, at least one page.
+    /// Streams take 5 ms worth at once, at most 256 KiB and at least one page. What could not
+    /// leave in time is made up for, but not after 25 ms: over a second at most 2.5 % and one
+    /// such piece more leaves than the rate says.
     Limited {
         /// Bytes a second.
         bytes_per_second: NonZeroU64,

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{DemoError, Status};
 use super::options::Transport;
+use crate::bandwidth::Bandwidth;
 use crate::guest::{GuestKind, Workload};
 use crate::ram::Backing;
 use crate::sampling::ArrivalSample;
@@ -34,6 +35,7 @@ pub(super) struct Setup {
     pub(super) user_faults_only: bool,
     pub(super) transport: Transport,
     pub(super) streams: u16,
+    pub(super) bandwidth: Bandwidth,
     pub(super) checksums: bool,
     pub(super) worked_fraction: f64,
     pub(super) zero_fraction: f64,

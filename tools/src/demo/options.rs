@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::bandwidth::Bandwidth;
 use crate::guest::{MAX_VCPUS, Workload};
 use crate::ram::{Backing, HUGE_PAGE_BYTES};
 use crate::size::Size;
@@ -17,6 +18,7 @@ Examples:
   demo                                    1 GiB, on KVM where there is KVM
   demo --memory 4G --vcpus 4 --streams 4  more of everything
   demo --workload random --backing memfd  another guest, other memory
+  demo --bandwidth 200M                   a guest that waits for most of its pages
   demo --guest threads --transport unix   plain threads, over a Unix socket
   demo --handoff                          the source's VMM hands its guest to a page server, and
                                           is killed before a page is sent
@@ -71,6 +73,11 @@ pub(super) struct Options {
     #[arg(long, default_value_t = 1, value_name = "N",
         value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(super) streams: u16,
+
+    /// What may leave in a second of pages that the guest does not wait for: a size, as 100M,
+    /// or unlimited
+    #[arg(long, value_name = "SIZE|unlimited", default_value_t)]
+    pub(super) bandwidth: Bandwidth,
 
     /// Check a CRC-32C of every frame
     #[arg(long)]
@@ -129,6 +136,13 @@ impl Options {
             return Err(DemoError::Usage(
                 "--handoff cannot be done with --backing anonymous: anonymous memory ends with its \
                  process, and only files can be handed to another; use --backing memfd or hugetlb"
+                    .to_owned(),
+            ));
+        }
+        if self.bandwidth == Bandwidth::OnRequest {
+            return Err(DemoError::Usage(
+                "--bandwidth on-request would never end: the guest does not touch all of its \
+                 memory; use a small size, as 1M"
                     .to_owned(),
             ));
         }

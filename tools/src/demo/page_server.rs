@@ -28,6 +28,7 @@ fn arguments(setup: &Setup) -> Vec<String> {
         "page-server".to_owned(),
         format!("--listen={}", setup.listen),
         format!("--streams={}", setup.streams),
+        format!("--bandwidth={}", setup.bandwidth),
     ];
     arguments.extend(handoff.map(|address| format!("--handoff={address}")));
     arguments.extend(setup.checksums.then(|| "--checksums".to_owned()));

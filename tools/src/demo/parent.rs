@@ -107,6 +107,7 @@ fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Set
         user_faults_only: choice.user_faults_only,
         transport: options.transport,
         streams: options.streams,
+        bandwidth: options.bandwidth,
         checksums: options.checksums,
         worked_fraction: options.worked_fraction,
         zero_fraction: options.zero_fraction,

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::error::DemoError;
 use super::messages::{Done, Latency, Setup, Stopped};
 use super::options::Transport;
+use crate::bandwidth::Bandwidth;
 use crate::guest::{GuestKind, Workload};
 use crate::ram::Backing;
 use crate::sampling::ArrivalSample;
@@ -131,6 +132,7 @@ struct Asked {
     memory_bytes: u64,
     transport: Transport,
     streams: u16,
+    bandwidth: Bandwidth,
     checksums: bool,
     handoff: bool,
 }
@@ -210,6 +212,7 @@ impl Asked {
             memory_bytes: setup.memory_bytes,
             transport: setup.transport,
             streams: setup.streams,
+            bandwidth: setup.bandwidth,
             checksums: setup.checksums,
             handoff: setup.handoff.is_some(),
         }

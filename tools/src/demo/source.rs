@@ -113,6 +113,7 @@ fn serve(
     let address = listener.address().to_string();
     let mut options = SourceOptions::default();
     options.streams = setup.streams;
+    options.background = setup.bandwidth.into();
     options.checksums = checksums(setup);
     let started = Source::start(Arc::new(memory), Endpoint::Listen(listener), options)
         .map_err(|error| DemoError::failed("cannot start the source", &error))?;

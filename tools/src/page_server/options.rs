@@ -7,6 +7,7 @@ use std::time::Duration;
 use afterimage::Address;
 use clap::{ArgAction, Parser, ValueEnum};
 
+use crate::bandwidth::Bandwidth;
 use crate::size::Size;
 
 const ABOUT: &str = "Serves the memory of a stopped guest, or of a snapshot, to whoever runs it";
@@ -91,6 +92,11 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=16))]
     pub streams: u16,
+
+    /// What may leave in a second, to each destination, of pages that it did not ask for: a
+    /// size, as 100M, unlimited, or on-request (none). Pages that it asks for go at once
+    #[arg(long, value_name = "SIZE|unlimited|on-request", default_value_t)]
+    pub bandwidth: Bandwidth,
 
     /// How long threads that answer requests poll before they sleep, for example 50us; 0s
     /// never polls
