@@ -110,6 +110,10 @@ mod sys;
 mod threads;
 mod transport;
 
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
+
 pub use afterimage_protocol::layout::{
     Backing, GuestAddress, GuestLayout, LayoutError, LocalAddress, PageNumber, PageRange, PageSize,
     Region, RegisteredAddress,

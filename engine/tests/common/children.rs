@@ -23,14 +23,8 @@ pub struct Role {
 impl Role {
     /// Runs the test `entry` of this binary as a child.
     pub fn start(entry: &str, argument: &str) -> Self {
-        let program = std::env::current_exe().expect("the test's own path");
-        let mut child = Command::new(program)
-            .args(["--exact", entry, "--nocapture", "--test-threads=1"])
-            .env(ROLE, entry)
-            .env(ARGUMENT, argument)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the test binary runs");
+        let mut child =
+            command(entry, argument).stdout(Stdio::piped()).spawn().expect("the test binary runs");
         let output = BufReader::new(child.stdout.take().expect("piped"));
         let (sender, lines) = mpsc::channel();
         std::thread::spawn(move || {
@@ -79,6 +73,17 @@ impl Drop for Role {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// How the test `entry` of this binary is run as a child.
+pub fn command(entry: &str, argument: &str) -> Command {
+    let program = std::env::current_exe().expect("the test's own path");
+    let mut command = Command::new(program);
+    command
+        .args(["--exact", entry, "--nocapture", "--test-threads=1"])
+        .env(ROLE, entry)
+        .env(ARGUMENT, argument);
+    command
 }
 
 /// In a child that plays `entry`: what it was given.
