@@ -205,7 +205,6 @@ impl Pictures<'_> {
         let of = |plan: fn(u64) -> crate::unit::MemoryPlan| {
             sweeps::RAM.map(|bytes| (bytes, Unit::Switchover(plan(bytes)))).to_vec()
         };
-        let largest = Unit::Switchover(sparse(sweeps::LARGEST_RAM));
         let largest = self.median(Unit::Switchover(sparse(sweeps::LARGEST_RAM)), "switchover_us");
         let largest = largest.map(|time| format!(" With 1 TiB, sparse: {} µs.", number(time)));
         let caption = format!(
