@@ -48,10 +48,11 @@ fn main() -> io::Result<()> {
 
     let mut guest = Guest::new(pages, gap_ns);
     let commands = listen(port.try_clone()?);
-    let clocksource = clocksource();
+    let clocksource = line_of("/sys/devices/system/clocksource/clocksource0/current_clocksource");
+    let kernel = line_of("/proc/sys/kernel/osrelease");
     writeln!(
         port,
-        r#"{{"filled":{VERSION},"pages":{pages},"gap_ns":{gap_ns},"clocksource":"{clocksource}"}}"#
+        r#"{{"filled":{VERSION},"pages":{pages},"gap_ns":{gap_ns},"clocksource":"{clocksource}","kernel":"{kernel}"}}"#
     )?;
     loop {
         guest.touch();
@@ -72,9 +73,8 @@ fn option(name: &str, default: u64) -> u64 {
         .unwrap_or(default)
 }
 
-fn clocksource() -> String {
-    fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource")
-        .map_or_else(|_| "unknown".into(), |name| name.trim().to_owned())
+fn line_of(path: &str) -> String {
+    fs::read_to_string(path).map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
 }
 
 fn listen(port: File) -> Receiver<String> {
