@@ -200,14 +200,14 @@ fn methods(choice: ModeChoice) -> Vec<QemuPostcopy> {
 fn round(
     place: &Place,
     options: &QemuOptions,
-    method: &impl Method,
+    method: &dyn Method,
     report: &mut QemuReport,
 ) -> Result<QemuRound, QemuError> {
     let setup = |side| Setup {
         side,
         memory: options.memory,
         working_set: options.working_set,
-        ram: method.ram(options.memory),
+        ram: method.ram(side, options.memory),
     };
     let mut source = Machine::start(place, &setup(Side::Source))?;
     let mut destination = Machine::start(place, &setup(Side::Destination))?;

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::line::{Deadline, unix_now};
-use super::machine::Machine;
+use super::machine::{Machine, Side};
 use super::qmp::{Event, Qmp};
 use super::{Mode, QemuError};
 
@@ -23,8 +23,8 @@ const MIGRATION: Duration = Duration::from_mins(5);
 pub(super) trait Method {
     fn mode(&self) -> Mode;
 
-    /// The value of `-object` for the guest's RAM, with the id `ram`.
-    fn ram(&self, size: Size) -> String;
+    /// The value of `-object` for one side's RAM of the guest, with the id `ram`.
+    fn ram(&self, side: Side, size: Size) -> String;
 
     /// Moves the guest, and waits until its memory has arrived.
     fn carry(&self, source: &mut Machine, destination: &mut Machine) -> Result<Moved, QemuError>;
@@ -101,7 +101,7 @@ impl Method for QemuPostcopy {
         }
     }
 
-    fn ram(&self, size: Size) -> String {
+    fn ram(&self, _: Side, size: Size) -> String {
         format!("memory-backend-ram,id=ram,size={}M", size.0 >> 20)
     }
 
