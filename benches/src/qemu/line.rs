@@ -108,7 +108,11 @@ impl Lines {
             }
         }
         let (stream, _) = listener.accept().map_err(|error| speaker.io("accept", error))?;
-        Ok(Self { speaker, stream: BufReader::new(stream), begun: Vec::new() })
+        Ok(Self::new(stream, speaker))
+    }
+
+    pub(super) fn new(stream: UnixStream, speaker: Speaker) -> Self {
+        Self { speaker, stream: BufReader::new(stream), begun: Vec::new() }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -157,5 +161,38 @@ impl Lines {
             line.truncate(end);
         }
         QemuError::Answer { who: self.name().to_owned(), line, expected: expected.to_owned() }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Lines, and the other end of their connection.
+    pub(in crate::qemu) fn pair() -> (Lines, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let speaker = Speaker { name: "a test".into(), log: PathBuf::from("/dev/null") };
+        (Lines::new(ours, speaker), theirs)
+    }
+
+    #[test]
+    fn the_beginning_of_a_line_is_kept_when_its_end_is_late() {
+        let (mut lines, mut other) = pair();
+        other.write_all(b"first\nsec").unwrap();
+        let soon = || Deadline::after(Duration::from_millis(20));
+        assert_eq!(lines.next("line", soon()).unwrap(), "first");
+        let late = lines.next("line", soon()).unwrap_err();
+        assert!(matches!(late, QemuError::Late { .. }), "{late}");
+        other.write_all(b"ond\n").unwrap();
+        let long = Deadline::after(Duration::from_mins(1));
+        assert_eq!(lines.next("line", long).unwrap(), "second");
+    }
+
+    #[test]
+    fn the_end_of_a_connection_is_the_end_of_the_speaker() {
+        let (mut lines, other) = pair();
+        drop(other);
+        let error = lines.next("line", Deadline::after(Duration::from_mins(1))).unwrap_err();
+        assert_eq!(error.to_string(), "a test ended: nothing");
     }
 }

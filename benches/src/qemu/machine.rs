@@ -2,17 +2,21 @@
 //!
 //! Both sides are started with the same devices, as a migration needs. What differs with
 //! the way the memory is moved, the object behind the guest's RAM, is given by the caller.
-//! Invariant: a process does not outlive its [`Machine`].
+//! Invariant: a process outlives neither its [`Machine`] nor the driver, even if that is
+//! killed.
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use afterimage_tools::size::Size;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -70,14 +74,13 @@ impl Machine {
 
         let print = File::create(&log).map_err(io_error("make a log for QEMU"))?;
         let print_too = print.try_clone().map_err(io_error("share the log"))?;
-        let child = place
-            .qemu()
-            .args(arguments(place, setup, path))
-            .stdin(Stdio::null())
-            .stdout(print)
-            .stderr(print_too)
-            .spawn()
-            .map_err(io_error(&format!("start {name}")))?;
+        let mut command = place.qemu();
+        command.args(arguments(place, setup, path));
+        command.stdin(Stdio::null()).stdout(print).stderr(print_too);
+        // SAFETY: between fork and exec only this one system call is made, which is
+        // async-signal-safe and allocates nothing.
+        unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
+        let child = command.spawn().map_err(io_error(&format!("start {name}")))?;
         let mut process = Process { child };
 
         let deadline = Deadline::after(START);

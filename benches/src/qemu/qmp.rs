@@ -113,3 +113,35 @@ impl Qmp {
 fn parse(lines: &Lines, line: &str) -> Result<Value, QemuError> {
     serde_json::from_str(line).map_err(|_| lines.misunderstood(line, "a message of QMP"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::super::line::tests::pair;
+    use super::*;
+
+    const GREETING: &str =
+        r#"{"QMP":{"version":{"qemu":{"micro":3,"minor":1,"major":11},"package":"P"}}}"#;
+
+    #[test]
+    fn events_that_come_before_an_answer_are_kept_with_their_time() {
+        let (lines, mut other) = pair();
+        let event = r#"{"event":"STOP","timestamp":{"seconds":7,"microseconds":5}}"#;
+        writeln!(other, "{GREETING}\n{{\"return\":{{}}}}\n{event}\n{{\"return\":3}}").unwrap();
+        let mut qmp = Qmp::greet(lines).unwrap();
+        assert_eq!(qmp.version, "11.1.3 P");
+        assert_eq!(qmp.execute("count", &json!({})).unwrap(), 3);
+        let stop = qmp.event("STOP", soon(), |event| event.name == "STOP").unwrap();
+        assert_eq!(stop.at, Duration::from_micros(7_000_005));
+    }
+
+    #[test]
+    fn a_refusal_says_who_what_and_why() {
+        let (lines, mut other) = pair();
+        let refusal = r#"{"error":{"class":"GenericError","desc":"not now"}}"#;
+        writeln!(other, "{GREETING}\n{{\"return\":{{}}}}\n{refusal}").unwrap();
+        let error = Qmp::greet(lines).unwrap().execute("migrate", &json!({})).unwrap_err();
+        assert_eq!(error.to_string(), "a test refused migrate: not now");
+    }
+}
