@@ -1,8 +1,8 @@
 //! The peer: QEMU's own postcopy, with a Linux guest that dirties memory under TCG.
 //!
-//! This module runs the rounds; what it needs of the machine is in [`place`], one QEMU
-//! process in [`machine`], the guest and its clock in [`guest`]. How the memory is moved
-//! is one part by itself, [`method`]: boot, workload, figures and report are the same for
+//! This module runs the rounds; what it needs of the machine is in `place`, one QEMU
+//! process in `machine`, the guest and its clock in `guest`. How the memory is moved
+//! is one part by itself, `method`: boot, workload, figures and report are the same for
 //! whatever moves it. docs/benchmarking.md says what each figure means.
 //!
 //! Invariants: every wait has a limit, QEMU processes end with the value that started

@@ -77,6 +77,9 @@ pub struct GuestFigures {
     pub fault_latency_us: Latency,
     /// All touches that took so long, for whatever reason.
     pub gap_us: Latency,
+    /// From the start of the vCPUs to the end of the first touch that had to wait, by the
+    /// guest's clock: its kernel's own pages had to come first.
+    pub first_touch_us: u64,
     /// Pages touched from the switch until all memory had arrived.
     pub operations: u64,
     /// How long the guest, undisturbed, would work for what it did not do from the stop
@@ -115,11 +118,8 @@ impl GuestFigures {
             operations: after.slots.clone(),
         };
         let (begin, end) = work.by_guest_clock();
-        let later: Vec<&Gap> = after
-            .gaps
-            .iter()
-            .filter(|gap| gap.at_us + gap.took_ns / 1000 >= begin && gap.at_us < end)
-            .collect();
+        let later: Vec<&Gap> =
+            after.gaps.iter().filter(|gap| gap.end_us() >= begin && gap.at_us < end).collect();
         let is_first = |gap: &&Gap| gap.at_us.saturating_sub(gap.age_us) < begin;
         let operations = work.between(begin, end);
         let full_speed_us = operations * 1e6 / baseline.operations_per_s;
@@ -129,6 +129,7 @@ impl GuestFigures {
                 later.iter().copied().filter(is_first).map(|gap| gap.took_ns),
             ),
             gap_us: Latency::of(later.iter().map(|gap| gap.took_ns)),
+            first_touch_us: later.first().map_or(0, |gap| gap.end_us() - begin),
             operations: operations as u64,
             work_lost_us: (elapsed_us - full_speed_us).max(0.0) as u64,
             clock_behind_us: observed.marked_again.behind_us(observed.marked),
@@ -267,6 +268,7 @@ mod tests {
         assert_eq!(figures.fault_latency_us.count, 2);
         assert!((figures.fault_latency_us.max - 90.0).abs() < 1e-9);
         assert_eq!(figures.gap_us.count, 3);
+        assert_eq!(figures.first_touch_us, 70);
         assert_eq!(figures.clock_behind_us, 100);
     }
 }

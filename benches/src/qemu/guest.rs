@@ -38,6 +38,12 @@ pub(super) struct Gap {
     pub(super) age_us: u64,
 }
 
+impl Gap {
+    pub(super) fn end_us(self) -> u64 {
+        self.at_us + self.took_ns / 1000
+    }
+}
+
 /// The guest's figures since its last mark, by its own clock.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct GuestReport {

@@ -113,6 +113,8 @@ pub struct Summary {
     pub fault_p50_us: Spread,
     /// The 99th of a hundred.
     pub fault_p99_us: Spread,
+    /// Of [`GuestFigures::first_touch_us`].
+    pub first_touch_us: Spread,
     /// Of [`GuestFigures::work_lost_us`].
     pub work_lost_us: Spread,
     /// Of [`QemuStatistics::fault_mean_us`], where the version has it.
@@ -196,6 +198,7 @@ impl Summary {
             fault_mean_us: over(|round| round.guest.fault_latency_us.mean),
             fault_p50_us: over(|round| round.guest.fault_latency_us.p50),
             fault_p99_us: over(|round| round.guest.fault_latency_us.p99),
+            first_touch_us: over(|round| round.guest.first_touch_us as f64),
             work_lost_us: over(|round| round.guest.work_lost_us as f64),
             qemu_fault_mean_us: (!own.is_empty()).then(|| Spread::of(own)),
         }
@@ -252,7 +255,7 @@ impl fmt::Display for QemuReport {
 
 type Row = (&'static str, f64, fn(&Summary) -> Option<Spread>);
 
-fn rows() -> [Row; 9] {
+fn rows() -> [Row; 10] {
     [
         ("blackout, ms", 1e3, |of| Some(of.blackout_us)),
         ("total, ms", 1e3, |of| Some(of.total_us)),
@@ -262,6 +265,7 @@ fn rows() -> [Row; 9] {
         ("  p50, us", 1.0, |of| Some(of.fault_p50_us)),
         ("  p99, us", 1.0, |of| Some(of.fault_p99_us)),
         ("fault mean by QEMU, us", 1.0, |of| of.qemu_fault_mean_us),
+        ("first touch ends after, ms", 1e3, |of| Some(of.first_touch_us)),
         ("guest's work lost, ms", 1e3, |of| Some(of.work_lost_us)),
     ]
 }
