@@ -9,11 +9,13 @@ use afterimage_tools::ram::{HUGE_PAGE_BYTES, HugePages};
 use afterimage_tools::report_page;
 use afterimage_tools::size::{Size, SizeError};
 use clap::{Parser, Subcommand};
+use serde::Serialize;
 
 use crate::error::BenchError;
 use crate::machine::Machine;
 use crate::page;
 use crate::pair::Network;
+use crate::qemu::{self, QemuError, QemuOptions};
 use crate::report::{Report, SCHEMA_VERSION};
 use crate::run::{self, Plan};
 use crate::suite::{Row, Sizes, Step, Units, rows, sweeps};
@@ -32,6 +34,8 @@ Examples:
   postcopy-bench --only fault_idle_p99,cpu_per_gib  some rows
   postcopy-bench --network veth --json > today.json between two network namespaces
   postcopy-bench --quick --report pictures          the same, and a page to look at
+  postcopy-bench qemu                               QEMU's own postcopy; bring it by
+                                                    benches/qemu/get
   postcopy-bench --list                             the rows, and what they say
 
 Figures are ratios to floors of the same run. docs/benchmarking.md says what each means.
@@ -73,7 +77,7 @@ struct Options {
     network: Network,
 
     /// Write one JSON object instead of the table
-    #[arg(long)]
+    #[arg(long, global = true)]
     json: bool,
 
     /// Change one byte of each source, to see that it is found
@@ -94,6 +98,8 @@ struct Options {
 
 #[derive(Clone, Debug, Subcommand)]
 enum Command {
+    /// Runs QEMU's own postcopy, with a Linux guest that dirties memory
+    Qemu(QemuOptions),
     /// Measures a unit as another process says
     #[command(name = WORKER, hide = true)]
     Worker {
@@ -111,8 +117,9 @@ pub fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env();
     let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
-    match options.command {
-        Some(Command::Worker { corrupt_one_byte }) => match worker::run(corrupt_one_byte) {
+    match &options.command {
+        Some(Command::Qemu(peer)) => qemu(&options, peer),
+        Some(Command::Worker { corrupt_one_byte }) => match worker::run(*corrupt_one_byte) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("postcopy-bench: a measuring process: {error}");
@@ -195,7 +202,7 @@ fn bench(options: &Options) -> ExitCode {
     let measured = run::run(&steps, &once, plan);
     let measurements = match measured {
         Ok(measurements) => measurements,
-        Err(error) => return fail(options, &error),
+        Err(error) => return fail(options, &error, 1),
     };
     machine.look_again();
     let mut report = Report::of(&rows, &measurements, machine);
@@ -223,17 +230,49 @@ fn bench(options: &Options) -> ExitCode {
     }
 }
 
-fn fail(options: &Options, error: &BenchError) -> ExitCode {
+fn fail(options: &Options, error: &BenchError, status: u8) -> ExitCode {
     eprintln!("postcopy-bench: {error}");
     if options.json {
         let failure = serde_json::json!({
             "schema_version": SCHEMA_VERSION,
             "verified": false,
+            "exit_status": status,
             "error": error.to_string(),
         });
         print(&format!("{failure}\n"));
     }
-    ExitCode::from(1)
+    ExitCode::from(status)
+}
+
+fn qemu(options: &Options, peer: &QemuOptions) -> ExitCode {
+    let report = match qemu::run(peer) {
+        Ok(report) => report,
+        Err(error) => {
+            let status = match error {
+                QemuError::Options(_) => 2,
+                QemuError::Missing { .. } => 3,
+                _ => 4,
+            };
+            let error = BenchError::failed("QEMU's own postcopy", &error);
+            return fail(options, &error, status);
+        }
+    };
+    if options.json {
+        let report = Versioned { schema_version: SCHEMA_VERSION, report: &report };
+        // Numbers, strings and lists of them: this cannot fail.
+        print(&(serde_json::to_string(&report).expect("plain data serialises") + "\n"));
+    } else {
+        print(&report.to_string());
+    }
+    ExitCode::from(u8::from(!report.verified))
+}
+
+/// A report with the version of its keys.
+#[derive(Serialize)]
+struct Versioned<'a, T> {
+    schema_version: u32,
+    #[serde(flatten)]
+    report: &'a T,
 }
 
 fn chosen(rows: Vec<Row>, only: &[String]) -> Result<Vec<Row>, String> {

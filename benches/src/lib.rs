@@ -8,6 +8,7 @@
 //! - [`memory`], [`guest`], [`network`], [`sys`]: what they are made of
 //! - [`latency`], [`outcome`], [`figures`], [`report`], [`page`], [`machine`]: what comes
 //!   of it
+//! - [`qemu`]: the peer
 
 pub mod cli;
 pub mod engine;
@@ -23,6 +24,7 @@ pub mod network;
 pub mod outcome;
 pub mod page;
 pub mod pair;
+pub mod qemu;
 pub mod report;
 pub mod run;
 pub mod suite;

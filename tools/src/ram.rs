@@ -40,7 +40,9 @@ pub const HIGH_RAM_START: u64 = 4 << 30;
 pub struct GuestAddress(pub u64);
 
 /// What guest RAM is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Backing {
     /// Private anonymous memory.

@@ -1,0 +1,198 @@
+//! Lines of text over a Unix socket that QEMU connects to, each wait with a limit.
+//!
+//! QEMU is the client of all its sockets: the driver listens first, so that nobody has to
+//! try again and again. That QEMU has ended is found out as the end of the stream, or,
+//! before it has connected, by asking for its exit.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::QemuError;
+
+/// How often a starting QEMU is asked whether it has ended.
+const STARTING: Duration = Duration::from_millis(100);
+
+/// The end of a wait, and how long it was to begin with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Deadline {
+    end: Instant,
+    limit: Duration,
+}
+
+impl Deadline {
+    pub(super) fn after(limit: Duration) -> Self {
+        Self { end: Instant::now() + limit, limit }
+    }
+
+    fn left(self) -> Option<Duration> {
+        self.end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+    }
+}
+
+/// The host's wall clock, which QEMU's events carry too.
+pub(super) fn unix_now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// Who speaks, and where what it prints beside is kept.
+#[derive(Clone, Debug)]
+pub(super) struct Speaker {
+    pub(super) name: String,
+    pub(super) log: PathBuf,
+}
+
+impl Speaker {
+    pub(super) fn ended(&self) -> QemuError {
+        QemuError::Ended { who: self.name.clone(), said: self.last_words() }
+    }
+
+    fn late(&self, awaited: &str, deadline: Deadline) -> QemuError {
+        QemuError::Late {
+            who: self.name.clone(),
+            awaited: awaited.to_owned(),
+            limit: deadline.limit,
+            said: self.last_words(),
+        }
+    }
+
+    fn io(&self, operation: &str, source: io::Error) -> QemuError {
+        QemuError::Io { operation: format!("{operation} {}", self.name), source }
+    }
+
+    fn last_words(&self) -> String {
+        let text = fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let last = &lines[lines.len().saturating_sub(3)..];
+        if last.is_empty() { "nothing".into() } else { last.join("; ") }
+    }
+}
+
+/// One connection, read by the line.
+#[derive(Debug)]
+pub(super) struct Lines {
+    speaker: Speaker,
+    stream: BufReader<UnixStream>,
+    /// The beginning of a line whose end has not come.
+    begun: Vec<u8>,
+}
+
+impl Lines {
+    /// Takes the connection of a QEMU that has just been started.
+    pub(super) fn accept(
+        listener: &UnixListener,
+        child: &mut Child,
+        speaker: Speaker,
+        deadline: Deadline,
+    ) -> Result<Self, QemuError> {
+        loop {
+            let Some(left) = deadline.left() else {
+                return Err(speaker.late("connection", deadline));
+            };
+            let mut waited = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+            let timeout = PollTimeout::try_from(left.min(STARTING)).unwrap_or(PollTimeout::ZERO);
+            match poll(&mut waited, timeout) {
+                Ok(0) | Err(nix::Error::EINTR) => {}
+                Ok(_) => break,
+                Err(error) => return Err(speaker.io("wait for", error.into())),
+            }
+            if child.try_wait().map_err(|error| speaker.io("wait for", error))?.is_some() {
+                return Err(speaker.ended());
+            }
+        }
+        let (stream, _) = listener.accept().map_err(|error| speaker.io("accept", error))?;
+        Ok(Self::new(stream, speaker))
+    }
+
+    pub(super) fn new(stream: UnixStream, speaker: Speaker) -> Self {
+        Self { speaker, stream: BufReader::new(stream), begun: Vec::new() }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.speaker.name
+    }
+
+    pub(super) fn send(&mut self, line: &str) -> Result<(), QemuError> {
+        let mut line = line.to_owned();
+        line.push('\n');
+        self.stream.get_mut().write_all(line.as_bytes()).map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => self.speaker.ended(),
+            _ => self.speaker.io("write to", error),
+        })
+    }
+
+    /// The next line, without its end. `awaited` is named if it does not come.
+    pub(super) fn next(&mut self, awaited: &str, deadline: Deadline) -> Result<String, QemuError> {
+        loop {
+            let Some(left) = deadline.left() else {
+                return Err(self.speaker.late(awaited, deadline));
+            };
+            let set = self.stream.get_ref().set_read_timeout(Some(left));
+            set.map_err(|error| self.speaker.io("wait for", error))?;
+            // What was read before a timeout stays in `begun`.
+            match self.stream.read_until(b'\n', &mut self.begun) {
+                Ok(_) if self.begun.last() == Some(&b'\n') => {
+                    let line = String::from_utf8_lossy(&self.begun).trim().to_owned();
+                    self.begun.clear();
+                    return Ok(line);
+                }
+                Ok(_) => return Err(self.speaker.ended()),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock
+                    | io::ErrorKind::TimedOut
+                    | io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::ConnectionReset => return Err(self.speaker.ended()),
+                    _ => return Err(self.speaker.io("read from", error)),
+                },
+            }
+        }
+    }
+
+    pub(super) fn misunderstood(&self, line: &str, expected: &str) -> QemuError {
+        let mut line = line.to_owned();
+        if let Some((end, _)) = line.char_indices().nth(200) {
+            line.truncate(end);
+        }
+        QemuError::Answer { who: self.name().to_owned(), line, expected: expected.to_owned() }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Lines, and the other end of their connection.
+    pub(in crate::qemu) fn pair() -> (Lines, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let speaker = Speaker { name: "a test".into(), log: PathBuf::from("/dev/null") };
+        (Lines::new(ours, speaker), theirs)
+    }
+
+    #[test]
+    fn the_beginning_of_a_line_is_kept_when_its_end_is_late() {
+        let (mut lines, mut other) = pair();
+        other.write_all(b"first\nsec").unwrap();
+        let soon = || Deadline::after(Duration::from_millis(20));
+        assert_eq!(lines.next("line", soon()).unwrap(), "first");
+        let late = lines.next("line", soon()).unwrap_err();
+        assert!(matches!(late, QemuError::Late { .. }), "{late}");
+        other.write_all(b"ond\n").unwrap();
+        let long = Deadline::after(Duration::from_mins(1));
+        assert_eq!(lines.next("line", long).unwrap(), "second");
+    }
+
+    #[test]
+    fn the_end_of_a_connection_is_the_end_of_the_speaker() {
+        let (mut lines, other) = pair();
+        drop(other);
+        let error = lines.next("line", Deadline::after(Duration::from_mins(1))).unwrap_err();
+        assert_eq!(error.to_string(), "a test ended: nothing");
+    }
+}

@@ -1,0 +1,147 @@
+//! QEMU's machine protocol (QMP, `docs/interop/qmp-spec` of QEMU): commands and events.
+//!
+//! Invariant: no event is lost. What comes while a command is being answered is kept for
+//! whoever waits for it, with the time at which QEMU says that it happened.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::line::{Deadline, Lines};
+use super::{QemuError, soon};
+
+/// Something that happened in QEMU.
+#[derive(Clone, Debug)]
+pub(super) struct Event {
+    pub(super) name: String,
+    /// By the host's wall clock, since 1970.
+    pub(super) at: Duration,
+    pub(super) data: Value,
+}
+
+#[derive(Debug)]
+pub(super) struct Qmp {
+    lines: Lines,
+    events: VecDeque<Event>,
+    /// As QEMU introduces itself.
+    pub(super) version: String,
+}
+
+impl Qmp {
+    /// Takes the greeting, and leaves the state in which only capabilities are settled.
+    pub(super) fn greet(mut lines: Lines) -> Result<Self, QemuError> {
+        let line = lines.next("greeting", soon())?;
+        let greeting: Value = parse(&lines, &line)?;
+        let version = &greeting["QMP"]["version"];
+        let number = |part| version["qemu"][part].as_u64().unwrap_or_default();
+        let package = version["package"].as_str().unwrap_or_default();
+        let version =
+            format!("{}.{}.{} {package}", number("major"), number("minor"), number("micro"));
+        let version = version.trim().to_owned();
+        let mut qmp = Self { lines, events: VecDeque::new(), version };
+        qmp.execute("qmp_capabilities", &json!({}))?;
+        Ok(qmp)
+    }
+
+    pub(super) fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QemuError> {
+        let message = json!({ "execute": command, "arguments": arguments });
+        self.lines.send(&message.to_string())?;
+        let deadline = soon();
+        loop {
+            let mut message = self.message(&format!("answer to {command}"), deadline)?;
+            if let Some(answer) = message.get_mut("return") {
+                return Ok(answer.take());
+            }
+            if let Some(error) = message.get("error") {
+                return Err(QemuError::Refused {
+                    who: self.lines.name().to_owned(),
+                    command: command.to_owned(),
+                    reason: error["desc"].as_str().unwrap_or("no reason given").to_owned(),
+                });
+            }
+            self.keep(&message);
+        }
+    }
+
+    /// Switches capabilities of migration on.
+    pub(super) fn capabilities(&mut self, names: &[&str]) -> Result<(), QemuError> {
+        let list: Vec<_> =
+            names.iter().map(|name| json!({ "capability": name, "state": true })).collect();
+        self.execute("migrate-set-capabilities", &json!({ "capabilities": list })).map(drop)
+    }
+
+    /// The first event that `wanted` accepts; those before it are forgotten.
+    pub(super) fn event(
+        &mut self,
+        awaited: &str,
+        deadline: Deadline,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Result<Event, QemuError> {
+        loop {
+            while let Some(event) = self.events.pop_front() {
+                tracing::debug!(who = self.lines.name(), name = event.name, data = %event.data);
+                if wanted(&event) {
+                    return Ok(event);
+                }
+            }
+            let message = self.message(awaited, deadline)?;
+            self.keep(&message);
+        }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.lines.name()
+    }
+
+    fn message(&mut self, awaited: &str, deadline: Deadline) -> Result<Value, QemuError> {
+        let line = self.lines.next(awaited, deadline)?;
+        parse(&self.lines, &line)
+    }
+
+    fn keep(&mut self, message: &Value) {
+        let Some(name) = message["event"].as_str() else { return };
+        let time = |part| message["timestamp"][part].as_u64().unwrap_or_default();
+        self.events.push_back(Event {
+            name: name.to_owned(),
+            at: Duration::from_secs(time("seconds")) + Duration::from_micros(time("microseconds")),
+            data: message["data"].clone(),
+        });
+    }
+}
+
+fn parse(lines: &Lines, line: &str) -> Result<Value, QemuError> {
+    serde_json::from_str(line).map_err(|_| lines.misunderstood(line, "a message of QMP"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::super::line::tests::pair;
+    use super::*;
+
+    const GREETING: &str =
+        r#"{"QMP":{"version":{"qemu":{"micro":3,"minor":1,"major":11},"package":"P"}}}"#;
+
+    #[test]
+    fn events_that_come_before_an_answer_are_kept_with_their_time() {
+        let (lines, mut other) = pair();
+        let event = r#"{"event":"STOP","timestamp":{"seconds":7,"microseconds":5}}"#;
+        writeln!(other, "{GREETING}\n{{\"return\":{{}}}}\n{event}\n{{\"return\":3}}").unwrap();
+        let mut qmp = Qmp::greet(lines).unwrap();
+        assert_eq!(qmp.version, "11.1.3 P");
+        assert_eq!(qmp.execute("count", &json!({})).unwrap(), 3);
+        let stop = qmp.event("STOP", soon(), |event| event.name == "STOP").unwrap();
+        assert_eq!(stop.at, Duration::from_micros(7_000_005));
+    }
+
+    #[test]
+    fn a_refusal_says_who_what_and_why() {
+        let (lines, mut other) = pair();
+        let refusal = r#"{"error":{"class":"GenericError","desc":"not now"}}"#;
+        writeln!(other, "{GREETING}\n{{\"return\":{{}}}}\n{refusal}").unwrap();
+        let error = Qmp::greet(lines).unwrap().execute("migrate", &json!({})).unwrap_err();
+        assert_eq!(error.to_string(), "a test refused migrate: not now");
+    }
+}
