@@ -36,6 +36,11 @@ impl<T> Inbox<T> {
     pub(crate) fn next(&self) -> Option<T> {
         self.receiver.try_recv().ok()
     }
+
+    /// Whether there is no message now.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.receiver.is_empty()
+    }
 }
 
 impl<T> Outlet<T> {

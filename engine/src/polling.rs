@@ -3,11 +3,21 @@
 //! Waking a thread on an idle core costs more than all the rest of a fault. So threads on
 //! the fault path poll for a bounded time first, as long as that pays: a few polls in vain,
 //! and they block at once, until something comes again soon after they did.
+//!
+//! Where somebody else wants the core, polling does not pay at all: the core is awake
+//! anyway, and whoever yields it is put behind the other (since Linux 6.18 by its whole
+//! slice). A thread that blocks and is woken there goes first. So a yield that took long ends
+//! polling for a while.
 
 use std::time::{Duration, Instant};
 
 /// Polls in vain after which a thread stops polling.
 const PATIENCE: u32 = 3;
+/// A yield of the core that took longer gave it to somebody who wanted it for more than a
+/// fault or an answer.
+const SHORT_YIELD: Duration = Duration::from_micros(15);
+/// How long a thread does not poll where somebody else wants its core.
+const CONTENDED_FOR: Duration = Duration::from_millis(5);
 
 /// Decides for one thread.
 #[derive(Debug)]
@@ -15,6 +25,7 @@ pub(crate) struct AdaptivePolling {
     budget: Duration,
     in_vain: u32,
     waiting_since: Option<Instant>,
+    contended_until: Option<Instant>,
 }
 
 /// What to do while there is nothing to do.
@@ -27,7 +38,7 @@ pub(crate) enum Idle {
 impl AdaptivePolling {
     /// Polls for at most `budget`; zero never polls.
     pub(crate) const fn new(budget: Duration) -> Self {
-        Self { budget, in_vain: 0, waiting_since: None }
+        Self { budget, in_vain: 0, waiting_since: None, contended_until: None }
     }
 
     /// There is nothing to do.
@@ -35,15 +46,32 @@ impl AdaptivePolling {
         if self.budget.is_zero() {
             return Idle::Block;
         }
-        let since = *self.waiting_since.get_or_insert_with(Instant::now);
-        if self.in_vain >= PATIENCE {
+        self.idle_at(Instant::now())
+    }
+
+    fn idle_at(&mut self, now: Instant) -> Idle {
+        let since = *self.waiting_since.get_or_insert(now);
+        if self.contended_until.is_some_and(|until| now < until) || self.in_vain >= PATIENCE {
             return Idle::Block;
         }
-        if since.elapsed() < self.budget {
+        if now.duration_since(since) < self.budget {
             return Idle::Poll;
         }
         self.in_vain += 1;
         Idle::Block
+    }
+
+    /// Lets others have the core between two polls.
+    pub(crate) fn pause(&mut self) {
+        let before = Instant::now();
+        std::thread::yield_now();
+        self.paused(before, Instant::now());
+    }
+
+    fn paused(&mut self, before: Instant, after: Instant) {
+        if after.duration_since(before) > SHORT_YIELD {
+            self.contended_until = Some(after + CONTENDED_FOR);
+        }
     }
 
     /// Something came.
@@ -78,5 +106,17 @@ mod tests {
         polling.budget = Duration::from_secs(100);
         polling.busy();
         assert_eq!(polling.idle(), Idle::Poll);
+    }
+
+    #[test]
+    fn where_the_core_is_wanted_nobody_polls_for_a_while() {
+        let mut polling = AdaptivePolling::new(Duration::from_secs(1));
+        let now = Instant::now();
+        polling.paused(now, now + SHORT_YIELD);
+        assert_eq!(polling.idle_at(now), Idle::Poll);
+        let after = now + SHORT_YIELD + Duration::from_micros(1);
+        polling.paused(now, after);
+        assert_eq!(polling.idle_at(after), Idle::Block);
+        assert_eq!(polling.idle_at(after + CONTENDED_FOR), Idle::Poll);
     }
 }

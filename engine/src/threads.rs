@@ -1,5 +1,6 @@
 //! The engine's threads: named, deaf to signals, and open to the VMM's hook.
 
+use crate::sys::scheduling;
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -33,8 +34,14 @@ impl ThreadRole {
     }
 }
 
-/// Called first on every thread that the engine starts, with its role and its number among
-/// those of that role: to pin it, to set its scheduling, to confine it with seccomp.
+/// Called on every thread that the engine starts before it does anything, with its role and
+/// its number among those of that role: to pin it, to set its scheduling, to confine it with
+/// seccomp.
+///
+/// The engine has asked for scheduling by then (`sched_setattr`, which needs no right): short
+/// slices for threads on the fault path, so that they are not kept waiting when they are
+/// woken, and `SCHED_BATCH` for streams. A hook that sets something else has the last word;
+/// where the VMM's threads are not under `SCHED_OTHER`, the engine asks for nothing.
 #[derive(Clone, Default)]
 pub struct ThreadHook(Option<Arc<dyn Fn(ThreadRole, usize) + Send + Sync>>);
 
@@ -66,6 +73,9 @@ pub(crate) fn spawn(
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))?;
     let spawned =
         thread::Builder::new().name(format!("{}-{number}", role.name())).spawn(move || {
+            if let Err(error) = scheduling::suit(role) {
+                tracing::debug!(%error, ?role, "scheduled like any thread");
+            }
             if let Some(hook) = &hook.0 {
                 hook(role, number);
             }

@@ -72,6 +72,22 @@ struct Held {
     content: Vec<u8>,
 }
 
+/// Where there may be something to read.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    faults: bool,
+    answers: bool,
+}
+
+impl Look {
+    const EVERYWHERE: Self = Self { faults: true, answers: true };
+    const NOWHERE: Self = Self { faults: false, answers: false };
+
+    const fn any(self) -> bool {
+        self.faults || self.answers
+    }
+}
+
 pub(super) struct FaultThread {
     arrived: Arc<Arrived>,
     poll: Poll,
@@ -127,43 +143,69 @@ impl FaultThread {
     fn serve(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(8);
         let mut buffer = EventBuffer::new(EVENT_BATCH);
+        // Edges tell of news; what was there before is found by looking.
+        let mut look = Look::EVERYWHERE;
         loop {
-            let mut is_busy = false;
-            while let Some(order) = self.inbox.next() {
-                is_busy = true;
-                match order {
-                    Order::Ask { stream, arrivals, generation } => {
-                        self.take_line(stream, arrivals, generation);
-                    }
-                    Order::Want(pages) => self.want(pages),
-                    Order::Wait => self.drop_line(),
-                    Order::Stop => return Ok(()),
-                }
+            if self.take_orders() {
+                return Ok(());
             }
-            let discards = self.arrived.pages.read_events(&mut buffer, &mut self.faults)?;
-            // Also a full buffer of discards may have left events unread.
-            is_busy |= !discards.is_empty();
-            for discarded in discards {
-                self.arrived.acknowledge_complete(discarded);
+            let mut again = Look::NOWHERE;
+            if look.faults {
+                again.faults = self.read_faults(&mut buffer)?;
             }
-            is_busy |= !self.faults.is_empty();
             self.answer_faults();
             self.place_held();
-            is_busy |= self.take_answers();
+            // Sent before answers are looked for: they take longer than anything here.
             self.flush();
+            if look.answers {
+                again.answers = self.take_answers();
+            }
             self.retry_if_due();
-            if is_busy {
-                self.polling.busy();
+            if again.any() || !self.inbox.is_empty() {
+                look = again;
                 continue;
             }
-            match self.polling.idle() {
-                Idle::Poll => std::thread::yield_now(),
+            look = match self.polling.idle() {
+                Idle::Poll => {
+                    self.polling.pause();
+                    Look { faults: true, answers: !self.asked.is_empty() }
+                }
                 Idle::Block => self.block(&mut events)?,
-            }
+            };
         }
     }
 
-    fn block(&mut self, events: &mut Events) -> io::Result<()> {
+    /// Takes what has been ordered; `true` if it is to stop.
+    fn take_orders(&mut self) -> bool {
+        while let Some(order) = self.inbox.next() {
+            self.polling.busy();
+            match order {
+                Order::Ask { stream, arrivals, generation } => {
+                    self.take_line(stream, arrivals, generation);
+                }
+                Order::Want(pages) => self.want(pages),
+                Order::Wait => self.drop_line(),
+                Order::Stop => return true,
+            }
+        }
+        false
+    }
+
+    /// Reads faults and discards; `true` if there may be more.
+    fn read_faults(&mut self, buffer: &mut EventBuffer) -> io::Result<bool> {
+        let read = self.arrived.pages.read_events(buffer, &mut self.faults)?;
+        if read.events > 0 {
+            self.polling.busy();
+        }
+        for discarded in read.discarded {
+            self.arrived.acknowledge_complete(discarded);
+        }
+        // Who reads less than there was room for has read all; what comes then is an edge.
+        Ok(read.events >= EVENT_BATCH)
+    }
+
+    /// Waits for news, and says where it is.
+    fn block(&mut self, events: &mut Events) -> io::Result<Look> {
         let timeout = if !self.held.is_empty() || !self.again.is_empty() {
             Some(EVENT_RETRY)
         } else if self.asked.is_empty() {
@@ -171,12 +213,24 @@ impl FaultThread {
         } else {
             Some(self.next_retry.saturating_duration_since(Instant::now()))
         };
-        // mio tells of readiness once, at its edge; but whoever comes here has read both
-        // descriptors until they had nothing more, so the next edge is the next news.
+        // mio tells of readiness once, at its edge. An edge that came while we polled is told
+        // now; if what it told of has been read, the kernel does not tell it.
         match self.poll.poll(events, timeout) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-            other => other,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                return Ok(Look::EVERYWHERE);
+            }
+            other => other?,
         }
+        let mut look = Look::NOWHERE;
+        for event in events.iter() {
+            look.faults |= event.token() == FAULTS;
+            look.answers |= event.token() == ANSWERS;
+        }
+        if !self.held.is_empty() || !self.again.is_empty() {
+            // Installs wait for an event that must be read.
+            look.faults = true;
+        }
+        Ok(look)
     }
 
     fn answer_faults(&mut self) {
@@ -284,15 +338,18 @@ impl FaultThread {
         self.drop_line();
     }
 
-    /// Takes in what one look brings of the answers; `true` if there was something. One look
+    /// Takes in what one look brings of the answers; `true` if there may be more. One look
     /// only: a source that floods must not keep the thread from faults and orders.
     fn take_answers(&mut self) -> bool {
         let Some(mut line) = self.line.take() else { return false };
+        let room = line.incoming.len() - line.filled;
         let received = line.stream.receive(&mut line.incoming[line.filled..], Wait::Never);
-        let (is_busy, result) = match received {
+        let (may_be_more, result) = match received {
             Ok(got) => {
+                self.polling.busy();
                 line.filled += got;
-                (true, self.take_frames(&mut line))
+                // Who gets less than there was room for has got all.
+                (got == room, self.take_frames(&mut line))
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (false, Ok(())),
             Err(error) => (false, Err(error)),
@@ -301,7 +358,7 @@ impl FaultThread {
         if let Err(error) = result {
             self.lose_line(&error);
         }
-        is_busy
+        may_be_more
     }
 
     fn take_frames(&mut self, line: &mut Line) -> io::Result<()> {
@@ -394,8 +451,11 @@ impl FaultThread {
     }
 
     fn retry_if_due(&mut self) {
+        if self.asked.is_empty() {
+            return;
+        }
         let now = Instant::now();
-        if self.asked.is_empty() || now < self.next_retry {
+        if now < self.next_retry {
             return;
         }
         self.next_retry = now + RETRY_AFTER;

@@ -66,20 +66,19 @@ impl<'s> Responder<'s> {
     }
 
     fn read(&mut self) -> io::Result<()> {
-        let mut wait = Wait::Never;
         loop {
+            let wait = match self.polling.idle() {
+                Idle::Poll => Wait::Never,
+                Idle::Block => Wait::Block,
+            };
             match self.stream.receive(&mut self.buffer[self.filled..], wait) {
                 Ok(got) => {
                     self.filled += got;
                     self.polling.busy();
                     return Ok(());
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.polling.pause(),
                 Err(error) => return Err(error),
-            }
-            match self.polling.idle() {
-                Idle::Poll => std::thread::yield_now(),
-                Idle::Block => wait = Wait::Block,
             }
         }
     }

@@ -32,22 +32,31 @@ pub(crate) enum FaultAnswer {
     EventPending,
 }
 
+/// What one look at a userfaultfd brought.
+#[derive(Debug, Default)]
+pub(crate) struct EventsRead {
+    /// How many events.
+    pub(crate) events: usize,
+    /// Pages that were discarded.
+    pub(crate) discarded: Vec<PageRange>,
+}
+
 impl Pages {
     /// Reads what events there are, without blocking, and appends the faults to `faults`.
-    /// Discards are done when it returns; their pages are returned, to be acknowledged. Must
-    /// be called by one thread only, which may never zap, unmap or fork.
+    /// Discards are done when it returns; their pages are to be acknowledged. Must be called
+    /// by one thread only, which may never zap, unmap or fork.
     pub(crate) fn read_events(
         &self,
         buffer: &mut EventBuffer,
         faults: &mut Vec<MissingPage>,
-    ) -> io::Result<Vec<PageRange>> {
-        let mut discarded = Vec::new();
+    ) -> io::Result<EventsRead> {
+        let (mut discarded, mut count) = (Vec::new(), 0);
         {
             // Between the reading of a discard and its entry in the planes no copy may be
             // placed: whoever discards goes on as soon as it has been read.
             let mut gate = if self.memory.has_events {
                 if !is_readable(self.memory.uffd())? {
-                    return Ok(Vec::new());
+                    return Ok(EventsRead::default());
                 }
                 Some(self.discarding())
             } else {
@@ -56,6 +65,7 @@ impl Pages {
             let events = self.memory.uffd().read_events(buffer).map_err(read_error)?;
             pass(Place::EventsRead);
             for event in events {
+                count += 1;
                 match event.map_err(read_error)? {
                     Event::Pagefault { kind, addr, .. } => self.push_fault(kind, addr, faults),
                     Event::Remove { start, end } | Event::Unmap { start, end } => {
@@ -90,7 +100,8 @@ impl Pages {
         for run in &discarded {
             self.wake(run);
         }
-        Ok(discarded.iter().map(|run| run.pages).collect())
+        let discarded = discarded.iter().map(|run| run.pages).collect();
+        Ok(EventsRead { events: count, discarded })
     }
 
     fn push_fault(
