@@ -74,8 +74,7 @@ fn rows(report: &Report) -> Section {
 fn details(heading: &str, all: &report::Details) -> Section {
     let mut table = Table::new(["what", "figures"]);
     for (name, figures) in all {
-        let text: Vec<_> = figures.iter().filter_map(|(key, it)| report::figure(key, it)).collect();
-        table = table.row([name.clone(), text.join(", ")]);
+        table = table.row([name.clone(), report::line(figures)]);
     }
     Section::new(heading).table(&table)
 }

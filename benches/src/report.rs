@@ -272,15 +272,28 @@ fn details(f: &mut fmt::Formatter<'_>, title: &str, all: &Details) -> fmt::Resul
     }
     writeln!(f, "\n{title}")?;
     for (name, figures) in all {
-        let text: Vec<String> = figures.iter().filter_map(|(key, it)| figure(key, it)).collect();
-        writeln!(f, "  {name}\n      {}", text.join(", "))?;
+        writeln!(f, "  {name}\n      {}", line(figures))?;
     }
     writeln!(f)
 }
 
-/// A figure as people read it; `None` for what only the JSON has.
+/// The figures of a unit as people read them.
 #[must_use]
-pub fn figure(key: &str, summary: &Summary) -> Option<String> {
+pub fn line(figures: &BTreeMap<&'static str, Summary>) -> String {
+    // Where faults are measured, what they move is not the point, nor what that costs.
+    let are_faults = figures.contains_key("p50_us");
+    let is_about_faults =
+        |key: &str| key.ends_with("_us") || ["count", "background_bytes_per_s"].contains(&key);
+    let all = figures.iter().filter(|(key, it)| match **key {
+        "background_bytes_per_s" => are_faults && it.median > 0.0,
+        key => !are_faults || is_about_faults(key),
+    });
+    let texts: Vec<String> = all.filter_map(|(key, it)| figure(key, it)).collect();
+    texts.join(", ")
+}
+
+/// A figure as people read it; `None` for what only the JSON has.
+fn figure(key: &str, summary: &Summary) -> Option<String> {
     let value = summary.median;
     Some(match key {
         "p50_us" => format!("half in {} µs", number(value)),
@@ -290,7 +303,7 @@ pub fn figure(key: &str, summary: &Summary) -> Option<String> {
         "bytes_per_s" => format!("{} MB/s", number(value / 1e6)),
         "background_bytes_per_s" => format!("background {} MB/s", number(value / 1e6)),
         "operations_per_s" => format!("{} million operations/s", number(value / 1e6)),
-        "switchover_us" => format!("{} µs to run", number(value)),
+        "switchover_us" => format!("runs after {} µs", number(value)),
         "cpu_source_s_per_gib" => format!("source {value:.2} CPU s/GiB"),
         "cpu_destination_s_per_gib" => format!("destination {value:.2} CPU s/GiB"),
         _ => return None,

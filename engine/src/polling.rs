@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 /// Polls in vain after which a thread stops polling.
 const PATIENCE: u32 = 3;
-/// A yield of the core that took longer gave it to somebody who wanted it for more than a
-/// fault or an answer.
-const SHORT_YIELD: Duration = Duration::from_micros(15);
+/// A yield of the core that took longer gave it to somebody who wanted it for more than a few
+/// faults and answers.
+const SHORT_YIELD: Duration = Duration::from_micros(100);
 /// How long a thread does not poll where somebody else wants its core.
 const CONTENDED_FOR: Duration = Duration::from_millis(5);
 

@@ -57,7 +57,10 @@ pub fn destination(mechanism: Mechanism, bytes: u64, address: &str) -> Result<Ou
     }
     let reading = meter.read();
     memory.verify()?;
-    Ok(Outcome::default().metered(reading).with(Figure::Bytes, bytes as f64))
+    Ok(Outcome::default()
+        .metered(reading)
+        .with(Figure::Bytes, bytes as f64)
+        .with(Figure::BackgroundBytes, bytes as f64))
 }
 
 /// Where content is received.

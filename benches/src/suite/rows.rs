@@ -137,6 +137,17 @@ fn background(units: &Units) -> Vec<Row> {
     let faults = "background rate while a thread faults back to back, to the rate alone";
     vec![
         kept("background_kept", faults, Think::BackToBack, Some(0.8)),
+        ratio(
+            "background_kept_by_floor",
+            "what L leaves of floor 6 in the same way: both share the processors",
+            (
+                Unit::RemoteFault(units.loaded(Think::BackToBack)).into(),
+                units.place(Mechanism::Copy).into(),
+            ),
+            "background_bytes_per_s",
+            Better::Higher,
+            None,
+        ),
         kept("background_kept_busy", "the same at 500 faults a second", Think::Computing, None),
         limit(
             "background_limit_anonymous",

@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 /// off, it is dead, and the source learns from the planes instead.
 const MAX_WAITING_RUNS: usize = 1 << 16;
 
+/// So many runs do not wait for the next look: a source remembers only so much that is under
+/// way, and pauses then.
+const MANY_RUNS: usize = 2048;
+
 /// The pages of a destination and the news of them; as long as the destination lives.
 #[derive(Debug)]
 pub(crate) struct Arrived {
@@ -79,13 +83,20 @@ impl Arrived {
     pub(super) fn acknowledge(&self, run: PageRange) {
         let mut acks = self.acks();
         let has_room = acks.len() < MAX_WAITING_RUNS;
+        let mut are_many = false;
         match acks.last_mut() {
             Some(last) if last.end() == Some(run.start) => last.count += run.count,
-            _ if has_room => acks.push(run),
+            _ if has_room => {
+                acks.push(run);
+                are_many = acks.len() == MANY_RUNS;
+            }
             _ => self.has_lost_acks.store(true, Ordering::Release),
         }
         drop(acks);
         self.has_acks.store(true, Ordering::Release);
+        if are_many {
+            self.driver.send(Input::ManyAcks);
+        }
         self.counters.page_arrived(self.started.elapsed());
         self.note_progress();
     }

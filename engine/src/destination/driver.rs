@@ -30,8 +30,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How long acknowledgements may wait for company.
-const ACK_PAUSE: Duration = Duration::from_millis(5);
+/// How long acknowledgements may wait for company, unless they are many. Each look takes a
+/// core from whoever faults, on both sides.
+const ACK_PAUSE: Duration = Duration::from_millis(20);
 /// The most device state that is kept for the VMM.
 const MAX_STATE_BYTES: usize = 1 << 30;
 
@@ -48,6 +49,8 @@ pub(crate) enum Input {
     GivenBack(PageRange),
     /// Every page is complete.
     AllComplete,
+    /// Many runs wait to be acknowledged.
+    ManyAcks,
     /// The source cannot read these pages.
     Unreadable(PageRange),
     /// A page cannot be put in place.
@@ -193,7 +196,8 @@ impl Driver {
                 // The caller may have given up.
                 let _ = reply.send(self.session.ready());
             }
-            Input::Stop => {}
+            // Acknowledgements are sent after every input; who stops does not come here.
+            Input::ManyAcks | Input::Stop => {}
         }
     }
 

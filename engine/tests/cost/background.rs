@@ -30,7 +30,7 @@ const END_BYTES: u64 = 2 * HEADER;
 /// How often a source that has nothing more to send looks whether it is still connected.
 const LOOK_AFTER: Duration = Duration::from_millis(50);
 /// How often a destination wakes to see whether there is something to acknowledge.
-const ACK_PAUSE: Duration = Duration::from_millis(5);
+const ACK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Everything from the first byte in background until the destination has all.
 fn count(kind: Kind, content: Content, mib: u64) -> Option<Seen> {

@@ -14,7 +14,7 @@ const FRAMES: u64 = 16;
 /// Bytes of one run in an acknowledgement.
 const ACK_RUN: u64 = 16;
 /// How often a destination wakes to see whether there is something to acknowledge.
-const ACK_PAUSE: Duration = Duration::from_millis(5);
+const ACK_PAUSE: Duration = Duration::from_millis(20);
 /// Frames on their way when counting begins or ends, of a beat and a reply each.
 const ON_THE_WAY: u64 = 4;
 
