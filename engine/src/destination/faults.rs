@@ -56,6 +56,8 @@ struct Line {
     generation: Generation,
     incoming: Vec<u8>,
     filled: usize,
+    /// Whether the other side sends nothing more: the end is behind what can be read.
+    has_end: bool,
 }
 
 /// A page that was asked for.
@@ -224,7 +226,13 @@ impl FaultThread {
         let mut look = Look::NOWHERE;
         for event in events.iter() {
             look.faults |= event.token() == FAULTS;
-            look.answers |= event.token() == ANSWERS;
+            if event.token() == ANSWERS {
+                look.answers = true;
+                // Told with what came before it, and not again.
+                if let Some(line) = &mut self.line {
+                    line.has_end |= event.is_read_closed() || event.is_error();
+                }
+            }
         }
         if !self.held.is_empty() || !self.again.is_empty() {
             // Installs wait for an event that must be read.
@@ -307,7 +315,8 @@ impl FaultThread {
         let largest = arrivals.pages.layout().regions().iter().map(|region| region.page_size);
         let page = largest.max().unwrap_or(PageSize::KIB_4).bytes() as usize;
         let incoming = vec![0; (page + HEADER_BYTES).max(128 << 10)];
-        self.line = Some(Line { stream, arrivals, generation, incoming, filled: 0 });
+        self.line =
+            Some(Line { stream, arrivals, generation, incoming, filled: 0, has_end: false });
         if let Err(error) = registered {
             self.lose_line(&error);
             return;
@@ -348,8 +357,8 @@ impl FaultThread {
             Ok(got) => {
                 self.polling.busy();
                 line.filled += got;
-                // Who gets less than there was room for has got all.
-                (got == room, self.take_frames(&mut line))
+                // Who gets less than there was room for has got all, but for the end.
+                (got == room || line.has_end, self.take_frames(&mut line))
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (false, Ok(())),
             Err(error) => (false, Err(error)),
