@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{BenchError, Doing};
 use crate::latency::Latencies;
-use crate::memory::{Memory, mix};
+use crate::memory::{Memory, PAGE, mix};
 use crate::sys::PageMap;
-use crate::unit::Think;
+use crate::unit::{Think, WORKING_SET};
 
 /// Touches `pages` in their order until `done`, and measures those that are missing.
 ///
@@ -54,10 +54,12 @@ fn compute(since: Instant, time: Duration) {
 /// Operations of one run of [`work`].
 const OPERATIONS: u64 = 4_000_000;
 
-/// Adds one to the first word of a page by chance, again and again, in the first `pages`
-/// pages; returns how long that took, in seconds, and how often it met each page.
+/// Adds one to the first word of a page by chance, again and again, in the working set, which
+/// is the beginning of the memory; returns how long that took, in seconds, and how often it
+/// met each page.
 #[must_use]
-pub fn work(memory: &Memory, pages: u64) -> (f64, Vec<u64>) {
+pub fn work(memory: &Memory) -> (f64, Vec<u64>) {
+    let pages = WORKING_SET.min(memory.plan().bytes) / PAGE;
     let mut added = vec![0; pages as usize];
     let started = Instant::now();
     for number in 0..OPERATIONS {

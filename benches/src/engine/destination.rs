@@ -19,7 +19,7 @@ use crate::guest;
 use crate::memory::{self, Memory, PAGE};
 use crate::outcome::{Figure, Meter, Outcome, Reading};
 use crate::sys;
-use crate::unit::{Unit, WORKING_SET};
+use crate::unit::Unit;
 
 /// How long one event may be waited for.
 const LIMIT: Duration = Duration::from_mins(5);
@@ -184,7 +184,7 @@ fn work(unit: Unit, memory: &Memory, done: &AtomicBool) -> Result<GuestOutcome, 
             unsafe { guest::touch(pages, plan.think, done) }.map(GuestOutcome::Faulted)
         }
         Unit::WorkingSet(_) => {
-            let (seconds, added) = guest::work(memory, WORKING_SET / PAGE);
+            let (seconds, added) = guest::work(memory);
             Ok(GuestOutcome::Worked { seconds, added })
         }
         _ => Ok(GuestOutcome::Idle),
@@ -197,7 +197,7 @@ fn work(unit: Unit, memory: &Memory, done: &AtomicBool) -> Result<GuestOutcome, 
 /// If the machine has not so much, or a page is not what it must be.
 pub fn resident(bytes: u64) -> Result<Outcome, BenchError> {
     let memory = Memory::filled(crate::floors::anonymous(bytes))?;
-    let (seconds, added) = guest::work(&memory, WORKING_SET / PAGE);
+    let (seconds, added) = guest::work(&memory);
     memory.verify_except(|page| added.get(page as usize).copied().unwrap_or(0))?;
     let operations: u64 = added.iter().sum();
     Ok(Outcome::default()
