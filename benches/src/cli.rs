@@ -245,7 +245,10 @@ fn fail(options: &Options, error: &BenchError, status: u8) -> ExitCode {
 }
 
 fn qemu(options: &Options, peer: &QemuOptions) -> ExitCode {
-    let report = match qemu::run(peer) {
+    let bar = run::spinner(!options.json, peer.to_string());
+    let report = qemu::run(peer);
+    bar.finish_and_clear();
+    let report = match report {
         Ok(report) => report,
         Err(error) => {
             let status = match error {
@@ -262,7 +265,7 @@ fn qemu(options: &Options, peer: &QemuOptions) -> ExitCode {
         // Numbers, strings and lists of them: this cannot fail.
         print(&(serde_json::to_string(&report).expect("plain data serialises") + "\n"));
     } else {
-        print(&report.to_string());
+        print(&format!("{report}\n"));
     }
     ExitCode::from(u8::from(!report.verified))
 }

@@ -17,6 +17,7 @@ mod place;
 mod qmp;
 mod report;
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::thread;
@@ -62,6 +63,18 @@ pub struct QemuOptions {
     /// afterimage-qemu in `$XDG_CACHE_HOME` or ~/.cache]
     #[arg(long, value_name = "DIRECTORY")]
     pub directory: Option<PathBuf>,
+}
+
+impl fmt::Display for QemuOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let modes = if self.mode == ModeChoice::Both { 2 } else { 1 };
+        write!(
+            f,
+            "QEMU boots and moves a guest of {}, {} times; each takes ten to twenty seconds",
+            self.memory,
+            modes * self.rounds
+        )
+    }
 }
 
 /// Which of QEMU's ways to run.

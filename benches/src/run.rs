@@ -2,6 +2,7 @@
 //! together and by turns.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use afterimage_tools::sampling::ArrivalSample;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -134,4 +135,14 @@ fn bar(units: u64, shows_progress: bool) -> ProgressBar {
     let bar = if shows_progress { ProgressBar::new(units) } else { ProgressBar::hidden() };
     let style = ProgressStyle::with_template("{bar:20} {pos}/{len} {elapsed}, {eta} left  {msg}");
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// What is under way, and for how long, where nothing else can be told.
+#[must_use]
+pub fn spinner(shows_progress: bool, what: String) -> ProgressBar {
+    let bar = if shows_progress { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+    let style = ProgressStyle::with_template("{spinner} {elapsed}  {msg}");
+    let bar = bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar.with_message(what)
 }
