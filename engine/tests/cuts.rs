@@ -6,7 +6,7 @@ mod common;
 use afterimage_protocol::wire::Channel;
 use common::counters::Counters;
 use common::proxy::{Cut, Proxy};
-use common::{Kind, Listening, Random, Setup};
+use common::{Content, Kind, Listening, Random, Setup};
 use std::cell::RefCell;
 use std::sync::Arc;
 
@@ -26,7 +26,8 @@ fn count_through(
     proxy.hold_at(1);
     pair.switch(&[]);
     let threads = counters.start(6, 400, random);
-    let total = pair.old.small_pages() * 4096;
+    let full = if setup.content == Content::Scattered { 4 } else { 1 };
+    let total = pair.old.small_pages() * 4096 / full;
     for cut in 0..cuts {
         let goal = total / (cuts + 1) * cut + random.below(total / (cuts + 1));
         proxy.hold_at(goal);
@@ -72,6 +73,23 @@ fn single_channels_cut_at_random_lose_nothing() {
             Setup { kinds: vec![(kind, 24 * MIB)], streams: 4, listening, ..Setup::default() };
         count_through(&setup, &mut random, 12, |random, channel| {
             channel != Channel::Control && random.below(5) == 0
+        });
+    }
+}
+
+#[test]
+fn streams_cut_among_many_small_frames_lose_nothing() {
+    prologue!("streams_cut_among_many_small_frames");
+    let mut random = Random::seeded("streams_cut_among_many_small_frames_lose_nothing");
+    for kind in [Kind::Anonymous, Kind::Memfd] {
+        let setup = Setup {
+            kinds: vec![(kind, 48 * MIB)],
+            streams: 2,
+            content: Content::Scattered,
+            ..Setup::default()
+        };
+        count_through(&setup, &mut random, 8, |random, channel| {
+            matches!(channel, Channel::Background(_)) && random.below(2) == 0
         });
     }
 }

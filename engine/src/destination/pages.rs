@@ -31,7 +31,7 @@ use afterimage_protocol::layout::{
 use hold::{Place, pass};
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Zero pages that are marked in one go: a hole may be a terabyte, and whoever reads events
@@ -115,6 +115,9 @@ pub(crate) struct Pages {
     alias_written: AtomicU64,
     /// What the source has said that it cannot read.
     unreadable: Bitmap<LazyWords>,
+    /// Pages of which a fault has been read, ever: for others nobody waits whom only the engine
+    /// can wake.
+    faulted: Bitmap<LazyWords>,
     /// Nobody reads events any more.
     is_unread: AtomicBool,
     pub(crate) counters: PageCounters,
@@ -133,6 +136,7 @@ impl Pages {
             remaining: AtomicU64::new(pages),
             alias_written: AtomicU64::new(0),
             unreadable: Bitmap::over(LazyWords::new(pages)?, pages),
+            faulted: Bitmap::over(LazyWords::new(pages)?, pages),
             is_unread: AtomicBool::new(false),
             counters: PageCounters::default(),
             #[cfg(test)]
@@ -376,10 +380,7 @@ impl Pages {
             self.planes.claim(step, |run| {
                 pass(Place::ZeroClaimed);
                 marked += self.mark_complete(run, &self.counters.zero, |_| ());
-                // A fault or an urgent copy may have seen the claim and relied on its owner.
-                for run in self.layout().split(run) {
-                    self.wake(&run);
-                }
+                self.wake_faulted(run);
             });
             drop(gate);
         }
@@ -387,8 +388,32 @@ impl Pages {
         marked
     }
 
-    /// The same where pages were asked for: wakes whoever waits for any of them, also for
-    /// one that had arrived by another way.
+    /// Wakes whoever may wait for pages that the caller has just made complete, without
+    /// showing them: an answer to its fault may have seen the claim and relied on its owner,
+    /// or the page has been asked for, and the source knows by now that it has arrived.
+    ///
+    /// Where no fault has been read, a system call a run is saved: a fault that is still to be
+    /// read is answered by the thread that reads it. Each of the two looks only after it has
+    /// left its own mark (there `faulted`, then a look at `complete`; here the other way
+    /// round), and the fences put one of them first: the later one sees the mark of the other.
+    fn wake_faulted(&self, pages: PageRange) {
+        fence(Ordering::SeqCst);
+        if self.faulted.first_set_in(pages).is_some() {
+            for run in self.layout().split(pages) {
+                self.wake(&run);
+            }
+        }
+    }
+
+    /// A fault of this page has been read, and whoever waits in it hangs on the engine. Comes
+    /// before any look at the planes for it: see [`wake_faulted`](Self::wake_faulted).
+    fn note_fault(&self, page: PageNumber) {
+        self.faulted.set_one(page);
+        fence(Ordering::SeqCst);
+    }
+
+    /// As [`zero`](Self::zero), where pages were asked for: wakes whoever waits for any of them,
+    /// also for one that had arrived by another way.
     pub(crate) fn zero_urgent(&self, pages: PageRange) -> u64 {
         let marked = self.zero(pages);
         for run in self.layout().split(pages) {

@@ -3,7 +3,7 @@
 use super::arrivals::Arrivals;
 use super::pages::{Claim, Target};
 use crate::sys::mapping::RawRun;
-use crate::transport::Stream;
+use crate::transport::{Reader, Stream};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::wire::{DataFrame, Generation, HEADER_BYTES, Header};
 use std::io;
@@ -11,58 +11,124 @@ use std::sync::atomic::Ordering;
 
 /// Bytes that are claimed and received in one go, where pages are no larger.
 const PIECE_BYTES: u64 = 256 << 10;
+/// Content of at least so many bytes is received straight to where it belongs. Of less, many
+/// frames come in one call, and another copy costs less than calls of their own.
+const LARGE_BYTES: usize = 32 << 10;
 
 /// One background stream.
 pub(super) struct Receiver<'a> {
     arrivals: &'a Arrivals,
-    stream: Stream,
+    reader: Reader,
     generation: Generation,
-    /// Where pages are copied from. Resident, because it is written over and over.
+    news: News<'a>,
+    /// Where large content is copied from. Resident, because it is written over and over.
     staging: Vec<u8>,
+}
+
+/// Pages that have become complete and wait to be acknowledged: runs that follow one another
+/// are told as one.
+struct News<'a> {
+    arrivals: &'a Arrivals,
+    run: Option<PageRange>,
+}
+
+impl News<'_> {
+    fn add(&mut self, run: PageRange) {
+        match &mut self.run {
+            Some(last) if last.end() == Some(run.start) => last.count += run.count,
+            _ => {
+                self.tell();
+                self.run = Some(run);
+            }
+        }
+    }
+
+    fn tell(&mut self) {
+        if let Some(run) = self.run.take() {
+            self.arrivals.acknowledge(run);
+        }
+    }
 }
 
 impl<'a> Receiver<'a> {
     pub(super) fn new(arrivals: &'a Arrivals, stream: Stream, generation: Generation) -> Self {
-        Self { arrivals, stream, generation, staging: Vec::new() }
+        let (reader, news) = (Reader::new(stream), News { arrivals, run: None });
+        Self { arrivals, reader, generation, news, staging: Vec::new() }
     }
 
     /// Receives until the connection ends. The claims of a piece that broke off are given
     /// back, and whoever waits for one of its pages asks again.
     pub(super) fn run(mut self) -> io::Result<()> {
         loop {
-            let mut header = [0; HEADER_BYTES];
-            self.stream.receive_exact(&mut header)?;
-            let header = Header::from_bytes(header);
-            let stamp = self.arrivals.stamp(self.generation);
-            if !stamp.admits(header.stamp()).map_err(io::Error::other)? {
-                self.arrivals.counters.stale.fetch_add(1, Ordering::Relaxed);
-                self.stream.skip(header.length().into())?;
-                continue;
-            }
-            let layout = self.arrivals.pages.layout();
-            let frame =
-                DataFrame::parse(&header, layout, "background").map_err(io::Error::other)?;
-            if self.arrivals.checksums && header.length() == 0 {
-                header.verify([]).map_err(io::Error::other)?;
-            }
-            match frame {
-                DataFrame::Content(pages, _) if self.arrivals.checksums => {
-                    self.checked_content(&header, pages)?;
-                }
-                DataFrame::Content(pages, length) => self.content(pages, length.into())?,
-                DataFrame::Zero(pages) => {
-                    self.arrivals.pages.zero(pages);
-                    self.arrivals.acknowledge_complete(pages);
-                }
-                DataFrame::Unreadable(pages) => self.arrivals.unreadable(pages),
-                DataFrame::Request(_) => {
-                    return Err(io::Error::other("a source may not send requests"));
-                }
+            if let Err(error) = self.frame() {
+                self.news.tell();
+                return Err(error);
             }
         }
     }
 
-    fn content(&mut self, pages: PageRange, length: u64) -> io::Result<()> {
+    fn frame(&mut self) -> io::Result<()> {
+        let header = Header::from_bytes(self.next_header()?);
+        let arrivals = self.arrivals;
+        if self.reader.here() < header.length() as usize {
+            // Its content may keep this thread waiting.
+            self.news.tell();
+        }
+        let stamp = arrivals.stamp(self.generation);
+        if !stamp.admits(header.stamp()).map_err(io::Error::other)? {
+            arrivals.counters.stale.fetch_add(1, Ordering::Relaxed);
+            return self.reader.skip(header.length().into());
+        }
+        let layout = arrivals.pages.layout();
+        let frame = DataFrame::parse(&header, layout, "background").map_err(io::Error::other)?;
+        if arrivals.checksums && header.length() == 0 {
+            header.verify([]).map_err(io::Error::other)?;
+        }
+        match frame {
+            DataFrame::Content(pages, _) => return self.content(&header, pages),
+            DataFrame::Zero(pages) => {
+                arrivals.pages.zero(pages);
+                arrivals.pages.planes().complete_in(pages, |run| self.news.add(run));
+            }
+            DataFrame::Unreadable(pages) => arrivals.unreadable(pages),
+            DataFrame::Request(_) => {
+                return Err(io::Error::other("a source may not send requests"));
+            }
+        }
+        Ok(())
+    }
+
+    fn next_header(&mut self) -> io::Result<[u8; HEADER_BYTES]> {
+        if self.reader.here() < HEADER_BYTES {
+            self.news.tell();
+        }
+        let mut header = [0; HEADER_BYTES];
+        header.copy_from_slice(self.reader.next(HEADER_BYTES)?);
+        Ok(header)
+    }
+
+    fn content(&mut self, header: &Header, pages: PageRange) -> io::Result<()> {
+        let length = header.length() as usize;
+        let is_large = length >= LARGE_BYTES;
+        // The next frame is likely to be such a one too.
+        self.reader.read_ahead(!is_large);
+        if is_large && !self.arrivals.checksums {
+            return self.large_content(pages, length as u64);
+        }
+        let content = if is_large {
+            self.staging.resize(self.staging.len().max(length), 0);
+            self.reader.receive_exact(&mut self.staging[..length])?;
+            &self.staging[..length]
+        } else {
+            self.reader.next(length)?
+        };
+        if self.arrivals.checksums {
+            header.verify([content]).map_err(io::Error::other)?;
+        }
+        place(self.arrivals, &mut self.news, pages, content)
+    }
+
+    fn large_content(&mut self, pages: PageRange, length: u64) -> io::Result<()> {
         let page_bytes = length / pages.count;
         let step = (PIECE_BYTES / page_bytes).max(1);
         let end = pages.start.0 + pages.count;
@@ -75,6 +141,8 @@ impl<'a> Receiver<'a> {
                 self.arrivals.acknowledge_complete(piece);
                 return Err(error);
             }
+            // The next piece may keep this thread waiting.
+            self.news.tell();
             next += piece.count;
         }
         Ok(())
@@ -90,51 +158,56 @@ impl<'a> Receiver<'a> {
         }
         arrivals.counters.bytes.fetch_add(length, Ordering::Relaxed);
         claim
-            .finish(&self.staging, |run| arrivals.acknowledge(run))
+            .finish(&self.staging, |run| self.news.add(run))
             .map_err(|error| arrivals.failed(error))
     }
 
     fn receive_piece(&mut self, claim: &Claim<'_>, length: u64) -> io::Result<()> {
         let Some(targets) = claim.targets() else {
             self.staging.resize(self.staging.len().max(length as usize), 0);
-            return self.stream.receive_exact(&mut self.staging[..length as usize]);
+            return self.reader.receive_exact(&mut self.staging[..length as usize]);
         };
         for target in targets {
             match target {
                 // SAFETY: the alias is mapped as long as `pages` lives, and these pages are
                 // claimed by this thread.
-                Target::Memory(run) => unsafe { self.stream.receive_run(run) }?,
-                Target::Nowhere(bytes) => self.stream.skip(bytes)?,
+                Target::Memory(run) => unsafe { self.reader.receive_run(run) }?,
+                Target::Nowhere(bytes) => self.reader.skip(bytes)?,
             }
         }
         Ok(())
     }
+}
 
-    /// Content with a checksum: received as a whole, verified, and only then placed.
-    fn checked_content(&mut self, header: &Header, pages: PageRange) -> io::Result<()> {
-        let length = header.length() as usize;
-        self.staging.resize(self.staging.len().max(length), 0);
-        self.stream.receive_exact(&mut self.staging[..length])?;
-        header.verify([&self.staging[..length]]).map_err(io::Error::other)?;
-        let arrivals = self.arrivals;
-        arrivals.counters.bytes.fetch_add(length as u64, Ordering::Relaxed);
-        let claim = arrivals.pages.claim(pages);
-        let mut at = 0;
-        for target in claim.targets().unwrap_or_default() {
-            match target {
-                Target::Memory(run) => {
-                    let RawRun { length, .. } = run;
-                    // SAFETY: as in `piece`.
-                    unsafe { run.write(&self.staging[at..at + length]) };
-                    at += length;
-                }
-                Target::Nowhere(bytes) => at += bytes as usize,
+/// Puts pages in place all of whose bytes are here, verified where they have a checksum. They
+/// are claimed only now: nothing is received any more, so that no claim is given back.
+fn place(
+    arrivals: &Arrivals,
+    news: &mut News<'_>,
+    pages: PageRange,
+    content: &[u8],
+) -> io::Result<()> {
+    arrivals.counters.bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
+    let claim = arrivals.pages.claim(pages);
+    let mut at = 0;
+    for target in claim.targets().unwrap_or_default() {
+        match target {
+            Target::Memory(run) => {
+                let RawRun { length, .. } = run;
+                // SAFETY: the alias is mapped as long as the pages live, and these pages are
+                // claimed by this thread.
+                unsafe { run.write(&content[at..at + length]) };
+                at += length;
             }
+            Target::Nowhere(bytes) => at += bytes as usize,
         }
-        claim
-            .finish(&self.staging, |run| arrivals.acknowledge(run))
-            .map_err(|error| arrivals.failed(error))
     }
+    let placed = claim.finish(content, |run| news.add(run));
+    placed.map_err(|error| {
+        // Some may be complete by another's hand, and be no news to him.
+        arrivals.acknowledge_complete(pages);
+        arrivals.failed(error)
+    })
 }
 
 #[cfg(test)]

@@ -1,31 +1,41 @@
 //! Sending what nobody has asked for yet.
+//!
+//! A stream takes run after run from the book until it has enough to send, or has looked
+//! through enough memory, and sends all of it in one call.
 
-use super::pacing::Permit;
+mod batch;
+mod sight;
+
 use super::serving::{NO_HINT, Serving, Underway};
-use crate::sys::holes::Extent;
-use crate::sys::mapping::{RawRun, Staging, is_zero};
-use crate::sys::socket::Piece;
+use crate::sys::mapping::{RawRun, is_zero};
 use crate::transport::Stream;
 use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
-use afterimage_protocol::wire::{DataFrame, Generation, HEADER_BYTES, Header};
+use afterimage_protocol::wire::{DataFrame, Generation};
+use batch::Batch;
+use sight::Sight;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Bytes of content taken, looked through and sent in one go: small enough that an urgent
-/// page does not wait long behind it.
+/// Bytes sent in one go: small enough that an urgent page does not wait long behind them.
 const CHUNK_BYTES: u64 = 256 << 10;
-/// The least of it, where a file turns out to be full of holes.
-const LEAST_CHUNK_BYTES: u64 = 16 << 10;
+/// The least that is read of a file in one go, where it turns out to be full of holes.
+const LEAST_READ_BYTES: u64 = 16 << 10;
+/// Bytes of memory that are looked through before what they hold is sent: zeros that were
+/// written cost time, and nothing on the wire.
+const LOOKED_BYTES: u64 = 1 << 20;
+/// Of a hole, its page tables are looked through: 8 bytes for each page of 4 KiB.
+const PAGE_TABLE_SHARE: u64 = 512;
+/// Runs taken before they are sent.
+const MAX_RUNS: usize = 512;
+/// Content read from files for one batch, and the zeros between: more only for a larger page.
+const STAGING_BYTES: u64 = 2 * CHUNK_BYTES;
 /// How far one look for content goes: dense memory takes as long to look at as it is long.
 const LOOK_AHEAD: u64 = 64 << 20;
-/// How long a stream stands back for requests before each piece.
+/// How long a stream stands back for requests before each batch.
 const STAND_BACK_FOR: Duration = Duration::from_millis(5);
-/// The most pages in one zero frame.
+/// The most pages in one run of zeros.
 const MAX_ZERO_PAGES: u64 = 1 << 31;
-
-/// A header and what follows it.
-type Frame = (Header, Option<RawRun>);
 
 /// One background stream.
 pub(super) struct Streamer<'s> {
@@ -34,13 +44,20 @@ pub(super) struct Streamer<'s> {
     generation: Generation,
     underway: Underway,
     cursor: PageNumber,
-    /// The piece with content that the cursor was last found in, by region.
-    extent: Option<(usize, Extent)>,
-    frames: Vec<Frame>,
-    /// Bytes taken in one go: fewer where the last were mostly zeros, because of a file it is
-    /// not known where its holes begin.
+    sight: Sight,
+    batch: Batch,
+    /// Bytes that are read of a file in one go: fewer where the last were mostly zeros, because
+    /// of a file it is not known where its holes begin.
     step: u64,
-    staging: Staging,
+}
+
+/// What a stream would send next.
+struct Next {
+    pages: PageRange,
+    is_hole: bool,
+    bytes: u64,
+    /// Bytes of staging that it needs.
+    staging: u64,
 }
 
 impl<'s> Streamer<'s> {
@@ -61,10 +78,9 @@ impl<'s> Streamer<'s> {
             generation,
             underway,
             cursor,
-            extent: None,
-            frames: Vec::new(),
+            sight: Sight::default(),
+            batch: Batch::default(),
             step: CHUNK_BYTES,
-            staging: Staging::default(),
         }
     }
 
@@ -82,19 +98,21 @@ impl<'s> Streamer<'s> {
                 }
                 continue;
             }
-            let Some(permit) = self.serving.permit(&self.stream, self.step) else {
+            let Some(permit) = self.serving.permit(&self.stream, CHUNK_BYTES) else {
                 return Ok(());
             };
             self.stand_back();
-            match self.take(permit.bytes) {
-                Some((run, is_hole)) => self.send_run(&run, is_hole, &permit)?,
-                None => {
-                    self.serving.pace.leaves(&permit, 0);
-                    if !self.serving.wait_change(&self.stream, seen) {
-                        return Ok(());
-                    }
+            self.gather(permit.bytes);
+            self.serving.pace.leaves(&permit, self.batch.bytes());
+            if self.batch.is_empty() {
+                if !self.serving.wait_change(&self.stream, seen) {
+                    return Ok(());
                 }
+                continue;
             }
+            self.stand_back();
+            let stamp = self.serving.stamp(self.generation);
+            self.batch.send(&self.stream, stamp, self.serving.checksums)?;
         }
         Ok(())
     }
@@ -110,164 +128,185 @@ impl<'s> Streamer<'s> {
         }
     }
 
-    /// Takes the next pages to send: near the last request, else where this stream is, else
-    /// from the start again.
-    fn take(&mut self, most: u64) -> Option<(RegionRun, bool)> {
-        let hint = self.serving.hint.swap(NO_HINT, Ordering::Relaxed);
-        if hint < self.serving.layout.page_count() {
+    /// Takes pages until about `most` bytes are to be sent: no more than that and a page.
+    fn gather(&mut self, most: u64) {
+        self.batch.clear();
+        let (mut looked, mut runs) = (0, 0);
+        while looked < LOOKED_BYTES && runs < MAX_RUNS && !self.underway.is_full() {
+            let left = most.saturating_sub(self.batch.bytes());
+            // What is left of the last pages is not worth a small run.
+            if left <= most / 8 {
+                return;
+            }
+            let Some(next) = self.next(left) else { return };
+            if next.staging > 0 && next.staging > self.room().length as u64 {
+                return;
+            }
+            runs += 1;
+            // Another stream may have been quicker, also with a part of it.
+            let Some(pages) = self.serving.book.take_in(next.pages) else { continue };
+            self.cursor = PageNumber(pages.start.0 + pages.count);
+            self.underway.push(pages);
+            if next.is_hole {
+                looked += next.bytes / PAGE_TABLE_SHARE;
+                self.push(DataFrame::Zero(pages), None);
+            } else if let Some(run) = self.serving.layout.split(pages).next() {
+                debug_assert_eq!(run.pages, pages, "within one region");
+                looked += run.length;
+                self.push_run(&run);
+            }
+        }
+    }
+
+    /// The next pages to send: near the last request, else where this stream is, else from the
+    /// start again. They lie in one region.
+    fn next(&mut self, most: u64) -> Option<Next> {
+        let Serving { hint, layout, book, memory, .. } = self.serving;
+        let hint = hint.swap(NO_HINT, Ordering::Relaxed);
+        if hint < layout.page_count() {
             self.cursor = PageNumber(hint);
         }
-        self.take_from(self.cursor, most).or_else(|| self.take_from(PageNumber(0), most))
-    }
-
-    fn take_from(&mut self, from: PageNumber, most: u64) -> Option<(RegionRun, bool)> {
-        let serving = self.serving;
-        // A look first, to know what kind of memory is next; the taking may get another
-        // thread's leavings further on, which then are looked at again.
-        let next = serving.book.peek(from)?;
-        let run = serving.layout.split(PageRange::one(next)).next()?;
-        let region_length = serving.layout.regions()[run.region].length;
-        let look_end = region_length.min(run.offset + run.length.max(LOOK_AHEAD));
-        let data = self.extent_at(run.region, run.offset, look_end);
-        let page_bytes = run.length;
-        let (is_hole, end) = match data {
+        let first = book.peek(self.cursor).or_else(|| book.peek(PageNumber(0)))?;
+        let RegionRun { region, offset, length: page_bytes, .. } =
+            layout.split(PageRange::one(first)).next()?;
+        let look_end = layout.regions()[region].length.min(offset + page_bytes.max(LOOK_AHEAD));
+        let (is_hole, end) = match self.sight.content_at(memory, region, offset, look_end) {
             None => (true, look_end),
             // A page that is partly data is data.
-            Some(extent) if extent.start >= run.offset + page_bytes => {
+            Some(extent) if extent.start >= offset + page_bytes => {
                 (true, extent.start / page_bytes * page_bytes)
             }
-            Some(extent) => (false, extent.end.min(run.offset + most.max(page_bytes))),
+            Some(extent) => {
+                let most = if memory.is_file(region) { most.min(self.step) } else { most };
+                (false, extent.end.min(offset + most.max(page_bytes)))
+            }
         };
-        let pages = (end - run.offset).div_ceil(page_bytes).min(MAX_ZERO_PAGES);
-        let taken = serving.book.take_in(PageRange::new(next, pages))?;
-        self.cursor = PageNumber(taken.start.0 + taken.count);
-        let run = serving.layout.split(taken).next()?;
-        debug_assert_eq!(run.pages, taken, "within one region");
-        Some((run, is_hole))
+        let pages = (end - offset).div_ceil(page_bytes).min(MAX_ZERO_PAGES);
+        let is_read = !is_hole && memory.is_file(region);
+        let bytes = pages * page_bytes;
+        let staging = if is_read { bytes } else { 0 };
+        Some(Next { pages: PageRange::new(first, pages), is_hole, bytes, staging })
     }
 
-    fn extent_at(&mut self, region: usize, offset: u64, end: u64) -> Option<Extent> {
-        if let Some((known, extent)) = self.extent
-            && known == region
-            && extent.start <= offset
-            && offset < extent.end
-        {
-            return Some(extent);
-        }
-        let extent = self.serving.memory.next_data(region, offset, end)?;
-        // Of a file only the beginning of its content is known.
-        self.extent = Some((region, extent)).filter(|_| !self.serving.memory.is_file(region));
-        Some(extent)
-    }
-
-    fn send_run(&mut self, run: &RegionRun, is_hole: bool, permit: &Permit) -> io::Result<()> {
-        self.underway.push(run.pages);
-        self.frames.clear();
-        let mut staging = std::mem::take(&mut self.staging);
-        if is_hole {
-            self.push_frame(DataFrame::Zero(run.pages), None);
-        } else {
-            self.push_run(run, &mut staging);
-            self.adapt(run);
-        }
-        let bytes: usize = self.frames.iter().map(frame_bytes).sum();
-        self.serving.pace.leaves(permit, bytes as u64);
-        let mut pieces = Vec::with_capacity(2 * self.frames.len());
-        for (header, content) in &self.frames {
-            pieces.push(Piece::bytes(header.bytes()));
-            pieces.extend(content.map(Piece::memory));
-        }
-        // SAFETY: headers live in `self.frames`; content lies in `staging` or in memory that
-        // the VMM keeps mapped.
-        let sent = unsafe { self.stream.send_pieces(&mut pieces) };
-        self.staging = staging;
-        sent
-    }
-
-    /// Takes less the next time if this was mostly zeros, more if it was not.
-    fn adapt(&mut self, run: &RegionRun) {
-        let content: usize = self.frames.iter().filter_map(|(_, it)| it.map(|it| it.length)).sum();
-        self.step = if (content as u64) < run.length / 2 {
-            (self.step / 2).max(LEAST_CHUNK_BYTES)
-        } else {
-            (self.step * 2).min(CHUNK_BYTES)
-        };
+    /// Where content of files is read to.
+    fn room(&mut self) -> RawRun {
+        let regions = self.serving.layout.regions().iter();
+        let largest = regions.map(|region| region.page_size.bytes()).max().unwrap_or(0);
+        self.batch.room(largest.max(STAGING_BYTES) as usize)
     }
 
     /// Frames for a run of which not everything may be readable.
-    fn push_run(&mut self, run: &RegionRun, staging: &mut Staging) {
+    fn push_run(&mut self, run: &RegionRun) {
         let memory = &self.serving.memory;
+        let is_file = memory.is_file(run.region);
         let page_bytes = run.length / run.pages.count;
-        let length = if memory.is_file(run.region) { run.length as usize } else { 0 };
-        let staging = staging.bytes(length);
         let pages = |from: u64, count| PageRange::new(PageNumber(run.pages.start.0 + from), count);
-        let mut done = 0;
+        let before = self.batch.bytes();
+        let (mut done, mut first_zero, mut ends_in_content) = (0, None, false);
         while done < run.pages.count {
-            let at = done * page_bytes;
-            let into = &mut staging[(at as usize).min(length)..];
-            let brought = memory.bring(run.region, run.offset + at, run.length - at, into);
+            let (at, mut into) = (done * page_bytes, &mut [][..]);
+            let length = run.length - at;
+            if is_file {
+                // SAFETY: the rest of the batch's staging, which nobody else uses.
+                into = unsafe { self.room().part(0, length as usize).bytes_mut() };
+            }
+            let brought = memory.bring(run.region, run.offset + at, length, into);
             let whole = brought.run.length as u64 / page_bytes;
-            self.push_content(pages(done, whole), brought.run, page_bytes);
+            let (zero, kept) = self.push_content(pages(done, whole), brought.run, page_bytes);
+            first_zero = first_zero.or_else(|| zero.map(|zero| at + zero * page_bytes));
+            if is_file {
+                self.batch.keep((kept * page_bytes) as usize);
+            }
             done += whole;
+            ends_in_content = kept == whole;
             if done < run.pages.count {
                 let lost = if brought.is_cut { run.pages.count - done } else { 1 };
                 let lost = pages(done, lost);
                 tracing::error!(pages = %lost, "the source's memory cannot be read here");
-                self.push_frame(DataFrame::Unreadable(lost), None);
+                self.push(DataFrame::Unreadable(lost), None);
                 done += lost.count;
+            }
+        }
+        if is_file {
+            self.adapt(run, first_zero, self.batch.bytes() - before);
+            if !ends_in_content {
+                // Perhaps a hole begins there.
+                self.sight.forget();
             }
         }
     }
 
-    /// Frames for pages with content: those that are zero by runs, the others by runs.
-    fn push_content(&mut self, pages: PageRange, content: RawRun, page_bytes: u64) {
+    /// Reads less of a file the next time if much of this was a hole, more if it was not.
+    fn adapt(&mut self, run: &RegionRun, first_zero: Option<u64>, sent: u64) {
+        if sent < run.length / 4
+            && let Some(zero) = first_zero
+        {
+            // Zeros that were written take no longer to read than to look for.
+            let (from, end) = (run.offset + zero, run.offset + run.length);
+            let data = self.serving.memory.next_data(run.region, from, end);
+            if data.is_none_or(|data| data.start > from) {
+                self.step = (self.step / 2).max(LEAST_READ_BYTES);
+                return;
+            }
+        }
+        if sent >= run.length / 2 {
+            self.step = (self.step * 2).min(CHUNK_BYTES);
+        }
+    }
+
+    /// Frames for pages with content: those that are zero by runs, the others by runs. Returns
+    /// the first that is zero, and how many there are up to the last that is not.
+    fn push_content(
+        &mut self,
+        pages: PageRange,
+        content: RawRun,
+        page_bytes: u64,
+    ) -> (Option<u64>, u64) {
         let part = |from: u64, count: u64| {
             content.part((from * page_bytes) as usize, (count * page_bytes) as usize)
         };
         // SAFETY: readable memory of whole pages, aligned to words.
         let is_zero_at = |page| unsafe { is_zero(part(page, 1)) };
-        let mut start = 0;
+        let (mut start, mut first_zero, mut kept) = (0, None, 0);
+        let mut zero = pages.count > 0 && is_zero_at(0);
         while start < pages.count {
-            let zero = is_zero_at(start);
             let mut end = start + 1;
-            while end < pages.count && is_zero_at(end) == zero {
+            let mut next = zero;
+            while end < pages.count {
+                next = is_zero_at(end);
+                if next != zero {
+                    break;
+                }
                 end += 1;
             }
             let count = end - start;
             let range = PageRange::new(PageNumber(pages.start.0 + start), count);
             if zero {
-                self.push_frame(DataFrame::Zero(range), None);
+                first_zero.get_or_insert(start);
+                self.push(DataFrame::Zero(range), None);
             } else {
                 let content = part(start, count);
                 let frame = DataFrame::Content(range, content.length as u32);
-                self.push_frame(frame, Some(content));
+                self.push(frame, Some(content));
+                kept = end;
             }
-            start = end;
+            (start, zero) = (end, next);
         }
+        (first_zero, kept)
     }
 
-    fn push_frame(&mut self, frame: DataFrame, content: Option<RawRun>) {
-        let serving = self.serving;
-        let mut header = frame.header(serving.stamp(self.generation));
-        if serving.checksums {
-            // SAFETY: memory is final, and staging is not touched before it has been sent.
-            let bytes = content.map_or(&[][..], |run| unsafe { run.bytes() });
-            header = header.sealed([bytes]);
-        }
+    fn push(&mut self, frame: DataFrame, content: Option<RawRun>) {
+        let counters = &self.serving.counters;
         let counter = match frame {
-            DataFrame::Content(..) => &serving.counters.background,
-            DataFrame::Unreadable(..) => &serving.counters.unreadable,
-            _ => &serving.counters.zero,
+            DataFrame::Content(..) => &counters.background,
+            DataFrame::Unreadable(..) => &counters.unreadable,
+            _ => &counters.zero,
         };
         let (DataFrame::Content(pages, _)
         | DataFrame::Zero(pages)
         | DataFrame::Unreadable(pages)
         | DataFrame::Request(pages)) = frame;
         counter.fetch_add(pages.count, Ordering::Relaxed);
-        self.frames.push((header, content));
+        self.batch.push(frame, content);
     }
-}
-
-fn frame_bytes((_, content): &Frame) -> usize {
-    HEADER_BYTES + content.map_or(0, |content| content.length)
 }

@@ -226,6 +226,26 @@ impl SourceMemory {
             Some(whole)
         })
     }
+
+    /// The same for as many of them as one look finds, in order: the last is that of the range
+    /// unless there are [`EXTENTS_AT_ONCE`](holes::EXTENTS_AT_ONCE). Replaces what `found`
+    /// holds.
+    pub(crate) fn look(&self, region: usize, from: u64, end: u64, found: &mut Vec<Extent>) {
+        found.clear();
+        let (None, Some(pagemap)) = (&self.files[region], &self.pagemap) else {
+            found.extend(self.next_data(region, from, end));
+            return;
+        };
+        let base = self.layout.regions()[region].local.unwrap_or_default().0;
+        let looked = pagemap.each_present(base + from, base + end, |it| {
+            found.push(Extent { start: it.start - base, end: it.end - base });
+        });
+        if let Err(error) = looked {
+            tracing::debug!(%error, "holes cannot be told");
+            found.clear();
+            found.push(Extent { start: from, end });
+        }
+    }
 }
 
 /// Content that is ready to be sent.

@@ -28,6 +28,9 @@ pub(crate) fn next_data(file: impl AsFd, from: u64, end: u64) -> io::Result<Opti
     }
 }
 
+/// How many pieces with content one look finds.
+pub(crate) const EXTENTS_AT_ONCE: usize = 256;
+
 /// The page maps of this process.
 #[derive(Debug)]
 pub(crate) struct Pagemap {
@@ -73,31 +76,63 @@ impl Pagemap {
     /// The next run of private memory at or after `from`, before `end`, that has pages of
     /// its own, present or swapped out. Addresses are multiples of 4 KiB.
     pub(crate) fn next_present(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
-        if from >= end {
-            return Ok(None);
-        }
-        match self.scan(from, end) {
-            // PAGEMAP_SCAN came with Linux 6.7.
-            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.read_on(from, end),
-            other => other,
-        }
+        let mut found = [PageRegion::default()];
+        let mut next = None;
+        self.find(from, end, &mut found, |extent| next = Some(extent))?;
+        Ok(next)
+    }
+
+    /// Calls `present` with the next such runs in order: with all of them, or with
+    /// [`EXTENTS_AT_ONCE`].
+    pub(crate) fn each_present(
+        &self,
+        from: u64,
+        end: u64,
+        present: impl FnMut(Extent),
+    ) -> io::Result<()> {
+        self.find(from, end, &mut [PageRegion::default(); EXTENTS_AT_ONCE], present)
     }
 
     /// Whether the kernel can scan.
     pub(crate) fn try_scan(&self) -> io::Result<()> {
-        self.scan(0, 4096).map(drop)
+        self.scan(0, 4096, &mut [PageRegion::default()]).map(drop)
     }
 
-    fn scan(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
-        let mut found = PageRegion::default();
+    fn find(
+        &self,
+        from: u64,
+        end: u64,
+        found: &mut [PageRegion],
+        mut present: impl FnMut(Extent),
+    ) -> io::Result<()> {
+        if from >= end {
+            return Ok(());
+        }
+        match self.scan(from, end, found) {
+            Ok(count) => {
+                found[..count]
+                    .iter()
+                    .for_each(|it| present(Extent { start: it.start, end: it.end }));
+                Ok(())
+            }
+            // PAGEMAP_SCAN came with Linux 6.7.
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+                self.read_on(from, end, found.len(), present)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Fills `found` from its start; how many there are.
+    fn scan(&self, from: u64, end: u64, found: &mut [PageRegion]) -> io::Result<usize> {
         let mut argument = ScanArgument {
             size: size_of::<ScanArgument>() as u64,
             flags: 0,
             start: from,
             end,
             walk_end: 0,
-            vec: &raw mut found as u64,
-            vec_len: 1,
+            vec: found.as_mut_ptr() as u64,
+            vec_len: found.len() as u64,
             max_pages: 0,
             category_inverted: 0,
             category_mask: 0,
@@ -105,32 +140,45 @@ impl Pagemap {
             // No difference between present and swapped: one run where they alternate.
             return_mask: 0,
         };
-        // SAFETY: the argument has the kernel's layout; `found` is the vector of one region
-        // that it points to; both live through the call.
+        // SAFETY: the argument has the kernel's layout; `found` is the vector that it points
+        // to, with its length; both live through the call.
         let regions = unsafe { pagemap_scan(self.file.as_raw_fd(), &raw mut argument) }?;
-        Ok((regions > 0).then_some(Extent { start: found.start, end: found.end }))
+        Ok(regions as usize)
     }
 
-    /// The same by reading one entry of 8 bytes a page.
-    fn read_on(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
+    /// The same by reading one entry of 8 bytes a page; at most so many runs.
+    fn read_on(
+        &self,
+        from: u64,
+        end: u64,
+        most: usize,
+        mut present: impl FnMut(Extent),
+    ) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
         let mut buffer = [0_u8; 8 * 512];
-        let (mut at, mut start) = (from, None);
+        let (mut at, mut start, mut count) = (from, None, 0);
         while at < end {
             let pages = ((end - at) / 4096).min(512) as usize;
             self.file.read_exact_at(&mut buffer[..pages * 8], at / 4096 * 8)?;
             for entry in buffer[..pages * 8].chunks_exact(8) {
                 // Bits 63 and 62: present, swapped; little-endian puts them in the last byte.
                 let has_page = entry[7] & 0xc0 != 0;
-                match (has_page, start) {
-                    (true, None) => start = Some(at),
-                    (false, Some(start)) => return Ok(Some(Extent { start, end: at })),
-                    _ => {}
+                if has_page {
+                    start.get_or_insert(at);
+                } else if let Some(start) = start.take() {
+                    present(Extent { start, end: at });
+                    count += 1;
+                    if count == most {
+                        return Ok(());
+                    }
                 }
                 at += 4096;
             }
         }
-        Ok(start.map(|start| Extent { start, end }))
+        if let Some(start) = start {
+            present(Extent { start, end });
+        }
+        Ok(())
     }
 }
 
@@ -168,19 +216,48 @@ mod tests {
         map.touch(701);
         let start = map.start();
         let pagemap = Pagemap::of_this_process().unwrap();
-        let ways: [Way; 2] = [Pagemap::next_present, Pagemap::read_on];
-        for way in ways {
-            let mut found = Vec::new();
-            let mut from = start;
-            while let Some(extent) = way(&pagemap, from, start + 1000 * PAGE).unwrap() {
-                found.push(((extent.start - start) / PAGE, (extent.end - start) / PAGE));
-                from = extent.end;
-            }
-            assert_eq!(found, [(10, 11), (700, 702)]);
+        let end = start + 1000 * PAGE;
+        let pages = |extent: Extent| ((extent.start - start) / PAGE, (extent.end - start) / PAGE);
+        let all = [(10, 11), (700, 702)];
+        let mut found = Vec::new();
+        let mut from = start;
+        while let Some(extent) = pagemap.next_present(from, end).unwrap() {
+            found.push(pages(extent));
+            from = extent.end;
+        }
+        assert_eq!(found, all);
+        found.clear();
+        pagemap.each_present(start, end, |extent| found.push(pages(extent))).unwrap();
+        assert_eq!(found, all);
+        for most in 1..4 {
+            found.clear();
+            pagemap.read_on(start, end, most, |extent| found.push(pages(extent))).unwrap();
+            assert_eq!(found, all[..most.min(2)]);
         }
     }
 
-    type Way = fn(&Pagemap, u64, u64) -> io::Result<Option<Extent>>;
+    #[test]
+    fn one_look_finds_many_pieces_and_the_next_goes_on_behind_them() {
+        let pieces = 2 * EXTENTS_AT_ONCE + 3;
+        let mut map = MmapMutAligned::new(2 * pieces);
+        (0..pieces).for_each(|piece| map.touch(2 * piece));
+        let (start, end) = (map.start(), map.start() + 2 * pieces as u64 * PAGE);
+        let pagemap = Pagemap::of_this_process().unwrap();
+        let (mut found, mut looks, mut from) = (Vec::new(), 0, start);
+        while from < end {
+            let before = found.len();
+            pagemap.each_present(from, end, |extent| found.push(extent)).unwrap();
+            assert!(found.len() - before <= EXTENTS_AT_ONCE);
+            looks += 1;
+            from = if found.len() == before { end } else { found[found.len() - 1].end };
+        }
+        let page = |piece: u64| start + 2 * piece * PAGE;
+        let expected = (0..pieces as u64)
+            .map(|piece| Extent { start: page(piece), end: page(piece) + PAGE })
+            .collect::<Vec<_>>();
+        assert_eq!(found, expected);
+        assert!(looks <= 4, "{looks} looks");
+    }
 
     struct MmapMutAligned(memmap2::MmapMut);
 

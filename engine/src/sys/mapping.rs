@@ -84,6 +84,16 @@ impl RawRun {
         unsafe { std::slice::from_raw_parts(self.start, self.length) }
     }
 
+    /// The same, to be written.
+    ///
+    /// # Safety
+    /// The memory must still be there, writable, and nobody else may use these bytes as long
+    /// as the slice lives.
+    pub(crate) unsafe fn bytes_mut<'a>(&self) -> &'a mut [u8] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.length) }
+    }
+
     /// Writes `content` to the start of the run.
     ///
     /// # Safety
@@ -108,6 +118,11 @@ impl Staging {
         }
         // SAFETY: the words are initialised and exclusively borrowed; bytes have no alignment.
         unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), length) }
+    }
+
+    /// The same as raw memory, which stays in place until more is asked for.
+    pub(crate) fn run(&mut self, length: usize) -> RawRun {
+        RawRun { start: self.bytes(length).as_mut_ptr(), length }
     }
 }
 

@@ -10,6 +10,7 @@ mod connection;
 mod dialer;
 mod greet;
 mod listener;
+mod reader;
 mod stream;
 
 pub use address::{Address, AddressError, Plaintext};
@@ -18,4 +19,5 @@ pub(crate) use dialer::{Dialed, Dialer};
 pub(crate) use greet::{ConnectError, answer_with, connect, refuse};
 pub use listener::Listener;
 pub(crate) use listener::{Accepted, Acceptor};
+pub(crate) use reader::Reader;
 pub(crate) use stream::Stream;

@@ -34,6 +34,10 @@ pub enum Content {
     Sparse,
     /// Runs of zero pages that were written, between others.
     ZeroRuns,
+    /// Content in every fourth page; the others were never touched.
+    Scattered,
+    /// Nothing but zeros that were written.
+    Zeros,
     /// Nothing anywhere.
     Empty,
 }
@@ -42,7 +46,9 @@ impl Content {
     fn of(self, page: u64) -> PageContent {
         match self {
             Self::Sparse if page % 61 < 5 => PageContent::Full,
-            Self::Sparse | Self::Empty => PageContent::Hole,
+            Self::Scattered if page.is_multiple_of(4) => PageContent::Full,
+            Self::Sparse | Self::Scattered | Self::Empty => PageContent::Hole,
+            Self::Zeros => PageContent::Zeros,
             Self::ZeroRuns if page % 97 < 40 || page.is_multiple_of(7) => PageContent::Zeros,
             Self::Dense | Self::ZeroRuns => PageContent::Full,
         }

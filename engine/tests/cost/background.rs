@@ -13,6 +13,12 @@ use std::time::Duration;
 const PIECE: u64 = 256 << 10;
 /// How far one look for content goes.
 const LOOK_AHEAD: u64 = 64 * MIB;
+/// Bytes of memory that are looked through before what they hold is sent.
+const LOOKED_AT_ONCE: u64 = MIB;
+/// How many looks at holes are as much.
+const LOOKS_AT_ONCE: u64 = 8;
+/// Pieces with content that one look finds.
+const EXTENTS_AT_ONCE: u64 = 256;
 /// The alias gives back its page tables each time so much was written through it.
 const ALIAS_WINDOW: u64 = 32 * MIB;
 /// In how many calls the content of a piece of 256 KiB may be received. Seen: 1 to 2; where
@@ -111,13 +117,13 @@ fn content_costs_what_it_should(kind: Kind, mib: u64) {
     let pieces = mib * MIB / piece;
     let each = Bound::Exactly(pieces);
     // A header and its content leave in one call. Private memory is sent from where it lies,
-    // a file is read, after a look for holes before each piece.
+    // a file is read.
     let looks = Bound::Exactly((mib * MIB).div_ceil(LOOK_AHEAD));
     match kind {
         Kind::Anonymous => check_sender(&seen, &[(Call::Send, each), (Call::Ioctl, looks)]),
-        _ => check_sender(&seen, &[(Call::Send, each), (Call::ReadAt, each), (Call::Seek, each)]),
+        _ => check_sender(&seen, &[(Call::Send, each), (Call::ReadAt, each), (Call::Seek, looks)]),
     }
-    // A header is received by itself. An alias is populated before each piece.
+    // A header before large content is received by itself. An alias is populated before each piece.
     let receives = pieces + pieces * RECEIVES_PER_PIECE * (piece / PIECE);
     let receives = (Call::Receive, Bound::AtMost(receives));
     let populated = Bound::Exactly(pieces + mib * MIB / ALIAS_WINDOW);
@@ -137,7 +143,7 @@ fn content_in_anonymous_memory_costs_four_calls_a_mib_and_a_few_more_to_place() 
 }
 
 #[test]
-fn content_in_a_memfd_costs_twelve_calls_a_mib_and_a_few_more_to_place() {
+fn content_in_a_memfd_costs_eight_calls_a_mib_and_a_few_more_to_place() {
     prologue!("content_in_a_memfd");
     content_costs_what_it_should(Kind::Memfd, 64);
 }
@@ -148,19 +154,109 @@ fn content_in_huge_pages_costs_a_few_calls_a_page() {
     content_costs_what_it_should(Kind::Huge, 32);
 }
 
-/// A hole costs a frame of 32 bytes for each 64 MiB: two thousandths of a byte a page.
-fn holes_cost_next_to_nothing(kind: Kind) {
-    let mib = 256;
-    let Some(seen) = count(kind, Content::Empty, mib) else { return };
-    let frames = mib * MIB / LOOK_AHEAD;
+/// Every fourth page has content: its own frame, between frames of three zero pages.
+fn scattered_content_costs_what_it_should(kind: Kind) {
+    let mib = 64;
+    let Some(seen) = count(kind, Content::Scattered, mib) else { return };
+    let pages = mib * MIB / 4096 / 4;
+    // Many frames leave in one call: it ends with the first page that makes it long enough.
+    let (long_enough, page) = (PIECE / 8 * 7, 4096 + 2 * HEADER);
+    let sends = pages.div_ceil(long_enough.div_ceil(page));
+    match kind {
+        Kind::Anonymous => {
+            // One for 256 pages with content, each of which goes on where the last one ended.
+            let looks = Bound::AtMost(pages / EXTENTS_AT_ONCE + 2);
+            check_sender(&seen, &[(Call::Send, Bound::Exactly(sends)), (Call::Ioctl, looks)]);
+        }
+        _ => {
+            // Holes are read as zeros along with content, and fill the buffer half-way. Each
+            // piece that ends in one is followed by a look for where it ends.
+            let sends = Bound::AtMost(2 * sends);
+            let reads = mib * MIB / PIECE * 2;
+            let (reads, seeks) = (Bound::AtMost(reads), Bound::AtMost(reads));
+            let calls = [(Call::Send, sends), (Call::ReadAt, reads), (Call::Seek, seeks)];
+            let calls = calls.iter().copied().chain([(Call::Status, Bound::AtMost(1))]);
+            check_sender(&seen, &calls.collect::<Vec<_>>());
+        }
+    }
+    // Many frames come in one call; where sockets hold little there are more.
+    let receives = (Call::Receive, Bound::AtMost(mib * RECEIVES_PER_PIECE));
+    match kind {
+        // Pages that do not follow one another are placed by a call each.
+        Kind::Anonymous => check_receiver(&seen, &[receives, (Call::Ioctl, Bound::Exactly(pages))]),
+        _ => {
+            let shown = (Call::Ioctl, Bound::AtMost(pages + LAST_PIECE));
+            let populated = (Call::Advise, Bound::AtMost(pages + 1));
+            check_receiver(&seen, &[receives, shown, populated]);
+        }
+    }
+    check_bytes(&seen, mib, pages * 4096, 2 * pages);
+    check_control(&seen);
+}
+
+#[test]
+fn scattered_content_in_anonymous_memory_costs_two_calls_a_mib_and_one_a_page_to_place() {
+    prologue!("scattered_content_in_anonymous_memory");
+    scattered_content_costs_what_it_should(Kind::Anonymous);
+}
+
+#[test]
+fn scattered_content_in_a_memfd_costs_twelve_calls_a_mib_and_two_a_page_to_place() {
+    prologue!("scattered_content_in_a_memfd");
+    scattered_content_costs_what_it_should(Kind::Memfd);
+}
+
+/// Zeros that were written have to be looked through, and cost a frame a MiB.
+fn written_zeros_cost_what_they_should(kind: Kind) {
+    let mib = 64;
+    let Some(seen) = count(kind, Content::Zeros, mib) else { return };
+    let frames = mib * MIB / LOOKED_AT_ONCE;
     let each = Bound::Exactly(frames);
     match kind {
-        Kind::Anonymous => check_sender(&seen, &[(Call::Send, each), (Call::Ioctl, each)]),
-        // Behind the last content of a file its size is asked for: was it cut short?
-        _ => check_sender(&seen, &[(Call::Send, each), (Call::Seek, each), (Call::Status, each)]),
+        Kind::Anonymous => {
+            let looks = Bound::Exactly((mib * MIB).div_ceil(LOOK_AHEAD));
+            check_sender(&seen, &[(Call::Send, each), (Call::Ioctl, looks)]);
+        }
+        _ => {
+            // Is it a hole, and where does it end? It is none.
+            let reads = mib * MIB / PIECE;
+            let (reads, seeks) = (Bound::Exactly(reads), Bound::Exactly(2 * reads));
+            check_sender(&seen, &[(Call::Send, each), (Call::ReadAt, reads), (Call::Seek, seeks)]);
+        }
     }
-    // Whoever waits for one of the pages is woken.
-    check_receiver(&seen, &[(Call::Receive, each), (Call::Ioctl, each)]);
+    // Nobody has touched any of the pages, and nobody is woken.
+    check_receiver(&seen, &[(Call::Receive, Bound::AtMost(frames))]);
+    check_bytes(&seen, mib, 0, frames);
+    check_control(&seen);
+}
+
+#[test]
+fn zeros_written_to_anonymous_memory_cost_a_call_a_mib() {
+    prologue!("zeros_written_to_anonymous_memory");
+    written_zeros_cost_what_they_should(Kind::Anonymous);
+}
+
+#[test]
+fn zeros_written_to_a_memfd_cost_thirteen_calls_a_mib() {
+    prologue!("zeros_written_to_a_memfd");
+    written_zeros_cost_what_they_should(Kind::Memfd);
+}
+
+/// A hole costs a frame of 32 bytes for each 512 MiB: a quarter of a thousandth of a byte a
+/// page.
+fn holes_cost_next_to_nothing(kind: Kind) {
+    let mib = 1024;
+    let Some(seen) = count(kind, Content::Empty, mib) else { return };
+    let looks = Bound::Exactly(mib * MIB / LOOK_AHEAD);
+    let frames = mib * MIB / LOOK_AHEAD / LOOKS_AT_ONCE;
+    let each = Bound::Exactly(frames);
+    match kind {
+        Kind::Anonymous => check_sender(&seen, &[(Call::Send, each), (Call::Ioctl, looks)]),
+        // Behind the last content of a file its size is asked for: was it cut short?
+        _ => check_sender(&seen, &[(Call::Send, each), (Call::Seek, looks), (Call::Status, looks)]),
+    }
+    // Nobody has touched any of the pages, and nobody is woken.
+    check_receiver(&seen, &[(Call::Receive, each)]);
     check_bytes(&seen, mib, 0, frames);
     check_control(&seen);
     let pages = mib * MIB / 4096;
@@ -170,13 +266,13 @@ fn holes_cost_next_to_nothing(kind: Kind) {
 }
 
 #[test]
-fn a_hole_in_anonymous_memory_costs_a_frame_for_64_mib() {
+fn a_hole_in_anonymous_memory_costs_a_frame_for_512_mib() {
     prologue!("a_hole_in_anonymous_memory");
     holes_cost_next_to_nothing(Kind::Anonymous);
 }
 
 #[test]
-fn a_hole_in_a_memfd_costs_a_frame_for_64_mib() {
+fn a_hole_in_a_memfd_costs_a_frame_for_512_mib() {
     prologue!("a_hole_in_a_memfd");
     holes_cost_next_to_nothing(Kind::Memfd);
 }

@@ -108,6 +108,8 @@ impl Scenario {
             Content::Dense => 'd',
             Content::ZeroRuns => 'z',
             Content::Sparse => 's',
+            Content::Scattered => 'f',
+            Content::Zeros => 'n',
             Content::Empty => 'e',
         };
         let Self { bytes, touched, heartbeat, .. } = self;
@@ -124,6 +126,8 @@ impl Scenario {
             Some("d") => Content::Dense,
             Some("z") => Content::ZeroRuns,
             Some("s") => Content::Sparse,
+            Some("f") => Content::Scattered,
+            Some("n") => Content::Zeros,
             _ => Content::Empty,
         };
         let mut number = || words.next().and_then(|word| word.parse().ok()).expect("a number");

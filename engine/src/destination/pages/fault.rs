@@ -112,6 +112,7 @@ impl Pages {
     ) {
         match self.layout().page_at_registered(RegisteredAddress(addr as u64)) {
             Some(page) => {
+                self.note_fault(page);
                 faults.push(MissingPage { page, is_minor: kind == FaultKind::Minor });
             }
             None => tracing::error!(?addr, "a fault outside of guest memory"),

@@ -3,6 +3,7 @@
 use super::*;
 use crate::destination::memory::DestinationRegion;
 use afterimage_protocol::layout::{GuestAddress, RegisteredAddress};
+use std::sync::atomic::AtomicU64;
 
 #[test]
 fn a_page_that_has_not_come_must_be_asked_for() {
@@ -109,6 +110,80 @@ fn a_zero_run_of_the_background_wakes_whom_an_urgent_copy_left_to_it() {
         });
         assert_eq!(guest.pages.zero(range(0, 4)), 4);
         assert_eq!(guest.answer_until(&waiting, 1), (0, 0));
+    }
+}
+
+/// When the fault of a page that turns out zero is read.
+#[derive(Clone, Copy, Debug)]
+enum Read {
+    Before,
+    /// After it has been claimed.
+    Meanwhile,
+    After,
+}
+
+#[test]
+fn whoever_waits_for_a_page_in_a_zero_run_of_the_background_gets_it_whenever_the_fault_is_read() {
+    for read in [Read::Before, Read::Meanwhile, Read::After] {
+        for guest in Guest::each(8, DiscardNotice::Called) {
+            let waiting = guest.touch(5);
+            let other = guest.clone();
+            let answer = move || {
+                // What is asked for may never be answered: the source learns that the page has
+                // arrived before the request comes.
+                let answer = other.pages.answer(other.faults()[0]);
+                assert!(matches!(answer, FaultAnswer::Ask | FaultAnswer::BeingWritten));
+            };
+            match read {
+                Read::Before => answer(),
+                Read::Meanwhile => at(Place::ZeroClaimed, answer),
+                Read::After => {}
+            }
+            assert_eq!(guest.pages.zero(range(4, 4)), 4);
+            assert_eq!(guest.answer_until(&waiting, 5), (0, 0), "{read:?}");
+        }
+    }
+}
+
+#[test]
+fn no_reader_of_a_page_is_lost_while_zero_runs_race_with_its_fault() {
+    const PAGES: u64 = 20_000;
+    for guest in [Kind::Anonymous, Kind::Memfd]
+        .into_iter()
+        .filter_map(|kind| Guest::new(kind, PAGES, DiscardNotice::Called))
+    {
+        let reached = Arc::new(AtomicU64::new(0));
+        let reader = {
+            let (guest, reached) = (guest.clone(), Arc::clone(&reached));
+            std::thread::spawn(move || {
+                for page in 0..PAGES {
+                    reached.store(page, Ordering::Release);
+                    assert_eq!(guest.read(page), (0, 0));
+                }
+                reached.store(PAGES, Ordering::Release);
+            })
+        };
+        let zeroer = {
+            let (guest, reached) = (guest.clone(), Arc::clone(&reached));
+            std::thread::spawn(move || {
+                // Just where the reader is, so that its fault is read at the same time.
+                for page in 0..PAGES {
+                    while reached.load(Ordering::Acquire) < page {
+                        std::thread::yield_now();
+                    }
+                    guest.pages.zero(range(page, 1));
+                }
+            })
+        };
+        let mut faults = Vec::new();
+        testing::await_that("all pages are read", || {
+            guest.pages.read_events(&mut EventBuffer::new(8), &mut faults).unwrap();
+            // What would be asked for is not: the wake-up alone must bring the reader on.
+            faults.retain(|&fault| guest.pages.answer(fault) == FaultAnswer::EventPending);
+            reached.load(Ordering::Acquire) == PAGES
+        });
+        reader.join().unwrap();
+        zeroer.join().unwrap();
     }
 }
 
