@@ -12,6 +12,7 @@ use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use crate::error::BenchError;
+use crate::interrupt;
 use crate::machine::Machine;
 use crate::page;
 use crate::pair::Network;
@@ -45,7 +46,7 @@ Exit status:
   1  a page had another content than it must have
   2  the command line is wrong
   3  the machine lacks something: rows are missing
-  4  something failed: rows are missing";
+  4  something failed, so that rows are missing; or the run was interrupted";
 
 /// Measures the engine against the floors of the machine it runs on: source and destination
 /// are two processes, floors and scenarios go by turns, and every page is verified.
@@ -199,10 +200,11 @@ fn bench(options: &Options) -> ExitCode {
         corrupt_one_byte: options.corrupt_one_byte,
         shows_progress: !options.json,
     };
-    let measured = run::run(&steps, &once, plan);
-    let measurements = match measured {
+    interrupt::note_signals();
+    let measurements = match run::run(&steps, &once, plan) {
         Ok(measurements) => measurements,
-        Err(error) => return fail(options, &error, 1),
+        Err(error @ BenchError::Wrong(_)) => return fail(options, &error, 1),
+        Err(error) => return fail(options, &error, 4),
     };
     machine.look_again();
     let mut report = Report::of(&rows, &measurements, machine);

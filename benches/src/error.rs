@@ -14,6 +14,9 @@ pub enum BenchError {
     /// A page has another content than it must have. Nothing else counts then.
     #[error("wrong content: {0}")]
     Wrong(String),
+    /// Somebody wanted it to end.
+    #[error("interrupted; what had been measured is not reported")]
+    Interrupted,
     /// Something failed.
     #[error("{0}")]
     Failed(String),

@@ -2,7 +2,7 @@
 //!
 //! - [`cli`]: the command; [`suite`] names what a run measures and which rows come of it
 //! - [`run`]: rounds of units; [`pair`] has the two processes that measure, and the
-//!   [`namespaces`] between them
+//!   [`namespaces`] between them; [`interrupt`] ends it early
 //! - [`unit`]: what can be measured; [`floors`] and [`engine`] do it, in processes that
 //!   [`worker`] makes of this program
 //! - [`memory`], [`guest`], [`network`], [`sys`]: what they are made of
@@ -16,6 +16,7 @@ pub mod error;
 pub mod figures;
 pub mod floors;
 pub mod guest;
+pub mod interrupt;
 pub mod latency;
 pub mod machine;
 pub mod memory;

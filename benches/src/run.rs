@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::BenchError;
 use crate::figures;
+use crate::interrupt;
 use crate::latency::Latencies;
 use crate::machine;
 use crate::pair::{Network, Pair};
@@ -51,8 +52,8 @@ pub struct Measurements {
 /// Measures `steps` in their order, each once in each round, and `once` in the first.
 ///
 /// # Errors
-/// [`BenchError::Wrong`] as soon as a page has another content than it must have; nothing
-/// else ends a run.
+/// [`BenchError::Wrong`] as soon as a page has another content than it must have, and
+/// [`BenchError::Interrupted`]; nothing else ends a run.
 pub fn run(steps: &[Step], once: &[Step], plan: Plan) -> Result<Measurements, BenchError> {
     let Plan { rounds, network, corrupt_one_byte, shows_progress } = plan;
     let bar = bar(steps.len() as u64 * u64::from(rounds) + once.len() as u64, shows_progress);
@@ -70,6 +71,9 @@ pub fn run(steps: &[Step], once: &[Step], plan: Plan) -> Result<Measurements, Be
             };
             if !measurements.lacking.contains_key(step) {
                 measurements.measure(*step, pair, &mut round)?;
+            }
+            if interrupt::has_come() {
+                return Err(BenchError::Interrupted);
             }
             bar.inc(1);
         }
@@ -101,6 +105,9 @@ impl Measurements {
                 return Err(BenchError::Wrong(format!("{}: {what}", step.unit)));
             }
             Err(BenchError::Lacking(what)) => drop(self.lacking.insert(step, what)),
+            Err(BenchError::Interrupted) => return Err(BenchError::Interrupted),
+            // Its processes hear the signal too.
+            Err(_) if interrupt::has_come() => return Err(BenchError::Interrupted),
             Err(BenchError::Failed(what)) => {
                 tracing::error!(unit = %step.unit, "{what}");
                 self.failed.insert(step, what);
