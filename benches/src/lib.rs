@@ -3,7 +3,7 @@
 //! - [`cli`]: the command; [`suite`] names what a run measures and which rows come of it
 //! - [`run`]: rounds of units; [`pair`] has the two processes that measure, and the
 //!   [`namespaces`] between them; [`interrupt`] ends it early
-//! - [`unit`]: what can be measured; [`floors`] and [`engine`] do it, in processes that
+//! - [`mod@unit`]: what can be measured; [`floors`] and [`engine`] do it, in processes that
 //!   [`worker`] makes of this program
 //! - [`memory`], [`guest`], [`network`], [`sys`]: what they are made of
 //! - [`latency`], [`outcome`], [`figures`], [`report`], [`page`], [`machine`]: what comes
