@@ -34,7 +34,7 @@ impl ThreadRole {
     }
 }
 
-/// Called on every thread that the engine starts before it does anything, with its role and
+/// Called on every thread that the engine starts before it does any work, with its role and
 /// its number among those of that role: to pin it, to set its scheduling, to confine it with
 /// seccomp.
 ///

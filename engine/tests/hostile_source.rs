@@ -3,15 +3,12 @@
 
 mod common;
 
-use afterimage::{
-    Address, Destination, DestinationEvent, DiscardNotice, Endpoint, GuestAddress, GuestLayout,
-    SessionId, Source, SourceEvent,
-};
-use afterimage_protocol::layout::{Backing, PageSize, Region};
+use afterimage::{Address, Destination, DestinationEvent, DiscardNotice, Endpoint, SessionId};
 use afterimage_protocol::wire::{
-    Channel, ControlFrame, DataFrame, Epoch, HEADER_BYTES, Header, Hello, Kind as FrameKind,
-    RefuseCode, Role,
+    Channel, ControlFrame, DataFrame, HEADER_BYTES, Header, Hello, Kind as FrameKind, RefuseCode,
+    Role,
 };
+use common::attacked::{Attacked, SESSION, layout_of};
 use common::peer::{
     HandSource, Heard, Wire, content, hello_of, offer_of, pages, source_hello, stamp,
 };
@@ -24,69 +21,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
-const SESSION: SessionId = SessionId([6; 16]);
-
-/// A destination that listens.
-struct Victim {
-    destination: Destination,
-    events: EventLog<DestinationEvent>,
-    new: Arc<Memory>,
-    setup: Setup,
-    address: Address,
-    layout: GuestLayout,
-    epoch: u32,
-}
-
-fn layout_of(length: u64) -> GuestLayout {
-    let region = Region::new(GuestAddress(0), length, PageSize::KIB_4, Backing::Anonymous);
-    GuestLayout::new(vec![region]).expect("a layout")
-}
-
-impl Victim {
-    fn start(kind: Kind) -> Self {
-        let setup = Setup { kinds: vec![(kind, 4 * MIB)], streams: 1, ..Setup::default() };
-        let new = Memory::new(&setup.kinds);
-        let memory = new.register(DiscardNotice::Called).expect("registered memory");
-        let listener = common::session::listen();
-        let address = listener.address().clone();
-        let options = common::session::destination_options(&setup);
-        let (destination, events) =
-            Destination::start(memory, Endpoint::Listen(listener), options).expect("started");
-        let (events, layout) = (EventLog::new(events), layout_of(4 * MIB));
-        Self { destination, events, new, setup, address, layout, epoch: 0 }
-    }
-
-    /// A source of the right session that has begun, by hand.
-    fn attach(&mut self) -> HandSource {
-        self.epoch += 1;
-        let mut hand = HandSource::greet(&self.address, SESSION, self.epoch);
-        hand.begin(&self.layout);
-        hand
-    }
-
-    /// A proper source of the session comes and completes the migration.
-    fn gets_served_properly(self) {
-        let Self { destination, events, new, setup, address, epoch, .. } = self;
-        let old = Memory::new(&setup.kinds);
-        old.fill(setup.seed, setup.content);
-        let mut options = common::session::source_options(&setup);
-        options.record.session = SESSION;
-        options.record.epoch = Epoch(epoch + 10);
-        let (source, at_source) =
-            Source::start(old.as_source(), Endpoint::Connect(address), options).expect("a source");
-        let at_source = EventLog::new(at_source);
-        let dump =
-            || format!("{:?} {:?} {:?}", source.stats(), destination.stats(), at_source.rest());
-        source.switch_over(vec![]).expect("may switch over");
-        let state = |event: &DestinationEvent| matches!(event, DestinationEvent::State(_));
-        events.wait("device state", dump, state);
-        destination.ready().expect("may be ready");
-        events.wait("the end", dump, |event| *event == DestinationEvent::Finished);
-        at_source.wait("the end", dump, |event| *event == SourceEvent::Finished);
-        new.check(setup.seed, setup.content);
-    }
-}
-
 /// Says something wrong, and hears the refusal.
 fn refused(mut hand: HandSource, bytes: &[u8], what: &str) -> (RefuseCode, String) {
     hand.control.send(bytes);
@@ -99,7 +33,7 @@ fn refused(mut hand: HandSource, bytes: &[u8], what: &str) -> (RefuseCode, Strin
 #[test]
 fn a_destination_keeps_out_whoever_is_not_its_source() {
     prologue!("a_destination_keeps_out");
-    let mut victim = Victim::start(Kind::Anonymous);
+    let mut victim = Attacked::start(Kind::Anonymous);
     // Before it knows its session: other layouts and strangers do not bind it.
     let hand = HandSource::greet(&victim.address, SessionId([1; 16]), 900);
     let offer = ControlFrame::Offer(offer_of(&layout_of(8 * MIB)));
@@ -150,7 +84,7 @@ type Case = (&'static str, fn(u32) -> Vec<u8>);
 #[test]
 fn wrong_control_frames_end_the_connection_with_a_reason() {
     prologue!("wrong_control_frames");
-    let mut victim = Victim::start(Kind::Memfd);
+    let mut victim = Attacked::start(Kind::Memfd);
     let cases: [Case; 8] = [
         ("Go", |epoch| ControlFrame::Go.encode(stamp(epoch, 1), false)),
         ("Bye", |epoch| ControlFrame::Bye.encode(stamp(epoch, 1), false)),
@@ -183,7 +117,7 @@ fn wrong_control_frames_end_the_connection_with_a_reason() {
 fn wrong_data_frames_end_the_channel_and_show_the_guest_nothing() {
     prologue!("wrong_data_frames");
     for kind in [Kind::Anonymous, Kind::Memfd] {
-        let mut victim = Victim::start(kind);
+        let mut victim = Attacked::start(kind);
         let hand = victim.attach();
         let mut generation = 0;
         for channel in [Channel::Request(0), Channel::Background(0)] {
@@ -230,7 +164,7 @@ fn wrong_data_frames_end_the_channel_and_show_the_guest_nothing() {
 fn a_page_that_is_complete_is_never_replaced() {
     prologue!("a_page_that_is_complete");
     for kind in [Kind::Anonymous, Kind::Memfd] {
-        let mut victim = Victim::start(kind);
+        let mut victim = Attacked::start(kind);
         let mut hand = victim.attach();
         let (mut background, at) = hand.open(&victim.address, Channel::Background(0), 1);
         let (mut request, answer) = hand.open(&victim.address, Channel::Request(0), 1);
@@ -259,7 +193,7 @@ fn a_page_that_is_complete_is_never_replaced() {
 #[test]
 fn silent_sources_are_given_up() {
     prologue!("silent_sources");
-    let mut victim = Victim::start(Kind::Anonymous);
+    let mut victim = Attacked::start(Kind::Anonymous);
     let mut offer = offer_of(&victim.layout);
     offer.silence_ms = 600;
     offer.heartbeat_ms = 100;
@@ -279,7 +213,7 @@ fn silent_sources_are_given_up() {
 fn random_bytes_from_a_source_end_the_connection() {
     prologue!("random_bytes_from_a_source");
     let mut random = Random::seeded("random_bytes_from_a_source_end_the_connection");
-    let mut victim = Victim::start(Kind::Memfd);
+    let mut victim = Attacked::start(Kind::Memfd);
     for _ in 0..40 {
         let mut hand = victim.attach();
         let mut garbage = Vec::new();
@@ -330,7 +264,7 @@ impl Flood {
 #[test]
 fn a_destination_can_be_dropped_under_a_flood() {
     prologue!("a_destination_can_be_dropped");
-    let mut victim = Victim::start(Kind::Anonymous);
+    let mut victim = Attacked::start(Kind::Anonymous);
     let hand = victim.attach();
     let (request, at) = hand.open(&victim.address, Channel::Request(0), 1);
     let (background, same) = hand.open(&victim.address, Channel::Background(0), 1);
@@ -357,9 +291,28 @@ fn a_destination_can_be_dropped_under_a_flood() {
 }
 
 #[test]
+fn a_discard_goes_on_under_a_flood_of_answers() {
+    prologue!("a_discard_goes_on");
+    let mut victim = Attacked::start_with(Kind::Anonymous, DiscardNotice::Events);
+    let hand = victim.attach();
+    let (request, at) = hand.open(&victim.address, Channel::Request(0), 1);
+    let zeros = DataFrame::Zero(pages(0, 1)).header(at).bytes().repeat(2000);
+    let flood = Flood::start(request, zeros);
+    let dump = || format!("{:?}", victim.destination.stats());
+    common::wait_until("the flood", dump, || victim.destination.stats().pages_duplicate > 20_000);
+    // Whoever discards waits until the event has been read.
+    let new = Arc::clone(&victim.new);
+    let discard = std::thread::spawn(move || new.advise(9, 3, libc::MADV_DONTNEED));
+    common::wait_until("the discard", dump, || discard.is_finished());
+    discard.join().expect("a discard").expect("an advice");
+    assert_eq!(victim.destination.stats().pages_discarded, 3);
+    assert!(flood.stop() > 0);
+}
+
+#[test]
 fn pages_called_unreadable_again_and_again_are_told_once() {
     prologue!("pages_called_unreadable");
-    let mut victim = Victim::start(Kind::Anonymous);
+    let mut victim = Attacked::start(Kind::Anonymous);
     let mut hand = victim.attach();
     let (mut background, at) = hand.open(&victim.address, Channel::Background(0), 1);
     let frames = DataFrame::Unreadable(pages(5, 3)).header(at).bytes().repeat(5000);

@@ -196,7 +196,7 @@ impl Driver {
                 // The caller may have given up.
                 let _ = reply.send(self.session.ready());
             }
-            // Acknowledgements are sent after every input; who stops does not come here.
+            // Acknowledgements are sent after each round of news; who stops is not here.
             Input::ManyAcks | Input::Stop => {}
         }
     }

@@ -164,7 +164,15 @@ impl FaultThread {
             }
             self.retry_if_due();
             if again.any() || !self.inbox.is_empty() {
-                look = again;
+                // Who has more to read must not keep the other waiting.
+                look = if again.any() { Look::EVERYWHERE } else { Look::NOWHERE };
+                continue;
+            }
+            if !self.held.is_empty() || !self.again.is_empty() {
+                // An event must be read first, and whoever caused it go on; no edge tells
+                // of that. A poll would wait for a whole millisecond.
+                std::thread::sleep(EVENT_RETRY);
+                look = Look::EVERYWHERE;
                 continue;
             }
             look = match self.polling.idle() {
@@ -208,13 +216,8 @@ impl FaultThread {
 
     /// Waits for news, and says where it is.
     fn block(&mut self, events: &mut Events) -> io::Result<Look> {
-        let timeout = if !self.held.is_empty() || !self.again.is_empty() {
-            Some(EVENT_RETRY)
-        } else if self.asked.is_empty() {
-            None
-        } else {
-            Some(self.next_retry.saturating_duration_since(Instant::now()))
-        };
+        let timeout = (!self.asked.is_empty())
+            .then(|| self.next_retry.saturating_duration_since(Instant::now()));
         // mio tells of readiness once, at its edge. An edge that came while we polled is told
         // now; if what it told of has been read, the kernel does not tell it.
         match self.poll.poll(events, timeout) {
@@ -233,10 +236,6 @@ impl FaultThread {
                     line.has_end |= event.is_read_closed() || event.is_error();
                 }
             }
-        }
-        if !self.held.is_empty() || !self.again.is_empty() {
-            // Installs wait for an event that must be read.
-            look.faults = true;
         }
         Ok(look)
     }
@@ -357,7 +356,8 @@ impl FaultThread {
             Ok(got) => {
                 self.polling.busy();
                 line.filled += got;
-                // Who gets less than there was room for has got all, but for the end.
+                // Who gets less than there was room for has got all, but for the end. (A peer
+                // that sends urgent data or descriptors here delays what it sent by a retry.)
                 (got == room || line.has_end, self.take_frames(&mut line))
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (false, Ok(())),
@@ -468,6 +468,10 @@ impl FaultThread {
             return;
         }
         self.next_retry = now + RETRY_AFTER;
+        if !self.outgoing.is_empty() {
+            // The source has not taken what it was asked already.
+            return;
+        }
         let planes = self.arrived.pages.planes();
         // A page that arrived in background while it was asked for.
         self.asked.retain(|page, _| !planes.is_complete(*page));

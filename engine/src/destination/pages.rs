@@ -64,6 +64,17 @@ pub(crate) enum InstallError {
         /// The page.
         page: PageNumber,
     },
+    /// The file behind the memory has no page there to write to.
+    #[error(
+        "page {page} cannot be written ({errno}): its file is cut short, or there is no room or no \
+         huge page left for it; make room, and it is tried again"
+    )]
+    NoMemory {
+        /// The first page of the run.
+        page: PageNumber,
+        /// What the kernel said.
+        errno: io::ErrorKind,
+    },
     /// The kernel refuses for another reason.
     #[error("page {page} cannot be placed at {address}: {errno}")]
     Kernel {
@@ -257,7 +268,7 @@ impl Pages {
     pub(crate) fn urgent(&self, page: PageNumber, content: &[u8]) -> Result<Urgent, InstallError> {
         let run = self.run_of(PageRange::one(page));
         let outcome = match self.file_of(&run) {
-            Some(file) => self.urgent_through_alias(&run, file, content),
+            Some(file) => self.urgent_through_alias(&run, file, content)?,
             None => self.urgent_by_copy(&run, content)?,
         };
         if matches!(outcome, Urgent::Late | Urgent::BeingWritten | Urgent::Discarded) {
@@ -289,24 +300,34 @@ impl Pages {
         Ok(if is_first { Urgent::Installed } else { Urgent::Late })
     }
 
-    fn urgent_through_alias(&self, run: &RegionRun, file: &RegionFile, content: &[u8]) -> Urgent {
+    fn urgent_through_alias(
+        &self,
+        run: &RegionRun,
+        file: &RegionFile,
+        content: &[u8],
+    ) -> Result<Urgent, InstallError> {
         let page = run.pages.start;
         if !self.planes.claim_one(page) {
             if !self.planes.is_complete(page) {
                 // Whoever has claimed it wakes the waiting thread when it has finished or
                 // given up; in the second case the thread faults again and is asked for.
-                return Urgent::BeingWritten;
+                return Ok(Urgent::BeingWritten);
             }
             self.wake(run);
-            return Urgent::Late;
+            return Ok(Urgent::Late);
+        }
+        if let Err(error) = populate(run, file) {
+            self.give_back_file_pages(run.pages, file);
+            self.wake(run);
+            return Err(error);
         }
         // SAFETY: the page is claimed by this thread, so nobody else writes its alias.
         unsafe { file.alias.run(run.offset, run.length).write(content) };
         pass(Place::Written);
-        match self.show(run, file, &self.counters.urgent) {
+        Ok(match self.show(run, file, &self.counters.urgent) {
             0 => Urgent::Installed,
             _ => Urgent::Discarded,
-        }
+        })
     }
 
     /// Shows a claimed run that has been written through the alias: complete first, then
@@ -452,4 +473,11 @@ impl Pages {
             self.planes.incomplete_in(run.pages, |claimed| gate.extend(claimed.iter()));
         }
     }
+}
+
+/// Makes sure that a claimed run can be written through the alias.
+fn populate(run: &RegionRun, file: &RegionFile) -> Result<(), InstallError> {
+    let page = run.pages.start;
+    let populated = file.alias.populate(run.offset, run.length);
+    populated.map_err(|error| InstallError::NoMemory { page, errno: error.kind() })
 }

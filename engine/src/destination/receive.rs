@@ -163,7 +163,8 @@ impl<'a> Receiver<'a> {
     }
 
     fn receive_piece(&mut self, claim: &Claim<'_>, length: u64) -> io::Result<()> {
-        let Some(targets) = claim.targets() else {
+        let targets = claim.targets().map_err(|error| self.arrivals.failed(error))?;
+        let Some(targets) = targets else {
             self.staging.resize(self.staging.len().max(length as usize), 0);
             return self.reader.receive_exact(&mut self.staging[..length as usize]);
         };
@@ -180,7 +181,7 @@ impl<'a> Receiver<'a> {
 }
 
 /// Puts pages in place all of whose bytes are here, verified where they have a checksum. They
-/// are claimed only now: nothing is received any more, so that no claim is given back.
+/// are claimed only now: a connection that breaks gives nothing back.
 fn place(
     arrivals: &Arrivals,
     news: &mut News<'_>,
@@ -189,8 +190,16 @@ fn place(
 ) -> io::Result<()> {
     arrivals.counters.bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
     let claim = arrivals.pages.claim(pages);
+    let targets = match claim.targets() {
+        Ok(targets) => targets.unwrap_or_default(),
+        Err(error) => {
+            drop(claim);
+            arrivals.given_back(pages);
+            return Err(arrivals.failed(error));
+        }
+    };
     let mut at = 0;
-    for target in claim.targets().unwrap_or_default() {
+    for target in targets {
         match target {
             Target::Memory(run) => {
                 let RawRun { length, .. } = run;

@@ -6,7 +6,7 @@
 mod batch;
 mod sight;
 
-use super::serving::{NO_HINT, Serving, Underway};
+use super::serving::{LOOK_AFTER, NO_HINT, Serving, Underway};
 use crate::sys::mapping::{RawRun, is_zero};
 use crate::transport::Stream;
 use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
@@ -49,6 +49,8 @@ pub(super) struct Streamer<'s> {
     /// Bytes that are read of a file in one go: fewer where the last were mostly zeros, because
     /// of a file it is not known where its holes begin.
     step: u64,
+    /// When it looked last whether its connection has ended.
+    looked: Instant,
 }
 
 /// What a stream would send next.
@@ -81,6 +83,7 @@ impl<'s> Streamer<'s> {
             sight: Sight::default(),
             batch: Batch::default(),
             step: CHUNK_BYTES,
+            looked: Instant::now(),
         }
     }
 
@@ -93,7 +96,7 @@ impl<'s> Streamer<'s> {
             let seen = self.serving.signal.changes();
             if self.underway.is_full() {
                 self.underway.settle(&self.serving.book);
-                if self.underway.is_full() && !self.serving.wait_change(&self.stream, seen) {
+                if self.underway.is_full() && !self.waits(seen) {
                     return Ok(());
                 }
                 continue;
@@ -105,7 +108,7 @@ impl<'s> Streamer<'s> {
             self.gather(permit.bytes);
             self.serving.pace.leaves(&permit, self.batch.bytes());
             if self.batch.is_empty() {
-                if !self.serving.wait_change(&self.stream, seen) {
+                if !self.waits(seen) {
                     return Ok(());
                 }
                 continue;
@@ -115,6 +118,19 @@ impl<'s> Streamer<'s> {
             self.batch.send(&self.stream, stamp, self.serving.checksums)?;
         }
         Ok(())
+    }
+
+    /// Waits until something has changed since `seen`; `false` if the connection has ended.
+    /// Acknowledgements of others change something all the time, so it looks for itself too.
+    fn waits(&mut self, seen: u64) -> bool {
+        if !self.serving.wait_change(&self.stream, seen) {
+            return false;
+        }
+        if self.looked.elapsed() < LOOK_AFTER {
+            return true;
+        }
+        self.looked = Instant::now();
+        !self.stream.has_ended()
     }
 
     /// Lets requests go first, but not for ever: their answers may be stuck.

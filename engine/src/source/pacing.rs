@@ -1,6 +1,6 @@
 //! How fast a source sends what nobody has asked for.
 //!
-//! All background streams of a source ask one [`Pace`] before each piece that they take. One
+//! All background streams of a source ask one [`Pace`] before each batch that they take. One
 //! of those that wait sleeps until the next piece may leave and wakes the next when it goes;
 //! the others sleep until they are woken. Pages are taken only when they may leave, so that a
 //! stream that waits keeps none from a request.

@@ -19,7 +19,7 @@ use std::time::Duration;
 pub(super) const NO_HINT: u64 = u64::MAX;
 
 /// How often a thread that has nothing to send looks whether its connection is there.
-const LOOK_AFTER: Duration = Duration::from_millis(50);
+pub(super) const LOOK_AFTER: Duration = Duration::from_millis(50);
 
 /// One epoch of one destination.
 #[derive(Debug)]

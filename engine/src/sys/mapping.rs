@@ -52,12 +52,22 @@ impl Alias {
     }
 
     /// Fills the page tables of a run and allocates its pages in one call, far cheaper than
-    /// a fault for each.
-    pub(crate) fn populate(&self, offset: u64, length: u64) {
+    /// a fault for each. Who writes a run that could not be populated (a file cut short, a
+    /// full file system, no huge pages left) is ended by SIGBUS.
+    pub(crate) fn populate(&self, offset: u64, length: u64) -> io::Result<()> {
         let run = self.run(offset, length);
-        // SAFETY: the range lies in the mapping; populating changes no content. A failure
-        // only means that the pages are faulted in one by one.
-        unsafe { libc::madvise(run.start.cast(), run.length, libc::MADV_POPULATE_WRITE) };
+        loop {
+            // SAFETY: the range lies in the mapping; populating changes no content.
+            let result =
+                unsafe { libc::madvise(run.start.cast(), run.length, libc::MADV_POPULATE_WRITE) };
+            if result == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
     }
 }
 

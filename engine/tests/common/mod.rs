@@ -6,6 +6,7 @@
 #![allow(unused_imports, reason = "likewise")]
 #![allow(unreachable_pub, reason = "shared by several test binaries")]
 
+pub mod attacked;
 pub mod children;
 pub mod counters;
 pub mod memory;

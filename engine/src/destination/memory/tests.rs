@@ -211,7 +211,7 @@ fn fill_guest(
     let claim = pages.claim(PageRange::new(PageNumber(0), 2));
     let bytes = [content(0), content(1)].concat();
     let mut at = 0;
-    for target in claim.targets().unwrap_or_default() {
+    for target in claim.targets().unwrap().unwrap_or_default() {
         let crate::destination::pages::Target::Memory(run) = target else {
             panic!("nobody else has claimed a page")
         };

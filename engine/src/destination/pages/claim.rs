@@ -2,7 +2,7 @@
 //! channel breaks in between.
 
 use super::hold::{Place, pass};
-use super::{InstallError, Pages};
+use super::{InstallError, Pages, populate};
 use crate::destination::memory::RegionFile;
 use crate::sys::fill::{Fill, Stopped};
 use crate::sys::mapping::RawRun;
@@ -48,8 +48,11 @@ impl Pages {
 
 impl Claim<'_> {
     /// Where to receive the piece: `None` if it shall be received into staging, as a whole.
-    pub(crate) fn targets(&self) -> Option<Vec<Target>> {
-        let file = self.pages.file_of(&self.run)?;
+    ///
+    /// # Errors
+    /// [`InstallError::NoMemory`] where there is nothing behind the alias.
+    pub(crate) fn targets(&self) -> Result<Option<Vec<Target>>, InstallError> {
+        let Some(file) = self.pages.file_of(&self.run) else { return Ok(None) };
         let page_bytes = self.pages.page_bytes(&self.run);
         let mut targets = Vec::with_capacity(2 * self.won.len() + 1);
         let mut at = 0;
@@ -59,14 +62,14 @@ impl Claim<'_> {
                 targets.push(Target::Nowhere(offset - at));
             }
             let length = won.count * page_bytes;
-            file.alias.populate(self.run.offset + offset, length);
+            populate(&self.pages.run_of(*won), file)?;
             targets.push(Target::Memory(file.alias.run(self.run.offset + offset, length)));
             at = offset + length;
         }
         if at < self.run.length {
             targets.push(Target::Nowhere(self.run.length - at));
         }
-        Some(targets)
+        Ok(Some(targets))
     }
 
     fn offset_in_piece(&self, won: &PageRange) -> u64 {
@@ -189,7 +192,7 @@ impl Drop for Claim<'_> {
 impl Pages {
     /// Gives back pages of a file: emptied, and complete where they were discarded while
     /// they were claimed.
-    fn give_back_file_pages(&self, pages: PageRange, file: &RegionFile) {
+    pub(super) fn give_back_file_pages(&self, pages: PageRange, file: &RegionFile) {
         self.empty_file_pages(pages, file);
         pass(Place::Emptied);
         let mut gate = self.discarding();

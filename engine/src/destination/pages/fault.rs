@@ -140,7 +140,10 @@ impl Pages {
             if !continues && backing == Backing::Hugetlb {
                 // No ZEROPAGE there; an allocated huge page is zero.
                 if let Some(file) = self.file_of(run) {
-                    file.alias.populate(run.offset, run.length);
+                    // Where there is none to be had, the fault comes again.
+                    if let Err(error) = file.alias.populate(run.offset, run.length) {
+                        tracing::error!(%error, page = run.pages.start.0, "no huge page for zeros");
+                    }
                 }
                 continues = true;
             }

@@ -8,7 +8,7 @@ mod stress;
 
 use super::claim::Claim;
 use super::hold::{Place, held};
-use super::{FaultAnswer, MissingPage, Pages, Target, Urgent};
+use super::{FaultAnswer, InstallError, MissingPage, Pages, Target, Urgent};
 use crate::destination::memory::{DestinationMemory, DiscardNotice, MemoryError};
 use crate::sys::testing::{self, Area, Kind};
 use crate::sys::uffd::UffdError;
@@ -106,7 +106,7 @@ impl Guest {
         let length = whole * self.page_bytes() + self.page_bytes() / 2;
         let content = self.page_of(word).repeat(whole as usize + 1);
         let mut at = 0;
-        for target in claim.targets().expect("an alias") {
+        for target in claim.targets().unwrap().expect("an alias") {
             match target {
                 Target::Memory(run) => {
                     let left = (length.saturating_sub(at) as usize).min(run.length);

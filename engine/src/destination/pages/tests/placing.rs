@@ -39,7 +39,7 @@ fn a_piece_brings_only_what_nobody_else_brings() {
         let elsewhere = guest.pages.claim(range(5, 1));
         let rest = guest.pages.claim(range(0, 8));
         if guest.has_file() {
-            let targets = rest.targets().unwrap();
+            let targets = rest.targets().unwrap().unwrap();
             let lengths: Vec<_> = targets
                 .iter()
                 .map(|target| match *target {
@@ -49,7 +49,7 @@ fn a_piece_brings_only_what_nobody_else_brings() {
                 .collect();
             assert_eq!(lengths, [(1, 0), (0, 1), (1, 0), (0, 1), (1, 0), (0, 1), (2, 0)]);
         } else {
-            assert!(rest.targets().is_none());
+            assert!(rest.targets().unwrap().is_none());
         }
         let expected = [range(0, 1), range(2, 1), range(4, 1), range(6, 2)];
         assert_eq!(guest.finish(rest, 7, 8), expected);
@@ -211,4 +211,25 @@ fn an_acknowledgement_may_lead_to_a_discard() {
         });
         testing::await_message(&finished, "a piece that is discarded when it is acknowledged");
     }
+}
+
+#[test]
+fn a_page_with_nothing_behind_it_is_an_error_and_can_be_brought_later() {
+    let Some(guest) = Guest::new(Kind::Memfd, 8, DiscardNotice::Called) else { return };
+    let file = guest.area.file.as_ref().unwrap();
+    let bytes = file.metadata().unwrap().len();
+    // To write there would be SIGBUS.
+    file.set_len(bytes / 2).unwrap();
+    let claim = guest.pages.claim(range(2, 4));
+    let refused = claim.targets().map(|_| ()).unwrap_err();
+    assert!(matches!(refused, InstallError::NoMemory { page, .. } if page == PageNumber(2)));
+    drop(claim);
+    let content = guest.page_of(7);
+    let refused = guest.pages.urgent(PageNumber(5), &content).unwrap_err();
+    assert!(matches!(refused, InstallError::NoMemory { page, .. } if page == PageNumber(5)));
+    file.set_len(bytes).unwrap();
+    assert_eq!(guest.urgent(5, 7), Urgent::Installed);
+    guest.bring(2, 1, 8);
+    assert_eq!((guest.read(5).1, guest.read(2).1), (7, 8));
+    guest.assert_books_balance();
 }

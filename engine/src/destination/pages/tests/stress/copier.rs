@@ -42,7 +42,7 @@ impl World {
         // Where the channel breaks, if it does.
         let end = if random.one_in(6) { random.below(content.len() as u64) } else { u64::MAX };
         let mut at = 0;
-        for target in claim.targets().unwrap_or_default() {
+        for target in claim.targets().unwrap().unwrap_or_default() {
             let from = at as usize;
             match target {
                 Target::Memory(run) => {
