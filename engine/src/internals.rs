@@ -59,7 +59,7 @@ impl Installer {
     pub fn write_and_continue(&self, offset: u64, content: &[u8]) {
         let file = self.memory.files[0].as_ref().expect("a region with a file");
         let length = content.len() as u64;
-        file.alias.populate(offset, length);
+        file.alias.populate(offset, length).expect("pages of the file");
         // SAFETY: in the alias, as `run` checks; pages that are not shown yet are nobody
         // else's.
         unsafe { file.alias.run(offset, length).write(content) };
