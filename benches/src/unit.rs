@@ -204,6 +204,9 @@ pub struct Residence {
 /// The part of its memory that a guest works in.
 pub const WORKING_SET: u64 = 64 << 20;
 
+/// What small floors fill.
+const FLOOR_BYTES: u64 = 64 << 20;
+
 /// Content that the machine has room for twice.
 const MOST_MOVED: u64 = 6 << 30;
 
@@ -217,6 +220,29 @@ impl Unit {
                 | Self::Fill(_)
                 | Self::WorkingSet(Residence { is_resident: true, .. })
         )
+    }
+
+    /// Bytes of ordinary pages that its destination fills, about.
+    #[must_use]
+    pub fn destination_bytes(&self) -> u64 {
+        let memory = match self {
+            Self::Faults(plan) | Self::Trace(plan) => return plan.bytes,
+            // The faulted memory, and where its load goes.
+            Self::RemoteFault(plan) => return 2 * plan.bytes,
+            Self::WorkingSet(plan) => return plan.bytes,
+            Self::PingPong(_) | Self::LocalFault(_) | Self::Fill(_) => return FLOOR_BYTES,
+            Self::Background(plan) => plan.memory,
+            Self::Switchover(memory) | Self::Footprint(memory) | Self::Wire(memory) => *memory,
+            Self::Stream(_, bytes) => return *bytes,
+            Self::Place(mechanism, bytes) => {
+                let backing = mechanism.backing();
+                MemoryPlan { backing, bytes: *bytes, shape: Shape::Dense }
+            }
+        };
+        if memory.backing == Backing::Hugetlb || self.is_given_up() {
+            return 0;
+        }
+        memory.content_pages() * PAGE
     }
 
     /// Guest memory on huge pages that its source keeps.

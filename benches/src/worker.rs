@@ -14,6 +14,7 @@ use crate::floors::{self, fill, local_fault, ping_pong, place, remote_fault, str
 use crate::memory::Memory;
 use crate::network::Listener;
 use crate::outcome::Outcome;
+use crate::sys;
 use crate::unit::{MemoryPlan, Residence, Unit};
 
 /// What a worker is told.
@@ -50,6 +51,9 @@ pub enum Answer {
 
 /// Bytes of guest memory that a source keeps for units to come.
 const MOST_KEPT: u64 = 7 << 30;
+
+/// The most memory that a destination touches before a unit.
+const MOST_WARMED: u64 = 3 << 30;
 
 /// Does what standard input says until it ends; as a source with one byte spoilt, if that is
 /// asked for.
@@ -101,6 +105,7 @@ fn serve(unit: Unit, listen: &str, memories: &mut Memories) -> Result<Outcome, B
 }
 
 fn measure(unit: Unit, address: Option<&str>) -> Result<Outcome, BenchError> {
+    sys::warm_up(unit.destination_bytes().min(MOST_WARMED));
     let source = || address.ok_or_else(|| BenchError::Failed(format!("{unit} needs a source")));
     if let Some(setup) = Setup::of(unit) {
         return engine::destination::receive(unit, setup, source()?);
