@@ -24,13 +24,10 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use userfaultfd::EventBuffer;
 
 const INBOX: Token = Token(0);
 const FAULTS: Token = Token(1);
 const ANSWERS: Token = Token(2);
-/// Events read in one call.
-const EVENT_BATCH: usize = 32;
 /// A request without an answer is sent again after this time.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// An install that was refused because of an unread event is tried again at least so often.
@@ -144,7 +141,6 @@ impl FaultThread {
 
     fn serve(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(8);
-        let mut buffer = EventBuffer::new(EVENT_BATCH);
         // Edges tell of news; what was there before is found by looking.
         let mut look = Look::EVERYWHERE;
         loop {
@@ -153,7 +149,7 @@ impl FaultThread {
             }
             let mut again = Look::NOWHERE;
             if look.faults {
-                again.faults = self.read_faults(&mut buffer)?;
+                again.faults = self.read_faults()?;
             }
             self.answer_faults();
             self.place_held();
@@ -202,8 +198,8 @@ impl FaultThread {
     }
 
     /// Reads faults and discards; `true` if there may be more.
-    fn read_faults(&mut self, buffer: &mut EventBuffer) -> io::Result<bool> {
-        let read = self.arrived.pages.read_events(buffer, &mut self.faults)?;
+    fn read_faults(&mut self) -> io::Result<bool> {
+        let read = self.arrived.pages.read_events(&mut self.faults)?;
         if read.events > 0 {
             self.polling.busy();
         }
@@ -211,7 +207,7 @@ impl FaultThread {
             self.arrived.acknowledge_complete(discarded);
         }
         // Who reads less than there was room for has read all; what comes then is an edge.
-        Ok(read.events >= EVENT_BATCH)
+        Ok(read.may_be_more)
     }
 
     /// Waits for news, and says where it is.

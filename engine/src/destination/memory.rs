@@ -1,10 +1,11 @@
 //! Which memory a destination fills: its layout, its userfaultfd, and the files behind it.
 //!
-//! Invariant: from the moment a [`DestinationMemory`] exists, every page of it is missing
-//! for the guest and will be asked of the userfaultfd; nothing of what was there before can
-//! be read. The descriptor is never closed while a page has not arrived, because a closed
+//! Invariant: from the moment a [`DestinationMemory`] exists, every page of it that the
+//! planes do not call complete is missing for the guest and will be asked of the userfaultfd;
+//! nothing of what was there before can be read. The descriptor is never closed while a page has not arrived, because a closed
 //! userfaultfd turns missing pages into zeros: see [`keep_forever`].
 
+use super::kept::{self, Kept};
 use crate::sys::mapping::{self, Alias};
 use crate::sys::maps::{self, MappingError};
 use crate::sys::uffd::{self, FaultScope, Features, UffdError};
@@ -173,6 +174,12 @@ pub enum MemoryError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// No memory for the planes, or a file of planes that is of other memory.
+    #[error(
+        "the planes of this memory cannot be used: give an empty file to begin with, or after a \
+         restart the file that was used before, and the same regions"
+    )]
+    Planes(#[source] io::Error),
 }
 
 /// What the engine can do to a region besides filling missing pages.
@@ -183,7 +190,8 @@ pub(crate) struct RegionFile {
     pub(crate) alias: Alias,
 }
 
-/// Guest memory that is registered with userfaultfd and of which every page is missing.
+/// Guest memory that is registered with userfaultfd and of which every page is missing, or as
+/// a process before this one has left it.
 #[derive(Debug)]
 pub struct DestinationMemory {
     pub(crate) layout: GuestLayout,
@@ -191,6 +199,8 @@ pub struct DestinationMemory {
     pub(crate) files: Vec<Option<RegionFile>>,
     uffd: Uffd,
     pub(crate) has_events: bool,
+    pub(crate) kept: Kept,
+    is_taken_over: bool,
     is_unregistered: AtomicBool,
 }
 
@@ -212,7 +222,7 @@ impl DestinationMemory {
         for region in &regions {
             region.check_mapping()?;
         }
-        let memory = Self::assemble(regions, uffd, has_events)?;
+        let memory = Self::assemble(regions, uffd, has_events, None)?;
         // The engine's own zaps come before registration: nobody reads events yet.
         memory.empty()?;
         for region in memory.layout.regions() {
@@ -238,15 +248,68 @@ impl DestinationMemory {
         descriptor: OwnedFd,
         regions: Vec<DestinationRegion>,
     ) -> Result<Self, MemoryError> {
+        Self::attach_with(descriptor, regions, None)
+    }
+
+    /// The same for a process that another may succeed: what is known of the pages is kept
+    /// in the file `planes` ([`planes_file`](Self::planes_file) makes one; a file on tmpfs
+    /// will do too). Somebody who outlives this process must hold it, the userfaultfd, and
+    /// the files of the regions.
+    ///
+    /// With an empty file this is as [`attach`](Self::attach). With a file that a process
+    /// before this one has used, its memory is taken over: nothing is dropped that has
+    /// arrived, and nothing arrives twice; what was being written when that process died is
+    /// asked for again, what was discarded stays so, and whoever waited is woken and asks
+    /// this process. Its record ([`DestinationRecord`]) must be kept too, and given in
+    /// [`DestinationOptions::record`]. The process before this one must have ended: two at
+    /// once would show a page twice.
+    ///
+    /// [`DestinationRecord`]: crate::DestinationRecord
+    /// [`DestinationOptions::record`]: crate::DestinationOptions::record
+    ///
+    /// # Errors
+    /// [`MemoryError`]; [`MemoryError::Planes`] if the file is of other memory.
+    pub fn attach_kept(
+        descriptor: OwnedFd,
+        regions: Vec<DestinationRegion>,
+        planes: OwnedFd,
+    ) -> Result<Self, MemoryError> {
+        Self::attach_with(descriptor, regions, Some(planes))
+    }
+
+    /// An empty file in memory for [`attach_kept`](Self::attach_kept): lives as long as
+    /// anybody holds a descriptor of it. A duplicate goes to whoever outlives this process.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn planes_file() -> io::Result<OwnedFd> {
+        kept::new_file()
+    }
+
+    /// Whether pages of this memory may have arrived by a process before this one.
+    #[must_use]
+    pub fn is_taken_over(&self) -> bool {
+        self.is_taken_over
+    }
+
+    fn attach_with(
+        descriptor: OwnedFd,
+        regions: Vec<DestinationRegion>,
+        planes: Option<OwnedFd>,
+    ) -> Result<Self, MemoryError> {
         // SAFETY: whether it is a userfaultfd shows at the first call; ownership moves.
         let uffd = unsafe { Uffd::from_raw_fd(descriptor.into_raw_fd()) };
         crate::sys::set_nonblocking(&uffd)
             .map_err(|error| UffdError::system("make the userfaultfd non-blocking", error))?;
         // Which events the other process asked for cannot be told from the descriptor.
-        let memory = Self::assemble(regions, uffd, true)?;
-        // A hole punched through a file raises no event, so nobody need read any. Memory of
-        // the other process without a file cannot be emptied from here, and need not be.
-        memory.empty()?;
+        let memory = Self::assemble(regions, uffd, true, planes)?;
+        if !memory.is_taken_over {
+            // A hole punched through a file raises no event, so nobody need read any. Memory
+            // of the other process without a file cannot be emptied from here, and need not
+            // be.
+            memory.empty()?;
+        }
+        memory.kept.begin();
         Ok(memory)
     }
 
@@ -254,6 +317,7 @@ impl DestinationMemory {
         mut regions: Vec<DestinationRegion>,
         uffd: Uffd,
         has_events: bool,
+        planes: Option<OwnedFd>,
     ) -> Result<Self, MemoryError> {
         regions.sort_by_key(|region| region.region.guest_address);
         let layout = GuestLayout::new(regions.iter().map(|region| region.region).collect())?;
@@ -268,7 +332,13 @@ impl DestinationMemory {
             })?;
             files.push(Some(RegionFile { file, offset, alias }));
         }
-        Ok(Self { layout, files, uffd, has_events, is_unregistered: AtomicBool::new(false) })
+        let kept = match planes {
+            Some(file) => Kept::in_file(file, &layout),
+            None => Kept::for_now(&layout),
+        };
+        let kept = kept.map_err(MemoryError::Planes)?;
+        let (is_taken_over, is_unregistered) = (kept.has_begun(), AtomicBool::new(false));
+        Ok(Self { layout, files, uffd, has_events, kept, is_taken_over, is_unregistered })
     }
 
     fn empty(&self) -> Result<(), MemoryError> {

@@ -7,6 +7,7 @@
 mod arrivals;
 pub(crate) mod driver;
 mod faults;
+mod kept;
 mod memory;
 mod pages;
 mod receive;

@@ -13,8 +13,10 @@
 //!   takes alone: after a discard no copy that looked before it can still arrive.
 
 mod claim;
+mod discarded;
 mod fault;
 mod hold;
+mod takeover;
 #[cfg(test)]
 mod tests;
 
@@ -23,13 +25,14 @@ pub(crate) use fault::{FaultAnswer, MissingPage};
 
 use super::memory::{DestinationMemory, RegionFile};
 use crate::sys::fill::{self, Fill, Stopped};
+use crate::sys::messages::Messages;
 use crate::sys::words::LazyWords;
 use afterimage_protocol::bitmap::{Bitmap, Planes};
 use afterimage_protocol::layout::{
     GuestLayout, PageNumber, PageRange, RegionRun, RegisteredAddress,
 };
+use discarded::DiscardedInFlight;
 use hold::{Place, pass};
-use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -113,15 +116,14 @@ pub(crate) struct PageCounters {
     pub(crate) duplicate: AtomicU64,
 }
 
-/// Pages that were discarded while somebody was writing them through an alias.
-type DiscardedInFlight = BTreeSet<PageNumber>;
-
 /// All pages of a destination, shared by its threads.
 #[derive(Debug)]
 pub(crate) struct Pages {
     memory: DestinationMemory,
     planes: Planes<LazyWords>,
     gate: RwLock<DiscardedInFlight>,
+    /// What was read from the userfaultfd last.
+    messages: Messages,
     remaining: AtomicU64,
     alias_written: AtomicU64,
     /// What the source has said that it cannot read.
@@ -138,13 +140,16 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// All pages free.
+    /// All pages free, or as a process before this one has left them. In the second case
+    /// nobody else may serve them, and whoever waits must be woken, or is forgotten.
     pub(crate) fn new(memory: DestinationMemory) -> io::Result<Self> {
         let pages = memory.layout.page_count();
-        Ok(Self {
-            planes: Planes::over(LazyWords::new(pages)?, LazyWords::new(pages)?, pages),
-            gate: RwLock::default(),
-            remaining: AtomicU64::new(pages),
+        let kept = &memory.kept;
+        let all = Self {
+            planes: kept.planes(),
+            gate: RwLock::new(DiscardedInFlight::over(kept.discards())),
+            messages: kept.messages(),
+            remaining: AtomicU64::new(0),
             alias_written: AtomicU64::new(0),
             unreadable: Bitmap::over(LazyWords::new(pages)?, pages),
             faulted: Bitmap::over(LazyWords::new(pages)?, pages),
@@ -153,7 +158,13 @@ impl Pages {
             #[cfg(test)]
             shown: AtomicU64::new(0),
             memory,
-        })
+        };
+        let complete = if all.memory.is_taken_over() { all.planes.complete_count() } else { 0 };
+        all.remaining.store(pages - complete, Ordering::Release);
+        if all.memory.is_taken_over() {
+            all.take_over()?;
+        }
+        Ok(all)
     }
 
     pub(crate) fn layout(&self) -> &GuestLayout {
@@ -338,7 +349,7 @@ impl Pages {
         let gone: Vec<PageNumber> = if gate.is_empty() {
             Vec::new()
         } else {
-            run.pages.iter().filter(|page| gate.contains(page)).collect()
+            run.pages.iter().filter(|page| gate.contains(*page)).collect()
         };
         for &page in &gone {
             self.empty_file_pages(PageRange::one(page), file);
@@ -356,7 +367,7 @@ impl Pages {
         }
         if !gone.is_empty() {
             let mut gate = self.discarding();
-            for page in &gone {
+            for page in gone.iter().copied() {
                 gate.remove(page);
             }
         }
@@ -470,7 +481,9 @@ impl Pages {
                 self.mark_complete(free, counter, |_| ());
             });
             // Counted by their writers.
-            self.planes.incomplete_in(run.pages, |claimed| gate.extend(claimed.iter()));
+            self.planes.incomplete_in(run.pages, |claimed| {
+                claimed.iter().for_each(|page| gate.insert(page));
+            });
         }
     }
 }

@@ -8,6 +8,7 @@ pub(crate) mod holes;
 pub(crate) mod machine;
 pub(crate) mod mapping;
 pub(crate) mod maps;
+pub(crate) mod messages;
 pub(crate) mod scheduling;
 pub(crate) mod socket;
 #[cfg(test)]

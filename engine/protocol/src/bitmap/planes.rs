@@ -139,6 +139,15 @@ impl<W: Words> Planes<W> {
         }
     }
 
+    /// Calls `open` with each run of a range that is claimed and not complete.
+    pub fn claimed_in(&self, range: PageRange, mut open: impl FnMut(PageRange)) {
+        let mut rest = range;
+        while let Some(run) = self.claimed.first_set_in(rest) {
+            self.incomplete_in(run, &mut open);
+            rest = after(range, run);
+        }
+    }
+
     /// Calls `there` with each run of a range that is complete.
     pub fn complete_in(&self, range: PageRange, mut there: impl FnMut(PageRange)) {
         let mut rest = range;

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
-use userfaultfd::{EventBuffer, RegisterMode};
+use userfaultfd::RegisterMode;
 
 fn register(regions: Vec<DestinationRegion>) -> Option<Result<DestinationMemory, MemoryError>> {
     match DestinationMemory::register(regions, testing::scope(), DiscardNotice::Called) {
@@ -92,7 +92,7 @@ fn the_memory_of_a_forked_child_stays_missing() {
         nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(child), None).unwrap();
     });
     testing::await_that("the fork has been read", || {
-        pages.read_events(&mut EventBuffer::new(4), &mut Vec::new()).unwrap();
+        pages.read_events(&mut Vec::new()).unwrap();
         parent.is_finished()
     });
     parent.join().unwrap();
@@ -226,7 +226,7 @@ fn fill_guest(
     testing::await_that(
         &format!("the guest has seen its pages, {kind:?}, file: {with_file}"),
         || {
-            pages.read_events(&mut EventBuffer::new(4), &mut faults).unwrap();
+            pages.read_events(&mut faults).unwrap();
             faults.retain(|&fault| match pages.answer(fault) {
                 FaultAnswer::Answered => false,
                 FaultAnswer::EventPending => true,

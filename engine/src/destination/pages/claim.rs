@@ -197,7 +197,7 @@ impl Pages {
         pass(Place::Emptied);
         let mut gate = self.discarding();
         for page in pages.iter() {
-            if gate.remove(&page) {
+            if gate.remove(page) {
                 self.mark_complete(PageRange::one(page), &self.counters.discarded, |_| ());
             }
         }

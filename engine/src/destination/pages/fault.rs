@@ -1,14 +1,14 @@
 //! Faults: reading events, and answering those whose page has arrived.
 
-use super::Pages;
 use super::hold::{Place, pass};
+use super::{DiscardedInFlight, Pages};
 use crate::destination::memory::keep_forever;
 use crate::sys::fill::{Fill, Stopped};
+use crate::sys::messages::{Message, Messages, child_of};
 use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{Backing, PageNumber, PageRange, RegionRun, RegisteredAddress};
 use std::io;
 use std::os::fd::AsFd;
-use userfaultfd::{Event, EventBuffer, FaultKind};
 
 /// A fault that somebody waits in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub(crate) enum FaultAnswer {
 pub(crate) struct EventsRead {
     /// How many events.
     pub(crate) events: usize,
+    /// More may be there than one look takes.
+    pub(crate) may_be_more: bool,
     /// Pages that were discarded.
     pub(crate) discarded: Vec<PageRange>,
 }
@@ -45,13 +47,9 @@ impl Pages {
     /// Reads what events there are, without blocking, and appends the faults to `faults`.
     /// Discards are done when it returns; their pages are to be acknowledged. Must be called
     /// by one thread only, which may never zap, unmap or fork.
-    pub(crate) fn read_events(
-        &self,
-        buffer: &mut EventBuffer,
-        faults: &mut Vec<MissingPage>,
-    ) -> io::Result<EventsRead> {
-        let (mut discarded, mut count) = (Vec::new(), 0);
-        {
+    pub(crate) fn read_events(&self, faults: &mut Vec<MissingPage>) -> io::Result<EventsRead> {
+        let mut discarded = Vec::new();
+        let events = {
             // Between the reading of a discard and its entry in the planes no copy may be
             // placed: whoever discards goes on as soon as it has been read.
             let mut gate = if self.memory.has_events {
@@ -62,60 +60,59 @@ impl Pages {
             } else {
                 None
             };
-            let events = self.memory.uffd().read_events(buffer).map_err(read_error)?;
+            let events = self.messages.read(self.memory.uffd())?;
             pass(Place::EventsRead);
-            for event in events {
-                count += 1;
-                match event.map_err(read_error)? {
-                    Event::Pagefault { kind, addr, .. } => self.push_fault(kind, addr, faults),
-                    Event::Remove { start, end } | Event::Unmap { start, end } => {
-                        let (start, end) = (start as u64, end as u64);
-                        let runs = self
-                            .layout()
-                            .pages_at_registered(RegisteredAddress(start), end - start);
-                        for run in runs {
-                            if let Some(gate) = gate.as_mut() {
-                                self.discard_locked(run.pages, gate);
-                            }
-                            discarded.push(run);
+            for index in 0..events {
+                match self.messages.get(index) {
+                    Message::Fault { address, is_minor } => {
+                        self.push_fault(address, is_minor, faults);
+                    }
+                    Message::Gone { start, end } => {
+                        if let Some(gate) = gate.as_mut() {
+                            discarded.extend(self.gone(start, end, gate));
                         }
                     }
-                    Event::Fork { uffd } => {
+                    Message::Forked(child) => {
                         // The child's missing pages: nobody serves them, and they must not
                         // become zeros. A VMM keeps guest memory out of children
                         // (MADV_DONTFORK).
                         tracing::warn!("the VMM forked; guest memory in the child is not served");
-                        // A duplicate: `into_raw_fd` of userfaultfd 0.9 closes what it returns.
-                        keep_forever(uffd.as_fd().try_clone_to_owned()?);
+                        keep_forever(child_of(child));
                     }
-                    Event::Remap { from, to, len } => {
-                        tracing::error!(?from, ?to, len, "guest memory was moved by mremap");
-                        return Err(io::Error::other(
-                            "guest memory was moved by mremap while it was being served",
-                        ));
-                    }
+                    Message::Moved { from, to, length } => return Err(moved(from, to, length)),
+                    Message::Unknown(event) => tracing::warn!(event, "an unknown event"),
                 }
             }
-        }
+            pass(Place::EventsDone);
+            self.messages.wipe(events);
+            events
+        };
         for run in &discarded {
             self.wake(run);
         }
         let discarded = discarded.iter().map(|run| run.pages).collect();
-        Ok(EventsRead { events: count, discarded })
+        Ok(EventsRead { may_be_more: Messages::are_full(events), events, discarded })
     }
 
-    fn push_fault(
+    /// Memory of the guest that was given up: discards its pages.
+    pub(super) fn gone(
         &self,
-        kind: FaultKind,
-        addr: *mut std::ffi::c_void,
-        faults: &mut Vec<MissingPage>,
-    ) {
-        match self.layout().page_at_registered(RegisteredAddress(addr as u64)) {
+        start: u64,
+        end: u64,
+        gate: &mut DiscardedInFlight,
+    ) -> Vec<RegionRun> {
+        let length = end.saturating_sub(start);
+        let runs = self.layout().pages_at_registered(RegisteredAddress(start), length);
+        runs.inspect(|run| self.discard_locked(run.pages, gate)).collect()
+    }
+
+    fn push_fault(&self, address: u64, is_minor: bool, faults: &mut Vec<MissingPage>) {
+        match self.layout().page_at_registered(RegisteredAddress(address)) {
             Some(page) => {
                 self.note_fault(page);
-                faults.push(MissingPage { page, is_minor: kind == FaultKind::Minor });
+                faults.push(MissingPage { page, is_minor });
             }
-            None => tracing::error!(?addr, "a fault outside of guest memory"),
+            None => tracing::error!(address, "a fault outside of guest memory"),
         }
     }
 
@@ -177,11 +174,12 @@ impl Pages {
     }
 }
 
-fn read_error(error: userfaultfd::Error) -> io::Error {
-    match error {
-        userfaultfd::Error::SystemError(errno) => errno.into(),
-        other => io::Error::other(other),
-    }
+/// Guest memory that is served was moved: nobody knows any more which page lies where.
+pub(super) fn moved(from: u64, to: u64, length: u64) -> io::Error {
+    io::Error::other(format!(
+        "guest memory was moved by mremap while it was being served: {length:#x} bytes from \
+         {from:#x} to {to:#x}"
+    ))
 }
 
 /// Whether there is an event to read.

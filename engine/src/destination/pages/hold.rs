@@ -18,6 +18,10 @@ pub(super) enum Place {
     Emptied,
     /// Events have been read, and the discards among them are not in the planes yet.
     EventsRead,
+    /// Events have been dealt with, and are still to be found by a successor.
+    EventsDone,
+    /// A successor has noted the discards that were left behind.
+    Replayed,
 }
 
 /// Nothing.

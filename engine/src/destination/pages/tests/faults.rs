@@ -177,7 +177,7 @@ fn no_reader_of_a_page_is_lost_while_zero_runs_race_with_its_fault() {
         };
         let mut faults = Vec::new();
         testing::await_that("all pages are read", || {
-            guest.pages.read_events(&mut EventBuffer::new(8), &mut faults).unwrap();
+            guest.pages.read_events(&mut faults).unwrap();
             // What would be asked for is not: the wake-up alone must bring the reader on.
             faults.retain(|&fault| guest.pages.answer(fault) == FaultAnswer::EventPending);
             reached.load(Ordering::Acquire) == PAGES

@@ -5,6 +5,7 @@ mod faults;
 mod once;
 mod placing;
 mod stress;
+mod takeover;
 
 use super::claim::Claim;
 use super::hold::{Place, held};
@@ -16,7 +17,6 @@ use afterimage_protocol::layout::{PageNumber, PageRange};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
-use userfaultfd::EventBuffer;
 
 /// A guest's memory, and the pages of the destination that fills it.
 #[derive(Clone)]
@@ -75,7 +75,7 @@ impl Guest {
     fn faults(&self) -> Vec<MissingPage> {
         let mut faults = Vec::new();
         testing::await_that("a fault is read", || {
-            self.pages.read_events(&mut EventBuffer::new(8), &mut faults).unwrap();
+            self.pages.read_events(&mut faults).unwrap();
             !faults.is_empty()
         });
         faults
@@ -89,7 +89,7 @@ impl Guest {
     fn answer_until<T>(&self, until: &Receiver<T>, page: u64) -> T {
         let (mut faults, mut got) = (Vec::new(), None);
         testing::await_that(&format!("page {page} is answered"), || {
-            self.pages.read_events(&mut EventBuffer::new(8), &mut faults).unwrap();
+            self.pages.read_events(&mut faults).unwrap();
             faults.retain(|&fault| match self.pages.answer(fault) {
                 FaultAnswer::Answered => false,
                 FaultAnswer::EventPending => true,
@@ -156,7 +156,7 @@ impl Guest {
         assert_eq!(self.pages.planes().complete_count(), done, "{:?}", self.area.kind);
         let (ways, _) = self.counted();
         assert_eq!(ways.iter().sum::<u64>(), done, "{:?}: {ways:?}", self.area.kind);
-        assert_eq!(self.pages.discarding().len(), 0, "{:?}", self.area.kind);
+        assert_eq!(self.pages.discarding().pages().len(), 0, "{:?}", self.area.kind);
     }
 }
 

@@ -17,11 +17,10 @@ impl World {
     pub(super) fn serve(&self, random: &mut Random) {
         dawdle(random);
         let pages = &self.guest.pages;
-        let mut buffer = EventBuffer::new(4);
         let mut source = Source { answers: Vec::new(), asked: BTreeMap::new() };
         let mut faults = Vec::new();
         while !self.is_stopping() {
-            pages.read_events(&mut buffer, &mut faults).unwrap();
+            pages.read_events(&mut faults).unwrap();
             faults.retain(|&fault| match pages.answer(fault) {
                 FaultAnswer::Answered | FaultAnswer::BeingWritten => false,
                 FaultAnswer::EventPending => true,

@@ -34,7 +34,7 @@ fn serve_until(guest: &Guest, done: &Receiver<u64>, pages: u64, seed: u64) -> u6
     let mut faults = Vec::new();
     let mut reached = 0;
     testing::await_that(&format!("all races are run (AFTERIMAGE_SEED={seed})"), || {
-        guest.pages.read_events(&mut EventBuffer::new(4), &mut faults).unwrap();
+        guest.pages.read_events(&mut faults).unwrap();
         faults.retain(|&fault| guest.pages.answer(fault) == FaultAnswer::EventPending);
         match done.try_recv() {
             Ok(now) => reached = now,

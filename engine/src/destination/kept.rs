@@ -1,0 +1,178 @@
+//! What of a destination may outlive the process that serves it: the planes, which discards
+//! wait for a writer, and what was last read from the userfaultfd.
+//!
+//! All of it lies in one mapping, of memory that ends with the process or of a file that
+//! somebody else keeps (a memfd at a keeper). A process that is killed at any instant leaves
+//! there what its successor needs; see [`Pages`](super::pages::Pages) for how it takes over.
+//!
+//! | at byte | words | |
+//! | --- | --- | --- |
+//! | 0 | 5 | magic, version, pages, digest of the layout, whether memory was emptied |
+//! | 4096 | 128 | messages |
+//! | 8192 | 8192 | pages discarded while they were being written, each plus one; 0 is free |
+//! | 73728 | a bit a page | claimed, up to a multiple of 4096 bytes |
+//! | after it | a bit a page | complete |
+
+use crate::sys::messages::Messages;
+use crate::sys::words::LazyWords;
+use afterimage_protocol::bitmap::{Planes, words_for};
+use afterimage_protocol::layout::GuestLayout;
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const MAGIC: u64 = u64::from_le_bytes(*b"AFTRPLN\n");
+const VERSION: u64 = 1;
+const BLOCK: usize = 4096;
+const MESSAGES: usize = BLOCK;
+const DISCARDS: usize = 2 * BLOCK;
+/// Far more pages than all channels together can be writing at once.
+const DISCARD_SLOTS: usize = 8192;
+const CLAIMED: usize = DISCARDS + DISCARD_SLOTS * 8;
+
+/// How many there are.
+const FIELDS: usize = 5;
+
+/// The words of the first block.
+#[derive(Clone, Copy)]
+enum Field {
+    Magic,
+    Version,
+    Pages,
+    Digest,
+    /// 1 once memory has been emptied for these planes: what is there from then on counts.
+    Begun,
+}
+
+/// Memory for the planes of one destination.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    map: Arc<MmapRaw>,
+    /// A word for each field.
+    head: LazyWords,
+    pages: u64,
+}
+
+/// An empty file for planes: memory that exists as long as anybody holds the descriptor.
+pub(crate) fn new_file() -> io::Result<OwnedFd> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    Ok(memfd_create(c"afterimage-planes", flags)?)
+}
+
+impl Kept {
+    /// In memory that ends with the process.
+    pub(crate) fn for_now(layout: &GuestLayout) -> io::Result<Self> {
+        let pages = layout.page_count();
+        let map = MmapOptions::new().len(length_for(pages)).no_reserve_swap().map_anon()?;
+        Ok(Self::over(MmapRaw::from(map), pages))
+    }
+
+    fn over(map: MmapRaw, pages: u64) -> Self {
+        let map = Arc::new(map);
+        Self { head: LazyWords::within(&map, 0, FIELDS), map, pages }
+    }
+
+    /// In a file: begun anew if it is empty, or taken over as it is.
+    ///
+    /// # Errors
+    /// The file holds something else, or planes of other memory.
+    pub(crate) fn in_file(file: OwnedFd, layout: &GuestLayout) -> io::Result<Self> {
+        let pages = layout.page_count();
+        let (file, wanted) = (File::from(file), length_for(pages));
+        match file.metadata()?.len() {
+            0 => file.set_len(wanted as u64)?,
+            found if found == wanted as u64 => {}
+            found => {
+                return Err(wrong(format!("it has {found} bytes, {pages} pages need {wanted}")));
+            }
+        }
+        keep_size(&file)?;
+        let map = MmapOptions::new().len(wanted).map_raw(file.as_raw_fd())?;
+        let kept = Self::over(map, pages);
+        if kept.field(Field::Magic).load(Ordering::Acquire) == 0 {
+            kept.describe(layout);
+        } else {
+            kept.check(layout)?;
+        }
+        Ok(kept)
+    }
+
+    fn describe(&self, layout: &GuestLayout) {
+        self.field(Field::Version).store(VERSION, Ordering::Relaxed);
+        self.field(Field::Pages).store(self.pages, Ordering::Relaxed);
+        self.field(Field::Digest).store(layout.digest(), Ordering::Relaxed);
+        // Last: without it, nothing has been described.
+        self.field(Field::Magic).store(MAGIC, Ordering::Release);
+    }
+
+    fn check(&self, layout: &GuestLayout) -> io::Result<()> {
+        let field = |field| self.field(field).load(Ordering::Acquire);
+        if field(Field::Magic) != MAGIC {
+            return Err(wrong("it does not hold planes".to_owned()));
+        }
+        if field(Field::Version) != VERSION {
+            let theirs = field(Field::Version);
+            return Err(wrong(format!("its planes are of version {theirs}, this is {VERSION}")));
+        }
+        if field(Field::Pages) != self.pages || field(Field::Digest) != layout.digest() {
+            return Err(wrong("its planes are of memory with another layout".to_owned()));
+        }
+        Ok(())
+    }
+
+    fn field(&self, field: Field) -> &AtomicU64 {
+        &self.head.as_ref()[field as usize]
+    }
+
+    /// Whether a process before this one has served this memory.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.field(Field::Begun).load(Ordering::Acquire) != 0
+    }
+
+    /// The memory is empty: from here the planes say what is in it.
+    pub(crate) fn begin(&self) {
+        self.field(Field::Begun).store(1, Ordering::Release);
+    }
+
+    pub(crate) fn planes(&self) -> Planes<LazyWords> {
+        let count = words_for(self.pages).max(1);
+        let words = |offset| LazyWords::within(&self.map, offset, count);
+        Planes::over(words(CLAIMED), words(CLAIMED + plane_bytes(self.pages)), self.pages)
+    }
+
+    pub(crate) fn messages(&self) -> Messages {
+        Messages::over(LazyWords::within(&self.map, MESSAGES, Messages::WORDS))
+    }
+
+    /// Slots for the pages that were discarded while somebody was writing them.
+    pub(crate) fn discards(&self) -> LazyWords {
+        LazyWords::within(&self.map, DISCARDS, DISCARD_SLOTS)
+    }
+}
+
+fn plane_bytes(pages: u64) -> usize {
+    (words_for(pages).max(1) * 8).next_multiple_of(BLOCK)
+}
+
+fn length_for(pages: u64) -> usize {
+    CLAIMED + 2 * plane_bytes(pages)
+}
+
+/// Whoever cut the file short would end the process that has mapped it. Files other than a
+/// memfd cannot be sealed; who gives one keeps others from it.
+fn keep_size(file: &File) -> io::Result<()> {
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+    match fcntl(file, FcntlArg::F_ADD_SEALS(seals)) {
+        Ok(_) | Err(nix::Error::EINVAL | nix::Error::EPERM) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn wrong(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
