@@ -132,7 +132,8 @@ impl FaultThread {
 
     /// Serves until it is told to stop. If it cannot go on, faults stay unanswered.
     pub(super) fn run(mut self) {
-        if let Err(error) = self.serve() {
+        let served = self.serve().and_then(|()| self.arrived.pages.read_last_events());
+        if let Err(error) = served {
             tracing::error!(%error, "faults are not answered any more");
             self.driver.send(Input::FaultsFailed(error));
         }

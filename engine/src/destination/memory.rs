@@ -5,7 +5,10 @@
 //! nothing of what was there before can be read. The descriptor is never closed while a page has not arrived, because a closed
 //! userfaultfd turns missing pages into zeros: see [`keep_forever`].
 
-use super::kept::{self, Kept};
+mod handed_over;
+
+use super::kept::Kept;
+use crate::sys::fill::{self, Fill, Stopped};
 use crate::sys::mapping::{self, Alias};
 use crate::sys::maps::{self, MappingError};
 use crate::sys::uffd::{self, FaultScope, Features, UffdError};
@@ -14,7 +17,7 @@ use afterimage_protocol::layout::{
     RegisteredAddress,
 };
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -236,83 +239,6 @@ impl DestinationMemory {
         Ok(memory)
     }
 
-    /// Takes over memory that another process registered, with its userfaultfd. That
-    /// process must have registered every region, with mode missing (and minor, where a
-    /// file is given), and must not touch a page before it did. What the files hold in the
-    /// regions' ranges is dropped: a page that is zero at the source is shown as the file has
-    /// it, which must be as nothing.
-    ///
-    /// # Errors
-    /// [`MemoryError`] where the regions are no layout or a file cannot be mapped or emptied.
-    pub fn attach(
-        descriptor: OwnedFd,
-        regions: Vec<DestinationRegion>,
-    ) -> Result<Self, MemoryError> {
-        Self::attach_with(descriptor, regions, None)
-    }
-
-    /// The same for a process that another may succeed: what is known of the pages is kept
-    /// in the file `planes` ([`planes_file`](Self::planes_file) makes one; a file on tmpfs
-    /// will do too). Somebody who outlives this process must hold it, the userfaultfd, and
-    /// the files of the regions.
-    ///
-    /// With an empty file this is as [`attach`](Self::attach). With a file that a process
-    /// before this one has used, its memory is taken over: nothing is dropped that has
-    /// arrived, and nothing arrives twice; what was being written when that process died is
-    /// asked for again, what was discarded stays so, and whoever waited is woken and asks
-    /// this process. Its record ([`DestinationRecord`]) must be kept too, and given in
-    /// [`DestinationOptions::record`]. The process before this one must have ended: two at
-    /// once would show a page twice.
-    ///
-    /// [`DestinationRecord`]: crate::DestinationRecord
-    /// [`DestinationOptions::record`]: crate::DestinationOptions::record
-    ///
-    /// # Errors
-    /// [`MemoryError`]; [`MemoryError::Planes`] if the file is of other memory.
-    pub fn attach_kept(
-        descriptor: OwnedFd,
-        regions: Vec<DestinationRegion>,
-        planes: OwnedFd,
-    ) -> Result<Self, MemoryError> {
-        Self::attach_with(descriptor, regions, Some(planes))
-    }
-
-    /// An empty file in memory for [`attach_kept`](Self::attach_kept): lives as long as
-    /// anybody holds a descriptor of it. A duplicate goes to whoever outlives this process.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn planes_file() -> io::Result<OwnedFd> {
-        kept::new_file()
-    }
-
-    /// Whether pages of this memory may have arrived by a process before this one.
-    #[must_use]
-    pub fn is_taken_over(&self) -> bool {
-        self.is_taken_over
-    }
-
-    fn attach_with(
-        descriptor: OwnedFd,
-        regions: Vec<DestinationRegion>,
-        planes: Option<OwnedFd>,
-    ) -> Result<Self, MemoryError> {
-        // SAFETY: whether it is a userfaultfd shows at the first call; ownership moves.
-        let uffd = unsafe { Uffd::from_raw_fd(descriptor.into_raw_fd()) };
-        crate::sys::set_nonblocking(&uffd)
-            .map_err(|error| UffdError::system("make the userfaultfd non-blocking", error))?;
-        // Which events the other process asked for cannot be told from the descriptor.
-        let memory = Self::assemble(regions, uffd, true, planes)?;
-        if !memory.is_taken_over {
-            // A hole punched through a file raises no event, so nobody need read any. Memory
-            // of the other process without a file cannot be emptied from here, and need not
-            // be.
-            memory.empty()?;
-        }
-        memory.kept.begin();
-        Ok(memory)
-    }
-
     fn assemble(
         mut regions: Vec<DestinationRegion>,
         uffd: Uffd,
@@ -394,6 +320,17 @@ impl DestinationMemory {
         for region in self.layout.regions() {
             self.wake(region.registered.unwrap_or_default(), region.length);
         }
+    }
+
+    /// Whether somebody waits for an event of his to be read, of memory that is registered no
+    /// more: the kernel refuses then to fill anything, before it looks at what.
+    pub(crate) fn has_event_pending(&self) -> bool {
+        let region = &self.layout.regions()[0];
+        let (start, page) = (region.registered.unwrap_or_default(), region.page_size.bytes());
+        self.has_events
+            && self.is_unregistered.load(Ordering::Acquire)
+            && fill::run(&self.uffd, Fill::Zero, start, page, page).stopped
+                == Some(Stopped::EventPending)
     }
 
     /// Ends the serving of memory that is complete: the kernel answers faults by itself from

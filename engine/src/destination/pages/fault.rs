@@ -9,6 +9,10 @@ use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{Backing, PageNumber, PageRange, RegionRun, RegisteredAddress};
 use std::io;
 use std::os::fd::AsFd;
+use std::time::Duration;
+
+/// Between two looks for an event that is pending and not there yet.
+const LAST_EVENT_RETRY: Duration = Duration::from_micros(100);
 
 /// A fault that somebody waits in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +96,18 @@ impl Pages {
         }
         let discarded = discarded.iter().map(|run| run.pages).collect();
         Ok(EventsRead { may_be_more: Messages::are_full(events), events, discarded })
+    }
+
+    /// Reads to the end what was being told when everything had arrived and the memory was
+    /// unregistered. Whoever discards looks whether memory is registered, and then waits to be
+    /// read: he would wait for as long as anybody holds the userfaultfd open, and a VMM may.
+    pub(crate) fn read_last_events(&self) -> io::Result<()> {
+        while self.memory.has_event_pending() {
+            self.read_events(&mut Vec::new())?;
+            // What is pending may be a moment away from being there.
+            std::thread::sleep(LAST_EVENT_RETRY);
+        }
+        Ok(())
     }
 
     /// Memory of the guest that was given up: discards its pages.
@@ -183,7 +199,7 @@ pub(super) fn moved(from: u64, to: u64, length: u64) -> io::Error {
 }
 
 /// Whether there is an event to read.
-fn is_readable(uffd: &userfaultfd::Uffd) -> io::Result<bool> {
+pub(super) fn is_readable(uffd: &userfaultfd::Uffd) -> io::Result<bool> {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let mut fds = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
     let ready = poll(&mut fds, PollTimeout::ZERO)?;

@@ -81,6 +81,11 @@ impl Guest {
         faults
     }
 
+    /// Whether the userfaultfd has something to tell.
+    fn has_event(&self) -> bool {
+        super::fault::is_readable(self.pages.memory().uffd()).unwrap()
+    }
+
     /// Reads one page, answering what faults there are from the planes alone.
     fn read_answered(&self, page: u64) -> (u64, u64) {
         self.answer_until(&self.touch(page), page)

@@ -263,6 +263,22 @@ fn faults_that_a_dead_handler_has_read_come_again() {
 }
 
 #[test]
+fn who_discards_while_memory_is_unregistered_goes_on() {
+    for vmm in Vmm::each() {
+        let handler = vmm.handler();
+        handler.bring(0, PAGES, NEW);
+        let discards = vmm.gives_up(3, 1);
+        testing::await_that("the discard is told", || handler.has_event());
+        handler.pages.memory().unregister();
+        handler.pages.read_last_events().unwrap();
+        // The VMM still holds the userfaultfd, and nobody reads it any more.
+        testing::await_that("the discard is over", || discards.is_finished());
+        discards.join().unwrap();
+        assert!(!handler.pages.memory().has_event_pending());
+    }
+}
+
+#[test]
 fn planes_of_other_memory_are_refused_and_kept() {
     let Some(vmm) = Vmm::new(Kind::Memfd) else { return };
     let first = vmm.handler();
