@@ -6,6 +6,8 @@
 //! - [`guest`]: workloads whose memory can be verified, on KVM or on plain threads
 //! - [`microvm`]: the virtual machine that runs them on KVM
 //! - [`handoff`]: handing a stopped guest over to another process of the machine
+//! - [`attachment`]: having one's guest memory served by another process
+//! - [`page_client`]: serving the memory of a guest that another process runs
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
 //! - [`report_page`]: measurements as a page of HTML with pictures
 //! - [`sampling`]: samples of a migration as it goes on
@@ -13,13 +15,16 @@
 //! - [`size`]: sizes of memory as people write and read them
 //! - [`require`]: what tests need of the machine
 
+pub mod attachment;
 pub mod bandwidth;
 pub mod demo;
 pub mod guest;
 pub mod handoff;
 pub mod microvm;
 pub mod migrate;
+pub mod page_client;
 pub mod page_server;
+mod processes;
 pub mod ram;
 pub mod report_page;
 pub mod require;

@@ -6,15 +6,15 @@
 //!
 //! Invariant: a destination that lacks pages is not left alone before a second signal.
 
-mod failure;
+pub(crate) mod failure;
 pub mod memory;
 mod migration;
 pub mod options;
 mod probing;
-mod progress;
+pub(crate) mod progress;
 mod report;
 mod snapshot;
-mod wait;
+pub(crate) mod wait;
 mod waiting;
 
 use std::io::IsTerminal;
@@ -29,6 +29,8 @@ use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
 pub use failure::Failure;
+pub(crate) use failure::check_connect;
+pub(crate) use waiting::listen_privately;
 use migration::{Migration, Origin};
 use options::Options;
 pub use progress::Notice;
@@ -51,7 +53,7 @@ pub fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let report = serve(&options, Progress::new()).unwrap_or_else(|failure| {
+    let report = serve(&options, Progress::new("page-server")).unwrap_or_else(|failure| {
         eprintln!("page-server: {failure}");
         Report::failed(mode(&options), &failure)
     });

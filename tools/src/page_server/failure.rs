@@ -13,7 +13,7 @@ use super::memory::FileError;
 #[derive(Debug)]
 pub struct Failure {
     line: String,
-    pub(super) exit: u8,
+    pub(crate) exit: u8,
 }
 
 /// Something failed.
@@ -22,21 +22,21 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 
 impl Failure {
-    pub(super) fn new(line: impl Into<String>) -> Self {
+    pub(crate) fn new(line: impl Into<String>) -> Self {
         Self { line: line.into(), exit: FAILED }
     }
 
-    pub(super) fn usage(line: impl Into<String>) -> Self {
+    pub(crate) fn usage(line: impl Into<String>) -> Self {
         Self { line: line.into(), exit: USAGE }
     }
 
     /// Wraps an error: "could not `operation`: why: why".
-    pub(super) fn of<E: Error>(operation: &'static str) -> impl FnOnce(E) -> Self {
+    pub(crate) fn of<E: Error>(operation: &'static str) -> impl FnOnce(E) -> Self {
         move |error| Self::new(format!("could not {operation}: {}", chain(&error)))
     }
 
     /// An address that cannot be listened on.
-    pub(super) fn listen(address: &Address, error: &io::Error) -> Self {
+    pub(crate) fn listen(address: &Address, error: &io::Error) -> Self {
         let remedy = match (error.kind(), address) {
             (io::ErrorKind::AddrInUse, _) => {
                 "; another process listens there: stop it, or choose another address"
@@ -74,7 +74,7 @@ impl fmt::Display for Failure {
 impl Error for Failure {}
 
 /// An error and its causes in one line.
-pub(super) fn chain(error: &dyn Error) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -87,7 +87,7 @@ pub(super) fn chain(error: &dyn Error) -> String {
 
 /// Refuses at once what no later attempt could mend. A name that cannot be resolved now may
 /// be resolved later.
-pub(super) fn check_connect(address: &Address, plaintext: Plaintext) -> Result<(), Failure> {
+pub(crate) fn check_connect(address: &Address, plaintext: Plaintext) -> Result<(), Failure> {
     match address {
         Address::Descriptor(_) => Err(Failure::usage(format!(
             "--connect {address}: a descriptor cannot be connected to; it is for --listen"

@@ -167,7 +167,8 @@ pub fn parse_bytes(text: &str) -> Option<u64> {
     }
 }
 
-fn parse_time(text: &str) -> Result<Duration, String> {
+/// A time: a whole number and us, ms or s.
+pub(crate) fn parse_time(text: &str) -> Result<Duration, String> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (digits, unit) = text.split_at(split);
     let number = digits.parse::<u64>().map_err(|_| time_error(text))?;

@@ -27,7 +27,9 @@ pub enum Notice {
 
 /// Says how it goes.
 #[derive(Debug)]
-pub(super) struct Progress {
+pub(crate) struct Progress {
+    /// Who speaks.
+    tool: &'static str,
     voice: Voice,
     said: Option<(Instant, u64)>,
 }
@@ -52,39 +54,40 @@ impl fmt::Debug for Voice {
 impl Progress {
     /// A bar if the standard error is a terminal.
     #[must_use]
-    pub(super) fn new() -> Self {
+    pub(crate) fn new(tool: &'static str) -> Self {
         if !stderr().is_terminal() {
-            return Self { voice: Voice::Lines, said: None };
+            return Self { tool, voice: Voice::Lines, said: None };
         }
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
         let style = "{wide_bar} {pos}/{len} pages  {per_sec}  {msg}";
         bar.set_style(ProgressStyle::with_template(style).expect("a template that parses"));
-        Self { voice: Voice::Bar(bar), said: None }
+        Self { tool, voice: Voice::Bar(bar), said: None }
     }
 
     /// Tells `hearer` instead of the standard error.
     #[must_use]
-    pub(super) fn to(hearer: impl Fn(Notice) + 'static) -> Self {
-        Self { voice: Voice::Hearer(Box::new(hearer)), said: None }
+    pub(crate) fn to(hearer: impl Fn(Notice) + 'static) -> Self {
+        Self { tool: "", voice: Voice::Hearer(Box::new(hearer)), said: None }
     }
 
     /// How long to wait before [`update`](Self::update) has something new to say.
     #[must_use]
-    pub(super) fn interval(&self) -> Duration {
+    pub(crate) fn interval(&self) -> Duration {
         if matches!(self.voice, Voice::Bar(_)) { FRAME } else { LOOK }
     }
 
     /// Says a line.
-    pub(super) fn say(&self, line: &str) {
+    pub(crate) fn say(&self, line: &str) {
+        let tool = self.tool;
         match &self.voice {
-            Voice::Bar(bar) => bar.suspend(|| eprintln!("page-server: {line}")),
-            Voice::Lines => eprintln!("page-server: {line}"),
+            Voice::Bar(bar) => bar.suspend(|| eprintln!("{tool}: {line}")),
+            Voice::Lines => eprintln!("{tool}: {line}"),
             Voice::Hearer(hear) => hear(Notice::Line(line.to_owned())),
         }
     }
 
     /// Says where destinations can connect.
-    pub(super) fn listening(&self, address: &Address) {
+    pub(crate) fn listening(&self, address: &Address) {
         match &self.voice {
             Voice::Hearer(hear) => hear(Notice::Listening(address.clone())),
             _ => self.say(&format!("listening on {address}")),
@@ -92,7 +95,7 @@ impl Progress {
     }
 
     /// Shows how many pages have arrived.
-    pub(super) fn update(&mut self, arrived: u64, total: u64) {
+    pub(crate) fn update(&mut self, arrived: u64, total: u64) {
         if total == 0 {
             return;
         }
@@ -108,12 +111,6 @@ impl Progress {
             self.say(&format!("{arrived} of {total} pages have arrived"));
             self.said = Some((Instant::now(), arrived));
         }
-    }
-}
-
-impl Default for Progress {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

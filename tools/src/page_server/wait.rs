@@ -19,7 +19,7 @@ const WAKER: Token = Token(2);
 
 /// Waits for one source of events and for SIGINT and SIGTERM.
 #[derive(Debug)]
-pub(super) struct Waiter {
+pub(crate) struct Waiter {
     poll: Poll,
     events: Events,
     signals: SignalFd,
@@ -32,7 +32,7 @@ impl Waiter {
     ///
     /// # Errors
     /// What the system says.
-    pub(super) fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let mut set = SigSet::empty();
         set.add(Signal::SIGINT);
         set.add(Signal::SIGTERM);
@@ -49,14 +49,14 @@ impl Waiter {
     ///
     /// # Errors
     /// What the system says.
-    pub(super) fn watch(&self, events: &impl AsFd) -> io::Result<()> {
+    pub(crate) fn watch(&self, events: &impl AsFd) -> io::Result<()> {
         let raw = events.as_fd().as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&raw), EVENTS, Interest::READABLE)
     }
 
     /// Wakes the waiter from another thread.
     #[must_use]
-    pub(super) fn waker(&self) -> Arc<Waker> {
+    pub(crate) fn waker(&self) -> Arc<Waker> {
         Arc::clone(&self.waker)
     }
 
@@ -64,7 +64,7 @@ impl Waiter {
     ///
     /// # Errors
     /// What the system says.
-    pub(super) fn wait(&mut self, most: Duration) -> io::Result<usize> {
+    pub(crate) fn wait(&mut self, most: Duration) -> io::Result<usize> {
         match self.poll.poll(&mut self.events, Some(most)) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
             _ => {}

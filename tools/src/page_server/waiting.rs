@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::{fs, io, thread};
 
@@ -23,7 +23,7 @@ use crate::handoff::{self, Offer};
 #[derive(Debug)]
 pub(super) struct Doorway {
     listener: UnixListener,
-    path: PathBuf,
+    address: Address,
 }
 
 /// A guest whose memory is mapped and which can be taken.
@@ -35,20 +35,12 @@ pub(super) struct Guest {
 impl Doorway {
     /// Listens. Call it before any thread is started.
     pub(super) fn open(address: &Address) -> Result<Self, Failure> {
-        let Address::Unix(path) = address else {
-            return Err(Failure::usage(format!(
-                "--handoff {address}: descriptors only travel over Unix sockets; give unix:PATH"
-            )));
-        };
-        let before = umask(Mode::from_bits_truncate(0o177));
-        let bound = bind(path);
-        umask(before);
-        let listener = bound.map_err(|error| Failure::listen(address, &error))?;
-        Ok(Self { listener, path: path.clone() })
+        let listener = listen_privately(address, "--handoff")?;
+        Ok(Self { listener, address: address.clone() })
     }
 
     pub(super) fn address(&self) -> Address {
-        Address::Unix(self.path.clone())
+        self.address.clone()
     }
 
     /// Waits for a guest that can be served; `None` if a signal came first. What is wrong
@@ -88,6 +80,20 @@ impl Drop for Doorway {
         // Somebody may have removed it already.
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// Listens on a Unix socket that only this user and root may connect to. `flag` is where the
+/// address was given. Call it before any thread is started.
+pub(crate) fn listen_privately(address: &Address, flag: &str) -> Result<UnixListener, Failure> {
+    let Address::Unix(path) = address else {
+        return Err(Failure::usage(format!(
+            "{flag} {address}: descriptors only travel over Unix sockets; give unix:PATH"
+        )));
+    };
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let bound = bind(path);
+    umask(before);
+    bound.map_err(|error| Failure::listen(address, &error))
 }
 
 /// A socket left behind by a process that died is replaced.

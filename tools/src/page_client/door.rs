@@ -1,0 +1,109 @@
+//! What comes from VMMs, and from the one whose guest this is: threads that wait, and wake
+//! the one that decides.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::thread;
+
+use crossbeam_channel::{Receiver, Sender};
+use mio::Waker;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::attachment::{self, Arrival, Word};
+use crate::handoff::framing;
+
+/// What came.
+pub(super) enum News {
+    /// A VMM has connected.
+    Arrived(Arrival),
+    /// One that could not be understood.
+    Turned(String),
+    /// The VMM on the connection of this number says something.
+    Said(u64, Word),
+    /// That connection has ended.
+    HungUp(u64),
+    /// The process that runs the guest has ended.
+    Died,
+}
+
+/// Where news come in.
+pub(super) struct Door {
+    sender: Sender<News>,
+    pub(super) news: Receiver<News>,
+    waker: Arc<Waker>,
+}
+
+impl Door {
+    pub(super) fn new(waker: Arc<Waker>) -> Self {
+        let (sender, news) = crossbeam_channel::unbounded();
+        Self { sender, news, waker }
+    }
+
+    /// Accepts VMMs until the process ends. Each is heard by a thread of its own: one that is
+    /// slow keeps no other waiting.
+    pub(super) fn open(&self, listener: UnixListener) -> io::Result<()> {
+        let (sender, waker) = (self.sender.clone(), Arc::clone(&self.waker));
+        thread::Builder::new().name("attach".to_owned()).spawn(move || {
+            loop {
+                let socket = match listener.accept() {
+                    Ok((socket, _)) => socket,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) => {
+                        tell(&sender, &waker, News::Turned(format!("cannot accept: {error}")));
+                        return;
+                    }
+                };
+                let (to, waker) = (sender.clone(), Arc::clone(&waker));
+                let heard = thread::Builder::new()
+                    .name("arrival".to_owned())
+                    .spawn(move || tell(&to, &waker, hear(socket)));
+                if let Err(error) = heard {
+                    tracing::warn!(%error, "a VMM cannot be heard");
+                }
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Hears the VMM on a connection until it ends.
+    pub(super) fn listen(&self, number: u64, socket: UnixStream) -> io::Result<()> {
+        let (sender, waker) = (self.sender.clone(), Arc::clone(&self.waker));
+        socket.set_read_timeout(None)?;
+        thread::Builder::new().name("vmm".to_owned()).spawn(move || {
+            while let Ok(word) = framing::receive(&socket) {
+                tell(&sender, &waker, News::Said(number, word));
+            }
+            tell(&sender, &waker, News::HungUp(number));
+        })?;
+        Ok(())
+    }
+
+    /// Waits for the end of a process.
+    pub(super) fn watch(&self, process: OwnedFd) -> io::Result<()> {
+        let (sender, waker) = (self.sender.clone(), Arc::clone(&self.waker));
+        thread::Builder::new().name("watch".to_owned()).spawn(move || {
+            let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+            while !matches!(poll(&mut fds, PollTimeout::NONE), Ok(ready) if ready > 0) {}
+            tell(&sender, &waker, News::Died);
+        })?;
+        Ok(())
+    }
+}
+
+fn hear(socket: UnixStream) -> News {
+    match attachment::receive(socket) {
+        Ok(arrival) => News::Arrived(arrival),
+        Err(error) => News::Turned(format!("a VMM was turned away: {error}")),
+    }
+}
+
+fn tell(sender: &Sender<News>, waker: &Waker, news: News) {
+    // Whoever waits may have gone, with the process.
+    if sender.send(news).is_ok()
+        && let Err(error) = waker.wake()
+    {
+        tracing::error!(%error, "news of a VMM wake nobody");
+    }
+}

@@ -1,0 +1,252 @@
+//! Serving one guest until every page is in place and the source knows it.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use afterimage::{Destination, DestinationEvent, Events, StateSection};
+
+use super::Failure;
+use super::door::{Door, News};
+use super::report::{Journal, Outcome};
+use crate::attachment::{Arrival, Word, send_state};
+use crate::handoff::framing;
+use crate::page_server::progress::Progress;
+use crate::page_server::wait::Waiter;
+
+/// How long a VMM may take to take in a word.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub(super) struct Serving {
+    pub(super) destination: Destination,
+    pub(super) events: Events<DestinationEvent>,
+    pub(super) door: Door,
+    pub(super) waiter: Waiter,
+    pub(super) progress: Progress,
+    pub(super) journal: Journal,
+    pub(super) name: String,
+    pub(super) vmm: Option<UnixStream>,
+    /// Grows with each connection of the VMM.
+    pub(super) connection: u64,
+    /// Device state that the VMM has not said to have restored.
+    pub(super) state: Option<Vec<StateSection>>,
+    pub(super) runs: bool,
+    pub(super) has_all: bool,
+    /// Why the guest does not run here, if it is so.
+    pub(super) not_here: Option<String>,
+    pub(super) signals: usize,
+}
+
+impl Serving {
+    pub(super) fn run(&mut self) -> Result<Outcome, Failure> {
+        self.waiter.watch(&self.events).map_err(Failure::of("wait for the session"))?;
+        loop {
+            while let Some(event) = self.events.try_next() {
+                if let Some(outcome) = self.take_event(event) {
+                    return Ok(outcome);
+                }
+            }
+            while let Ok(news) = self.door.news.try_recv() {
+                if let Some(outcome) = self.take_news(news)? {
+                    return Ok(outcome);
+                }
+            }
+            let stats = self.destination.stats();
+            self.progress.update(stats.pages_complete, stats.pages_total);
+            let interval = self.progress.interval();
+            let came = self.waiter.wait(interval).map_err(Failure::of("wait for the session"))?;
+            if came > 0
+                && let Some(outcome) = self.signalled(came)
+            {
+                return Ok(outcome);
+            }
+        }
+    }
+
+    /// Says something to the VMM, if it is connected.
+    fn tell(&mut self, word: &Word) {
+        let said = self.vmm.as_ref().map_or(Ok(()), |vmm| framing::send(vmm, word));
+        if let Err(error) = said {
+            tracing::info!(%error, "the VMM cannot be told; it will come back");
+            self.vmm = None;
+        }
+    }
+
+    fn tell_state(&mut self) {
+        let (Some(vmm), Some(state)) = (&self.vmm, &self.state) else { return };
+        if let Err(error) = send_state(vmm, state) {
+            tracing::info!(%error, "device state cannot be passed on; the VMM will come back");
+            self.vmm = None;
+        }
+    }
+
+    fn take_event(&mut self, event: DestinationEvent) -> Option<Outcome> {
+        match event {
+            DestinationEvent::Attached(session) => {
+                self.journal.attached(&session.to_string());
+                self.note("attached", "a source is attached");
+            }
+            DestinationEvent::Disconnected => {
+                self.note("disconnected", "the source is away; waiting for it to come back");
+            }
+            DestinationEvent::State(state) => {
+                self.note("state", "the device state has arrived");
+                self.state = Some(state);
+                self.tell_state();
+            }
+            DestinationEvent::Run => {
+                self.note("run", "the guest runs here");
+                (self.runs, self.state) = (true, None);
+                self.tell(&Word::Run);
+            }
+            DestinationEvent::AllArrived => {
+                self.note("all_arrived", "every page is in place");
+                self.has_all = true;
+                self.tell(&Word::AllArrived);
+            }
+            DestinationEvent::Finished => {
+                self.note("finished", "the source knows it; the session is over");
+                self.tell(&Word::Finished);
+                return Some(Outcome::Finished);
+            }
+            DestinationEvent::Refused => {
+                return self.not_here("the source has taken the guest back");
+            }
+            DestinationEvent::Fenced => return self.not_here("an operator has fenced this side"),
+            DestinationEvent::Ended(reason) => {
+                return self.not_here(&format!("the source has ended the session: {reason}"));
+            }
+            DestinationEvent::TurnedAway(reason) => {
+                self.note("turned_away", &format!("the source turns this side away: {reason}"));
+            }
+            DestinationEvent::Unreadable { first_page, pages } => {
+                self.fail(&format!(
+                    "the source cannot read {pages} pages from page {first_page} on; whoever \
+                     touches one waits"
+                ));
+            }
+            DestinationEvent::Failed(reason) => self.fail(&reason),
+            DestinationEvent::PersistFailed => {
+                self.fail("who owns the guest could not be recorded; it is tried again");
+            }
+            _ => {}
+        }
+        None
+    }
+
+    fn note(&mut self, event: &'static str, line: &str) {
+        self.journal.note(event);
+        self.progress.say(line);
+    }
+
+    fn fail(&mut self, reason: &str) {
+        self.note("failed", reason);
+        self.tell(&Word::Failed { reason: reason.to_owned() });
+    }
+
+    fn not_here(&mut self, reason: &str) -> Option<Outcome> {
+        self.note("not_here", &format!("the guest does not run here: {reason}"));
+        self.not_here = Some(reason.to_owned());
+        self.tell(&Word::NotHere { reason: reason.to_owned() });
+        // A guest that has run waits for its pages; without one nobody does.
+        (!self.runs).then_some(Outcome::NotHere)
+    }
+
+    fn take_news(&mut self, news: News) -> Result<Option<Outcome>, Failure> {
+        match news {
+            News::Arrived(Arrival::Return { name, socket }) if name == self.name => {
+                self.greet(socket)?;
+            }
+            News::Arrived(Arrival::Return { name, socket }) => {
+                self.refuse(&socket, &name);
+            }
+            News::Arrived(Arrival::Offer(offer)) => self.refuse(&offer.socket, &offer.name),
+            News::Turned(line) => self.progress.say(&line),
+            News::Said(number, word) if number == self.connection => self.hear(&word),
+            News::HungUp(number) if number == self.connection => {
+                self.vmm = None;
+                self.journal.note("vmm_hung_up");
+            }
+            News::Said(..) | News::HungUp(_) => {}
+            News::Died => {
+                let line = if self.runs {
+                    "the process that ran the guest has ended; without release the source can be \
+                     fenced, and goes on from the switchover"
+                } else {
+                    "the process that was to run the guest has ended before it did"
+                };
+                self.note("vmm_died", line);
+                return Ok(Some(Outcome::VmmDied));
+            }
+        }
+        Ok(None)
+    }
+
+    fn refuse(&self, socket: &UnixStream, name: &str) {
+        let reason =
+            format!("this page-client serves the guest {:?}, not {name:?}: start another", self.name);
+        self.progress.say(&format!("a VMM was turned away: {reason}"));
+        // It may have gone.
+        let _ = framing::send(socket, &Word::Refused { reason });
+    }
+
+    /// Takes a connection of the guest's VMM in the place of any before, and says again what
+    /// it may have missed.
+    pub(super) fn greet(&mut self, socket: UnixStream) -> Result<(), Failure> {
+        let wrap = || Failure::of("talk to the VMM");
+        socket.set_write_timeout(Some(PATIENCE)).map_err(wrap())?;
+        let hearing = socket.try_clone().map_err(wrap())?;
+        self.connection += 1;
+        self.vmm = Some(socket);
+        self.tell(&Word::Attached);
+        self.door.listen(self.connection, hearing).map_err(wrap())?;
+        self.journal.note("vmm_attached");
+        self.tell_state();
+        if self.runs {
+            self.tell(&Word::Run);
+        }
+        if self.has_all {
+            self.tell(&Word::AllArrived);
+        }
+        if let Some(reason) = self.not_here.clone() {
+            self.tell(&Word::NotHere { reason });
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, word: &Word) {
+        match word {
+            Word::Ready => {
+                // Said before the state has come again, it is said again with it.
+                if let Err(error) = self.destination.ready() {
+                    tracing::info!(%error, "the VMM is ready too early");
+                } else {
+                    self.journal.note("vmm_ready");
+                }
+            }
+            other => tracing::warn!(?other, "the VMM says this out of turn"),
+        }
+    }
+
+    fn signalled(&mut self, came: usize) -> Option<Outcome> {
+        self.signals += came;
+        let stats = self.destination.stats();
+        let missing = stats.pages_total - stats.pages_complete;
+        if self.has_all {
+            self.note("signal", "stopping: every page is in place, only the source's bye is not");
+            return Some(Outcome::Finished);
+        }
+        if self.signals > 1 {
+            self.note("signal", "a second signal: whoever touches a missing page waits");
+            return Some(Outcome::Abandoned);
+        }
+        self.note(
+            "signal",
+            &format!(
+                "not stopping: {missing} of {} pages are missing; after a second signal whoever \
+                 touches one waits until page-client is started again",
+                stats.pages_total
+            ),
+        );
+        None
+    }
+}

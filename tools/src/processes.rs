@@ -1,0 +1,47 @@
+//! Other processes, as descriptors that become readable when they end.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::sys::socket::{getsockopt, sockopt};
+
+/// `SO_PEERPIDFD`, since Linux 6.5.
+const PEER_PIDFD: i32 = 77;
+
+/// The process that has connected a Unix socket: its id, and a descriptor of it.
+pub(crate) fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, OwnedFd)> {
+    let pid = getsockopt(&socket, sockopt::PeerCredentials)?.pid();
+    let descriptor = peer_descriptor(socket).or_else(|_| open(pid))?;
+    Ok((pid, descriptor))
+}
+
+fn peer_descriptor(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut fd: i32 = -1;
+    let mut length = size_of::<i32>() as u32;
+    // SAFETY: the option writes one descriptor, an int, and its length.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            PEER_PIDFD,
+            (&raw mut fd).cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// An older kernel: the process may have ended, and another have its number, in between.
+fn open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes numbers only.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
