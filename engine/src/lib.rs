@@ -14,6 +14,7 @@
 //! | describe and register memory at the destination | [`DestinationRegion`], [`DestinationMemory`] |
 //! | get it | [`Destination`], [`DestinationOptions`], [`DestinationEvent`] |
 //! | connect or listen | [`Endpoint`], [`Address`], [`Listener`], [`Plaintext`] |
+//! | remember across restarts who owns the guest | [`SourceStateFile`], [`DestinationStateFile`] |
 //! | wait for events, in a thread or an event loop | [`Events`] |
 //! | see how it goes | [`SourceStats`], [`DestinationStats`] |
 //! | see what a machine lacks | [`probe()`], [`Probe`], [`Finding`] |
@@ -105,6 +106,7 @@ mod probe;
 mod session_link;
 mod slots;
 mod source;
+mod state_file;
 mod stats;
 mod sys;
 mod threads;
@@ -128,6 +130,9 @@ pub use source::{
     Background, CallError, Checksums, Endpoint, Incarnation, SessionId, SnapshotServer,
     SnapshotStats, Source, SourceEvent, SourceLedger, SourceMemory, SourceMemoryError,
     SourceOptions, SourceOwnership, SourceRecord, SourceRegion, StartError, StateSection,
+};
+pub use state_file::{
+    DestinationStateFile, LayoutDigest, SourceStateFile, StateFile, StateFileError, StateRecord,
 };
 pub use stats::{DestinationStats, FaultLatency, SourceStats};
 pub use sys::maps::MappingError;

@@ -265,6 +265,10 @@ impl Driver {
             tracing::error!(%error, "the ownership record could not be made durable");
             PersistFailed
         });
+        if result.is_err() {
+            // Without an answer it would wait for one, instead of trying again.
+            self.arriving = None;
+        }
         self.session.persisted(record, result);
     }
 
