@@ -6,6 +6,7 @@
 //! - [`guest`]: workloads whose memory can be verified, on KVM or on plain threads
 //! - [`microvm`]: the virtual machine that runs them on KVM
 //! - [`handoff`]: handing a stopped guest over to another process of the machine
+//! - [`keeper`]: holding descriptors for processes that may die
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
 //! - [`report_page`]: measurements as a page of HTML with pictures
 //! - [`sampling`]: samples of a migration as it goes on
@@ -15,8 +16,10 @@
 
 pub mod bandwidth;
 pub mod demo;
+mod descriptors;
 pub mod guest;
 pub mod handoff;
+pub mod keeper;
 pub mod microvm;
 pub mod migrate;
 pub mod page_server;

@@ -1,12 +1,14 @@
 //! Messages on the hand-over socket: a length and JSON; descriptors; raw bytes in pieces.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+use crate::descriptors::{self, Received};
 
 /// The first bytes of a hand-over; the version follows, in 4 bytes.
 pub(super) const MAGIC: [u8; 8] = *b"AIMGHAND";
@@ -100,34 +102,16 @@ pub(super) fn receive_files(socket: &UnixStream, count: usize) -> io::Result<Vec
 
 fn receive_batch(socket: &UnixStream) -> io::Result<Vec<OwnedFd>> {
     let mut carrier = [0];
-    let mut space = nix::cmsg_space!([RawFd; BATCH]);
-    let mut pieces = [IoSliceMut::new(&mut carrier)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = loop {
-        match recvmsg::<()>(socket.as_raw_fd(), &mut pieces, Some(&mut space), flags) {
-            Ok(message) => break message,
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    };
-    let mut files = Vec::new();
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = part {
-            // SAFETY: fresh descriptors that this call has just made, owned by nobody yet.
-            files.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    if message.bytes == 0 {
+    let Received { length, files, is_cut } = descriptors::receive(socket.as_fd(), &mut carrier)?;
+    if length == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let is_cut = message.flags.contains(MsgFlags::MSG_CTRUNC);
-    if is_cut || carrier[0] != CARRIER {
-        let why = if is_cut {
-            format!("more than {BATCH} descriptors in one message, or none left (ulimit -n)")
-        } else {
-            "descriptors were announced, and something else came".to_owned()
-        };
+    if is_cut || files.len() > BATCH {
+        let why = format!("more than {BATCH} descriptors in one message, or none left (ulimit -n)");
         return Err(invalid(why));
+    }
+    if carrier[0] != CARRIER {
+        return Err(invalid("descriptors were announced, and something else came".to_owned()));
     }
     Ok(files)
 }
