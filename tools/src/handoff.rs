@@ -9,12 +9,14 @@
 //! the receiver serves only after it has read `given` and has answered `taken`, or has
 //! found the giver dead.
 
-mod framing;
+pub(crate) mod framing;
 mod give;
 mod receive;
 
+pub(crate) use give::header_of;
 pub use give::{GiveError, Piece, Taken, give};
 pub use receive::{Handover, Offer, OfferedRegion, ReceiveError, receive};
+pub(crate) use receive::{assemble, check as check_header};
 
 use serde::{Deserialize, Serialize};
 
@@ -31,12 +33,12 @@ pub const MAX_STATE_BYTES: u64 = 1 << 30;
 
 /// What is offered; the descriptors and the device state follow it.
 #[derive(Debug, Serialize, Deserialize)]
-struct Header {
-    giver: Giver,
+pub(crate) struct Header {
+    pub(crate) giver: Giver,
     /// Descriptors that follow.
-    files: usize,
+    pub(crate) files: usize,
     regions: Vec<HeaderRegion>,
-    sections: Vec<HeaderSection>,
+    pub(crate) sections: Vec<HeaderSection>,
 }
 
 /// Who hands a guest over.
@@ -50,7 +52,7 @@ pub struct Giver {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct HeaderRegion {
+pub(crate) struct HeaderRegion {
     guest_address: u64,
     length: u64,
     /// Which of the descriptors, from 0.
@@ -59,10 +61,10 @@ struct HeaderRegion {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct HeaderSection {
-    name: String,
-    version: u32,
-    length: u64,
+pub(crate) struct HeaderSection {
+    pub(crate) name: String,
+    pub(crate) version: u32,
+    pub(crate) length: u64,
 }
 
 /// What both sides say after the offer.

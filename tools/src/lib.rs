@@ -8,6 +8,7 @@
 //! - [`handoff`]: handing a stopped guest over to another process of the machine
 //! - [`attachment`]: having one's guest memory served by another process
 //! - [`page_client`]: serving the memory of a guest that another process runs
+//! - [`keeper`]: holding descriptors for processes that may die
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
 //! - [`report_page`]: measurements as a page of HTML with pictures
 //! - [`sampling`]: samples of a migration as it goes on
@@ -18,8 +19,10 @@
 pub mod attachment;
 pub mod bandwidth;
 pub mod demo;
+mod descriptors;
 pub mod guest;
 pub mod handoff;
+pub mod keeper;
 pub mod microvm;
 pub mod migrate;
 pub mod page_client;

@@ -1,15 +1,17 @@
 //! Messages on the hand-over socket: a length and JSON; descriptors; raw bytes in pieces.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::descriptors::{self, Received};
+
 /// The first bytes of a hand-over; the version follows, in 4 bytes.
-pub(super) const MAGIC: [u8; 8] = *b"AIMGHAND";
+pub(crate) const MAGIC: [u8; 8] = *b"AIMGHAND";
 /// The most bytes of one JSON message.
 const MAX_MESSAGE: usize = 4 << 20;
 /// Descriptors in one system call, below the kernel's limit of 253.
@@ -20,7 +22,7 @@ const CARRIER: u8 = b'D';
 const PIECE: usize = 1 << 20;
 
 /// Sends one message.
-pub(super) fn send(mut socket: &UnixStream, message: &impl Serialize) -> io::Result<()> {
+pub(crate) fn send(mut socket: &UnixStream, message: &impl Serialize) -> io::Result<()> {
     let json = serde_json::to_vec(message)?;
     if json.len() > MAX_MESSAGE {
         return Err(invalid(format!(
@@ -34,7 +36,7 @@ pub(super) fn send(mut socket: &UnixStream, message: &impl Serialize) -> io::Res
 }
 
 /// Receives one message.
-pub(super) fn receive<T: DeserializeOwned>(mut socket: &UnixStream) -> io::Result<T> {
+pub(crate) fn receive<T: DeserializeOwned>(mut socket: &UnixStream) -> io::Result<T> {
     let mut length = [0; 4];
     socket.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length) as usize;
@@ -46,7 +48,7 @@ pub(super) fn receive<T: DeserializeOwned>(mut socket: &UnixStream) -> io::Resul
 }
 
 /// Receives so many bytes; memory is allocated as they arrive.
-pub(super) fn receive_bytes(mut socket: &UnixStream, length: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn receive_bytes(mut socket: &UnixStream, length: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     while (bytes.len() as u64) < length {
         let had = bytes.len();
@@ -58,12 +60,12 @@ pub(super) fn receive_bytes(mut socket: &UnixStream, length: u64) -> io::Result<
 }
 
 /// Sends bytes as they are.
-pub(super) fn send_bytes(mut socket: &UnixStream, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn send_bytes(mut socket: &UnixStream, bytes: &[u8]) -> io::Result<()> {
     bytes.chunks(PIECE).try_for_each(|piece| socket.write_all(piece))
 }
 
 /// Sends descriptors, in several messages if they are many.
-pub(super) fn send_files(socket: &UnixStream, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub(crate) fn send_files(socket: &UnixStream, files: &[BorrowedFd<'_>]) -> io::Result<()> {
     for batch in files.chunks(BATCH) {
         let raw: Vec<RawFd> = batch.iter().map(AsRawFd::as_raw_fd).collect();
         let carrier = [IoSlice::new(&[CARRIER])];
@@ -81,7 +83,7 @@ pub(super) fn send_files(socket: &UnixStream, files: &[BorrowedFd<'_>]) -> io::R
 }
 
 /// Receives exactly so many descriptors.
-pub(super) fn receive_files(socket: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
+pub(crate) fn receive_files(socket: &UnixStream, count: usize) -> io::Result<Vec<OwnedFd>> {
     let mut files = Vec::new();
     while files.len() < count {
         let got = receive_batch(socket)?;
@@ -100,34 +102,16 @@ pub(super) fn receive_files(socket: &UnixStream, count: usize) -> io::Result<Vec
 
 fn receive_batch(socket: &UnixStream) -> io::Result<Vec<OwnedFd>> {
     let mut carrier = [0];
-    let mut space = nix::cmsg_space!([RawFd; BATCH]);
-    let mut pieces = [IoSliceMut::new(&mut carrier)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = loop {
-        match recvmsg::<()>(socket.as_raw_fd(), &mut pieces, Some(&mut space), flags) {
-            Ok(message) => break message,
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    };
-    let mut files = Vec::new();
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = part {
-            // SAFETY: fresh descriptors that this call has just made, owned by nobody yet.
-            files.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    if message.bytes == 0 {
+    let Received { length, files, is_cut } = descriptors::receive(socket.as_fd(), &mut carrier)?;
+    if length == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let is_cut = message.flags.contains(MsgFlags::MSG_CTRUNC);
-    if is_cut || carrier[0] != CARRIER {
-        let why = if is_cut {
-            format!("more than {BATCH} descriptors in one message, or none left (ulimit -n)")
-        } else {
-            "descriptors were announced, and something else came".to_owned()
-        };
+    if is_cut || files.len() > BATCH {
+        let why = format!("more than {BATCH} descriptors in one message, or none left (ulimit -n)");
         return Err(invalid(why));
+    }
+    if carrier[0] != CARRIER {
+        return Err(invalid("descriptors were announced, and something else came".to_owned()));
     }
     Ok(files)
 }

@@ -147,7 +147,7 @@ fn offer(
 }
 
 /// The header, and each descriptor once.
-fn header_of<'f>(
+pub(crate) fn header_of<'f>(
     name: &str,
     pieces: &[Piece<'f>],
     state: &[StateSection],

@@ -177,12 +177,7 @@ fn read(socket: &UnixStream) -> Result<Read, ReceiveError> {
     let files = framing::receive_files(socket, header.files)
         .map_err(io_error("receive the guest's memory"))?;
     let files: Vec<File> = files.into_iter().map(File::from).collect();
-    let mut warnings = Vec::new();
-    for (index, file) in files.iter().enumerate() {
-        warnings.extend(check_file(index, file)?);
-    }
-    let regions = header.regions.iter().map(|region| region_of(region, &files));
-    let regions = regions.collect::<Result<_, _>>()?;
+    let (regions, warnings) = assemble(&header, &files)?;
     let mut sections = Vec::new();
     for section in header.sections {
         let bytes = framing::receive_bytes(socket, section.length)
@@ -195,7 +190,7 @@ fn read(socket: &UnixStream) -> Result<Read, ReceiveError> {
 }
 
 /// What can be checked before anything is allocated for it.
-fn check(header: &Header) -> Result<(), ReceiveError> {
+pub(crate) fn check(header: &Header) -> Result<(), ReceiveError> {
     let wrong = |why: String| Err(ReceiveError::Wrong(why));
     let bytes = header.sections.iter().try_fold(0_u64, |sum, it| sum.checked_add(it.length));
     for (what, have, most) in [
@@ -216,6 +211,19 @@ fn check(header: &Header) -> Result<(), ReceiveError> {
         return wrong(format!("a section's name has {length} bytes: 1 to 255 are allowed"));
     }
     Ok(())
+}
+
+/// The regions that a header describes, in these files, and what is not as safe as it could be.
+pub(crate) fn assemble(
+    header: &Header,
+    files: &[File],
+) -> Result<(Vec<OfferedRegion>, Vec<String>), ReceiveError> {
+    let mut warnings = Vec::new();
+    for (index, file) in files.iter().enumerate() {
+        warnings.extend(check_file(index, file)?);
+    }
+    let regions = header.regions.iter().map(|region| region_of(region, files));
+    Ok((regions.collect::<Result<_, _>>()?, warnings))
 }
 
 /// Refuses what cannot be read as memory; warns of what could be cut short.
