@@ -11,6 +11,7 @@
 mod offer;
 mod vmm;
 
+pub(crate) use offer::regions_of;
 pub use offer::{Arrival, Offer, OfferError, receive};
 pub use vmm::{AttachError, Attachment, AttachmentEvent};
 
@@ -114,6 +115,3 @@ fn receive_state(
     });
     sections.collect()
 }
-
-#[cfg(test)]
-mod tests;

@@ -96,7 +96,11 @@ fn serve(options: &Options) -> Result<Report, Failure> {
     };
     journal.serves(served.pid, offer.is_none());
     let who = format!("the guest {:?} of process {}", served.name, served.pid);
-    progress.say(&if offer.is_some() { format!("serving {who}") } else { format!("taking over {who}") });
+    progress.say(&if offer.is_some() {
+        format!("serving {who}")
+    } else {
+        format!("taking over {who}")
+    });
     door.watch(served.vmm).map_err(Failure::of("watch the VMM"))?;
     let mut serving = Serving {
         destination,
@@ -118,10 +122,10 @@ fn serve(options: &Options) -> Result<Report, Failure> {
         serving.greet(offer.socket)?;
     }
     let outcome = serving.run()?;
-    let stats = serving.destination.stats();
+    let done = serving.destination.stats();
     let Serving { journal, progress, .. } = serving;
     finish(outcome, shelf.as_mut(), state.as_ref(), &progress);
-    Ok(journal.close(outcome, Some(&stats)))
+    Ok(journal.close(outcome, Some(&done)))
 }
 
 /// The guest's place at a keeper.
@@ -140,8 +144,7 @@ impl Shelf {
                 "--keeper {address}: descriptors only travel over Unix sockets; give unix:PATH"
             )));
         };
-        let keeper =
-            Keeper::connect(path, "page-client").map_err(Failure::of("use the keeper"))?;
+        let keeper = Keeper::connect(path, "page-client").map_err(Failure::of("use the keeper"))?;
         Ok(Some(Self { keeper, guest: guest.clone() }))
     }
 

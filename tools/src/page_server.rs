@@ -30,7 +30,6 @@ use tracing_subscriber::EnvFilter;
 
 pub use failure::Failure;
 pub(crate) use failure::check_connect;
-pub(crate) use waiting::listen_privately;
 use migration::{Migration, Origin};
 use options::Options;
 pub use progress::Notice;
@@ -38,6 +37,7 @@ use progress::Progress;
 use report::{Journal, Mode, Report};
 use snapshot::Snapshot;
 use wait::Waiter;
+pub(crate) use waiting::listen_privately;
 use waiting::{Doorway, Guest};
 
 /// Runs the command with the arguments of this process.

@@ -49,7 +49,9 @@ pub enum OfferError {
     #[error("what connected is no VMM that wants its memory served")]
     Stranger,
     /// Another version of the protocol.
-    #[error("the VMM speaks version {theirs} of the attachment, this is {VERSION}: use matching releases")]
+    #[error(
+        "the VMM speaks version {theirs} of the attachment, this is {VERSION}: use matching releases"
+    )]
     Version {
         /// The VMM's.
         theirs: u32,
@@ -135,7 +137,8 @@ fn check(regions: &[RegionOfVmm], files: usize) -> Result<(), OfferError> {
             return wrong(&format!("has pages of {} bytes", region.page_size));
         };
         let is_aligned = |bytes: u64| bytes.is_multiple_of(page.bytes());
-        if !is_aligned(region.address) || region.file.is_some_and(|(_, offset)| !is_aligned(offset)) {
+        if !is_aligned(region.address) || region.file.is_some_and(|(_, offset)| !is_aligned(offset))
+        {
             return wrong("does not begin on a page of its own size");
         }
         if region.address.checked_add(region.length).is_none() {

@@ -3,7 +3,7 @@
 use super::{Hello, MAGIC, RegionOfVmm, VERSION, Word, receive_state};
 use crate::handoff::framing;
 use afterimage::{DestinationMemory, StateSection};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, Sender};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -98,15 +98,17 @@ impl Attachment {
     ///
     /// # Errors
     /// [`AttachError`].
-    pub fn attach(path: &Path, name: &str, memory: &DestinationMemory) -> Result<Self, AttachError> {
+    pub fn attach(
+        path: &Path,
+        name: &str,
+        memory: &DestinationMemory,
+    ) -> Result<Self, AttachError> {
         let wrap = io_error("duplicate descriptors of guest memory");
         let (regions, descriptors) = describe(memory).map_err(wrap)?;
         let (name, files) = (name.to_owned(), descriptors.len() - 1);
         let hello = Hello::Attach { name: name.clone(), files, regions };
-        let socket = connect(path, &hello).map_err(|source| AttachError::Connect {
-            path: path.to_owned(),
-            source,
-        })?;
+        let socket = connect(path, &hello)
+            .map_err(|source| AttachError::Connect { path: path.to_owned(), source })?;
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         if let Err(source) = framing::send_files(&socket, &borrowed) {
             // It may have said why it stopped listening.
@@ -124,7 +126,7 @@ impl Attachment {
             }
         }
         socket.set_read_timeout(None).map_err(io_error("wait for page-client without a limit"))?;
-        Ok(Self::listen(socket, path.to_owned(), name).map_err(io_error("start a thread"))?)
+        Self::listen(socket, path.to_owned(), name).map_err(io_error("start a thread"))
     }
 
     fn listen(socket: UnixStream, path: PathBuf, name: String) -> io::Result<Self> {
@@ -141,10 +143,7 @@ impl Attachment {
     /// Waits for the next event, for `most` at most; `None` if none came or none will come.
     #[must_use]
     pub fn next(&self, most: Duration) -> Option<AttachmentEvent> {
-        match self.events.recv_timeout(most) {
-            Ok(event) => Some(event),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        self.events.recv_timeout(most).ok()
     }
 
     /// The device state is restored: [`AttachmentEvent::Run`] follows when the source has

@@ -54,7 +54,7 @@ pub(super) struct Report {
     roles: Vec<Role>,
     taken_over: bool,
     #[serde(flatten)]
-    pages: Option<Pages>,
+    work: Option<Work>,
     total_us: u64,
     events: Vec<Event>,
     #[serde(skip)]
@@ -75,7 +75,7 @@ struct Event {
 
 /// What this process has done; a process before it may have done the rest.
 #[derive(Debug, Serialize)]
-struct Pages {
+struct Work {
     pages_total: u64,
     pages_complete: u64,
     pages_requested: u64,
@@ -99,7 +99,7 @@ struct Latency {
     buckets: Vec<u64>,
 }
 
-impl Pages {
+impl Work {
     fn of(stats: &DestinationStats) -> Self {
         let latency = &stats.fault_latency;
         let micros = |time: std::time::Duration| time.as_nanos() as f64 / 1e3;
@@ -137,7 +137,7 @@ impl Report {
             session: journal.session,
             roles: journal.roles,
             taken_over: journal.taken_over,
-            pages: stats.map(Pages::of),
+            work: stats.map(Work::of),
             total_us: journal.begun.elapsed().as_micros() as u64,
             events: journal.events,
             exit: outcome.exit(),

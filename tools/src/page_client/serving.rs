@@ -182,8 +182,10 @@ impl Serving {
     }
 
     fn refuse(&self, socket: &UnixStream, name: &str) {
-        let reason =
-            format!("this page-client serves the guest {:?}, not {name:?}: start another", self.name);
+        let reason = format!(
+            "this page-client serves the guest {:?}, not {name:?}: start another",
+            self.name
+        );
         self.progress.say(&format!("a VMM was turned away: {reason}"));
         // It may have gone.
         let _ = framing::send(socket, &Word::Refused { reason });

@@ -78,7 +78,9 @@ impl Doorway {
 impl Drop for Doorway {
     fn drop(&mut self) {
         // Somebody may have removed it already.
-        let _ = fs::remove_file(&self.path);
+        if let Address::Unix(path) = &self.address {
+            let _ = fs::remove_file(path);
+        }
     }
 }
 

@@ -1,0 +1,126 @@
+//! page-client is killed, and what it leaves behind is enough.
+
+use std::path::Path;
+
+use afterimage::{SourceEvent, StateSection};
+use afterimage_tools::attachment::AttachmentEvent;
+use nix::sys::signal::Signal;
+
+use crate::support::{CLIENT, Daemon, KEEPER, Origin, Vcpu, Vmm};
+
+/// A directory with a keeper, and how page-client is started in it.
+struct Host {
+    directory: tempfile::TempDir,
+    _keeper: Daemon,
+    arguments: Vec<String>,
+}
+
+impl Host {
+    fn new(source: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let unix = |name: &str| format!("unix:{}", directory.path().join(name).display());
+        let mut keeper = Daemon::start(KEEPER, &["--listen", &unix("keeper")]);
+        keeper.line("listening on");
+        let state = directory.path().join("state").display().to_string();
+        let arguments = [
+            "--attach",
+            &unix("attach"),
+            "--connect",
+            source,
+            "--keeper",
+            &unix("keeper"),
+            "--guest",
+            "vm7",
+            "--state",
+            &state,
+            "--json",
+        ];
+        let arguments = arguments.map(str::to_owned).to_vec();
+        Self { directory, _keeper: keeper, arguments }
+    }
+
+    fn client(&self) -> Daemon {
+        Daemon::start(CLIENT, &self.arguments)
+    }
+
+    fn attach_path(&self) -> std::path::PathBuf {
+        Path::new(self.directory.path()).join("attach")
+    }
+}
+
+fn state() -> Vec<StateSection> {
+    vec![StateSection { name: "cpu".into(), version: 3, bytes: vec![5; 300_000] }]
+}
+
+fn goes_on_after_each_death(has_file: bool) {
+    const PAGES: u64 = 4096;
+    let origin = Origin::start(PAGES);
+    let host = Host::new(&origin.address);
+    let mut client = host.client();
+    client.line("a VMM can have its memory served");
+    let vmm = Vmm::attach(&host.attach_path(), "guest", PAGES, has_file);
+    origin.source.switch_over(state()).unwrap();
+    let event = vmm.until(|event| matches!(event, AttachmentEvent::State(_)));
+    assert_eq!(event, AttachmentEvent::State(state()));
+    vmm.attachment.ready();
+    vmm.until(|event| *event == AttachmentEvent::Run);
+    let vcpu = Vcpu::start(&vmm, 7);
+    for death in 0..8 {
+        vcpu.goes_on(1 + death * 37);
+        client.signal(Signal::SIGKILL);
+        assert_eq!(client.end().0, -1);
+        client = host.client();
+    }
+    vmm.until(|event| *event == AttachmentEvent::Finished);
+    origin.until(&SourceEvent::Finished);
+    let (status, report, said) = client.end();
+    assert_eq!(status, 0, "{said:#?}");
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["outcome"], "finished", "{report}");
+    assert_eq!(report["taken_over"], true, "{report}");
+    assert_eq!(report["pages_complete"], PAGES, "{report}");
+    vcpu.stop();
+    vmm.check();
+    vmm.memory.all_arrived();
+    // Nothing is left to do, and it says so.
+    let (status, _, said) = host.client().end();
+    assert_eq!(status, 0, "{said:#?}");
+    assert!(said.iter().any(|line| line.contains("nothing is left to do")), "{said:#?}");
+}
+
+#[test]
+fn a_guest_in_a_file_goes_on_after_each_death() {
+    goes_on_after_each_death(true);
+}
+
+#[test]
+fn a_guest_in_private_memory_goes_on_after_each_death() {
+    goes_on_after_each_death(false);
+}
+
+#[test]
+fn a_guest_that_has_not_run_yet_is_not_lost() {
+    let origin = Origin::start(64);
+    let host = Host::new(&origin.address);
+    let mut client = host.client();
+    client.line("a VMM can have its memory served");
+    let vmm = Vmm::attach(&host.attach_path(), "guest", 64, true);
+    // Before anything has come.
+    client.signal(Signal::SIGKILL);
+    client.end();
+    client = host.client();
+    client.line("taking over");
+    origin.source.switch_over(state()).unwrap();
+    vmm.until(|event| matches!(event, AttachmentEvent::State(_)));
+    // With state that the VMM has not restored.
+    client.signal(Signal::SIGKILL);
+    client.end();
+    client = host.client();
+    client.line("taking over");
+    vmm.attachment.ready();
+    vmm.until(|event| *event == AttachmentEvent::Run);
+    vmm.check();
+    vmm.until(|event| *event == AttachmentEvent::Finished);
+    assert_eq!(client.end().0, 0);
+    vmm.memory.all_arrived();
+}

@@ -1,0 +1,5 @@
+//! page-client as a process: it serves the memory of this process, is killed, and goes on.
+
+mod command;
+mod deaths;
+mod support;

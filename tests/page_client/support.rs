@@ -1,0 +1,262 @@
+//! Daemons to talk to, a guest in this process, and its source.
+
+use std::io::{BufRead, BufReader, Read};
+use std::num::NonZeroU64;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use afterimage::{
+    Background, DestinationMemory, DestinationRegion, DiscardNotice, Endpoint, Events, FaultScope,
+    GuestAddress, Listener, Plaintext, Source, SourceEvent, SourceMemory, SourceOptions,
+    SourceRegion,
+};
+use afterimage_tools::attachment::{Attachment, AttachmentEvent};
+use memmap2::{MmapOptions, MmapRaw};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+pub(crate) const PAGE: u64 = 4096;
+/// Long enough for anything on a busy machine; reached only in failure.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+
+/// A running command.
+pub(crate) struct Daemon {
+    pub(crate) child: Child,
+    lines: Receiver<String>,
+    pub(crate) seen: Vec<String>,
+}
+
+impl Daemon {
+    pub(crate) fn start<S: AsRef<std::ffi::OsStr>>(program: &str, arguments: &[S]) -> Self {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the command starts");
+        let errors = child.stderr.take().unwrap();
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(errors).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, lines, seen: Vec::new() }
+    }
+
+    /// Waits for a line that holds `text`.
+    pub(crate) fn line(&mut self, text: &str) -> String {
+        let until = Instant::now() + LIMIT;
+        loop {
+            let line = self.lines.recv_timeout(until.saturating_duration_since(Instant::now()));
+            let Ok(line) = line else {
+                panic!("no line with {text:?}; there were {:#?}", self.seen)
+            };
+            self.seen.push(line.clone());
+            if line.contains(text) {
+                return line;
+            }
+        }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Waits for its end: exit status and what it printed.
+    pub(crate) fn end(mut self) -> (i32, String, Vec<String>) {
+        let mut text = String::new();
+        self.child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        let status = self.child.wait().unwrap();
+        self.seen.extend(self.lines.iter());
+        (status.code().unwrap_or(-1), text, std::mem::take(&mut self.seen))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It has ended already where the test went well.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub(crate) const CLIENT: &str = env!("CARGO_BIN_EXE_page-client");
+pub(crate) const KEEPER: &str = env!("CARGO_BIN_EXE_afterimage-keeper");
+
+/// What word `word` of page `page` holds at the source.
+const fn word_of(page: u64, word: u64) -> u64 {
+    if page % 7 == 3 { 0 } else { (page << 16 | word).wrapping_mul(0x5851_f42d_4c95_7f2d) | 1 }
+}
+
+/// A source of `pages` pages, in this process.
+pub(crate) struct Origin {
+    pub(crate) source: Source,
+    events: Events<SourceEvent>,
+    pub(crate) address: String,
+}
+
+impl Origin {
+    /// Slow in background, so that there is time to die in.
+    pub(crate) fn start(pages: u64) -> Self {
+        let file = memfd(pages * PAGE);
+        let map = MmapOptions::new().len((pages * PAGE) as usize).map_raw(&file).unwrap();
+        for page in (0..pages).filter(|page| page % 7 != 3) {
+            for word in 0..PAGE / 8 {
+                at(&map, page, word).store(word_of(page, word), Ordering::Relaxed);
+            }
+        }
+        let region = SourceRegion::file(GuestAddress(0), file, 0, pages * PAGE).unwrap();
+        let memory = Arc::new(SourceMemory::new(vec![region]).unwrap());
+        let listener =
+            Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), Plaintext::LoopbackOnly).unwrap();
+        let address = listener.address().to_string();
+        let mut options = SourceOptions::default();
+        options.background =
+            Background::Limited { bytes_per_second: NonZeroU64::new(4 << 20).unwrap() };
+        let (source, events) = Source::start(memory, Endpoint::Listen(listener), options).unwrap();
+        Self { source, events, address }
+    }
+
+    pub(crate) fn until(&self, wanted: &SourceEvent) {
+        let until = Instant::now() + LIMIT;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let event = self.events.next_timeout(left);
+            let event = event.unwrap_or_else(|why| panic!("{why}: {:?}", self.source.stats()));
+            if event == *wanted {
+                return;
+            }
+        }
+    }
+}
+
+pub(crate) fn memfd(length: u64) -> OwnedFd {
+    let file = std::fs::File::from(memfd_create(c"memory", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len(length).unwrap();
+    file.into()
+}
+
+fn at(map: &MmapRaw, page: u64, word: u64) -> &AtomicU64 {
+    let offset = (page * PAGE + word * 8) as usize;
+    assert!(offset < map.len());
+    // SAFETY: inside the mapping, aligned, and reached by atomics only.
+    unsafe { AtomicU64::from_ptr(map.as_mut_ptr().add(offset).cast()) }
+}
+
+/// A guest of this process, whose memory page-client serves.
+pub(crate) struct Vmm {
+    pub(crate) map: Arc<MmapRaw>,
+    pub(crate) memory: DestinationMemory,
+    pub(crate) attachment: Attachment,
+    pub(crate) pages: u64,
+}
+
+pub(crate) fn register(pages: u64, has_file: bool) -> (Arc<MmapRaw>, DestinationMemory) {
+    let length = (pages * PAGE) as usize;
+    let file = has_file.then(|| memfd(pages * PAGE));
+    let map = match &file {
+        Some(file) => MmapOptions::new().len(length).map_raw(file).unwrap(),
+        None => MmapRaw::from(MmapOptions::new().len(length).map_anon().unwrap()),
+    };
+    let start = NonNull::new(map.as_mut_ptr()).unwrap();
+    // SAFETY: the mapping is kept beside what serves it, and reached by atomics only.
+    let region = unsafe {
+        match file {
+            Some(file) => DestinationRegion::shared(GuestAddress(0), start, pages * PAGE, file, 0),
+            None => DestinationRegion::anonymous(GuestAddress(0), start, pages * PAGE),
+        }
+    };
+    let (scope, notice) = (FaultScope::UserOnly, DiscardNotice::Events);
+    let memory = DestinationMemory::register(vec![region], scope, notice).unwrap();
+    (Arc::new(map), memory)
+}
+
+impl Vmm {
+    pub(crate) fn attach(path: &Path, name: &str, pages: u64, has_file: bool) -> Self {
+        let (map, memory) = register(pages, has_file);
+        let attachment = Attachment::attach(path, name, &memory).unwrap();
+        Self { map, memory, attachment, pages }
+    }
+
+    /// The next event that is wanted; others than coming and going are not to be.
+    pub(crate) fn until(&self, is_wanted: impl Fn(&AttachmentEvent) -> bool) -> AttachmentEvent {
+        let until = Instant::now() + LIMIT;
+        let mut seen = Vec::new();
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let Some(event) = self.attachment.next(left) else { panic!("no event after {seen:?}") };
+            if is_wanted(&event) {
+                return event;
+            }
+            seen.push(event);
+        }
+    }
+
+    /// Restores the guest, and waits until it may run.
+    pub(crate) fn run(&self) {
+        self.until(|event| matches!(event, AttachmentEvent::State(_)));
+        self.attachment.ready();
+        self.until(|event| *event == AttachmentEvent::Run);
+    }
+
+    /// Every page is what it must be.
+    pub(crate) fn check(&self) {
+        for page in 0..self.pages {
+            check(&self.map, page);
+        }
+    }
+}
+
+fn check(map: &MmapRaw, page: u64) {
+    for word in [0, 1, 255, 511] {
+        let found = at(map, page, word).load(Ordering::Relaxed);
+        assert_eq!(found, word_of(page, word), "page {page}, word {word}");
+    }
+}
+
+/// A thread that reads pages at random and verifies them.
+pub(crate) struct Vcpu {
+    pub(crate) touched: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Vcpu {
+    pub(crate) fn start(vmm: &Vmm, seed: u64) -> Self {
+        let (map, pages) = (Arc::clone(&vmm.map), vmm.pages);
+        let (touched, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (counter, end) = (Arc::clone(&touched), Arc::clone(&stop));
+        let thread = thread::spawn(move || {
+            let mut state = seed;
+            while !end.load(Ordering::Relaxed) {
+                state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(12345);
+                check(&map, (state >> 33) % pages);
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Self { touched, stop, thread }
+    }
+
+    /// Waits until it has touched so many more pages.
+    pub(crate) fn goes_on(&self, pages: u64) {
+        let (begun, until) = (Instant::now(), self.touched.load(Ordering::Relaxed) + pages);
+        while self.touched.load(Ordering::Relaxed) < until {
+            assert!(begun.elapsed() < LIMIT, "the guest stands still");
+            thread::yield_now();
+        }
+    }
+
+    pub(crate) fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("every page is what it must be");
+    }
+}
