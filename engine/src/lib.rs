@@ -108,6 +108,7 @@ mod slots;
 mod source;
 mod state_file;
 mod stats;
+mod steps;
 mod sys;
 mod threads;
 mod transport;

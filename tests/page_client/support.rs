@@ -25,7 +25,7 @@ use nix::unistd::Pid;
 
 pub(crate) const PAGE: u64 = 4096;
 /// Long enough for anything on a busy machine; reached only in failure.
-pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_mins(1);
 
 /// A running command.
 pub(crate) struct Daemon {

@@ -12,6 +12,7 @@ use crate::inbox::{Inbox, Outlet};
 use crate::session_link::SessionLink;
 use crate::slots::Slots;
 use crate::source::StateSection;
+use crate::steps;
 use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::{MAX_SEGMENT_PAGES, Segment};
 use afterimage_protocol::layout::{PageNumber, PageRange};
@@ -266,6 +267,7 @@ impl Driver {
     /// Carries out everything the session wants.
     fn act(&mut self) {
         while let Some(action) = self.session.poll() {
+            steps::pass("destination", &action);
             match action {
                 DestinationAction::Persist(record) => self.persist(record),
                 DestinationAction::Send(frame) => self.link.send(&frame),

@@ -10,6 +10,7 @@ use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::session_link::SessionLink;
 use crate::slots::Slots;
+use crate::steps;
 use crate::sys::words::LazyWords;
 use crate::transport::{Accepted, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::words_for;
@@ -231,6 +232,7 @@ impl Driver {
     /// Carries out everything the session wants.
     fn act(&mut self) {
         while let Some(action) = self.session.poll() {
+            steps::pass("source", &action);
             match action {
                 SourceAction::Persist(record) => self.persist(record),
                 SourceAction::Greet(hello) => self.greet(hello),

@@ -1,6 +1,7 @@
 //! Answering page requests. The latency of a fault hangs on this thread.
 
 use super::serving::{Serving, Underway};
+use crate::steps;
 use crate::polling::{AdaptivePolling, Idle};
 use crate::sys::mapping::{RawRun, Staging, is_zero};
 use crate::sys::socket::{Piece, Wait};
@@ -110,6 +111,7 @@ impl<'s> Responder<'s> {
     fn answer_page(&mut self, page: PageNumber) -> io::Result<()> {
         let serving = self.serving;
         let pages = PageRange::one(page);
+        steps::pass("source", "Answers");
         // A request that crossed with the page's arrival.
         if !serving.book.take_urgent(page) {
             return Ok(());
