@@ -71,6 +71,7 @@ fn goes_on_after_each_death(has_file: bool) {
         assert_eq!(client.end().0, -1);
         client = host.client();
     }
+    origin.hurry();
     vmm.until(|event| *event == AttachmentEvent::Finished);
     origin.until(&SourceEvent::Finished);
     let (status, report, said) = client.end();

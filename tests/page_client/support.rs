@@ -105,7 +105,8 @@ pub(crate) struct Origin {
 }
 
 impl Origin {
-    /// Slow in background, so that there is time to die in.
+    /// Slow in background until it is told to [hurry](Self::hurry), so that there is time to
+    /// die in.
     pub(crate) fn start(pages: u64) -> Self {
         let file = memfd(pages * PAGE);
         let map = MmapOptions::new().len((pages * PAGE) as usize).map_raw(&file).unwrap();
@@ -121,9 +122,13 @@ impl Origin {
         let address = listener.address().to_string();
         let mut options = SourceOptions::default();
         options.background =
-            Background::Limited { bytes_per_second: NonZeroU64::new(4 << 20).unwrap() };
+            Background::Limited { bytes_per_second: NonZeroU64::new(1 << 20).unwrap() };
         let (source, events) = Source::start(memory, Endpoint::Listen(listener), options).unwrap();
         Self { source, events, address }
+    }
+
+    pub(crate) fn hurry(&self) {
+        self.source.set_background(Background::Unlimited);
     }
 
     pub(crate) fn until(&self, wanted: &SourceEvent) {

@@ -116,6 +116,7 @@ fn serve(options: &Options) -> Result<Report, Failure> {
         runs: false,
         has_all: false,
         not_here: None,
+        ending: None,
         signals: 0,
     };
     if let Some(offer) = offer {

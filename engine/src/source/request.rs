@@ -1,8 +1,8 @@
 //! Answering page requests. The latency of a fault hangs on this thread.
 
 use super::serving::{Serving, Underway};
-use crate::steps;
 use crate::polling::{AdaptivePolling, Idle};
+use crate::steps;
 use crate::sys::mapping::{RawRun, Staging, is_zero};
 use crate::sys::socket::{Piece, Wait};
 use crate::transport::Stream;

@@ -1,7 +1,7 @@
 //! Serving one guest until every page is in place and the source knows it.
 
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use afterimage::{Destination, DestinationEvent, Events, StateSection};
 
@@ -15,6 +15,15 @@ use crate::page_server::wait::Waiter;
 
 /// How long a VMM may take to take in a word.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a VMM may be away when it is to hear the last word.
+const FAREWELL: Duration = Duration::from_secs(30);
+
+/// The end, which the VMM is to hear of: it may be on its way back to this process.
+pub(super) struct Ending {
+    outcome: Outcome,
+    last_word: Word,
+    until: Instant,
+}
 
 pub(super) struct Serving {
     pub(super) destination: Destination,
@@ -33,6 +42,7 @@ pub(super) struct Serving {
     pub(super) has_all: bool,
     /// Why the guest does not run here, if it is so.
     pub(super) not_here: Option<String>,
+    pub(super) ending: Option<Ending>,
     pub(super) signals: usize,
 }
 
@@ -41,14 +51,15 @@ impl Serving {
         self.waiter.watch(&self.events).map_err(Failure::of("wait for the session"))?;
         loop {
             while let Some(event) = self.events.try_next() {
-                if let Some(outcome) = self.take_event(event) {
-                    return Ok(outcome);
-                }
+                self.take_event(event);
             }
             while let Ok(news) = self.door.news.try_recv() {
                 if let Some(outcome) = self.take_news(news)? {
                     return Ok(outcome);
                 }
+            }
+            if let Some(outcome) = self.ended() {
+                return Ok(outcome);
             }
             let stats = self.destination.stats();
             self.progress.update(stats.pages_complete, stats.pages_total);
@@ -62,13 +73,32 @@ impl Serving {
         }
     }
 
-    /// Says something to the VMM, if it is connected.
-    fn tell(&mut self, word: &Word) {
-        let said = self.vmm.as_ref().map_or(Ok(()), |vmm| framing::send(vmm, word));
-        if let Err(error) = said {
+    /// The outcome, once the VMM has heard the last word or has had its time.
+    fn ended(&mut self) -> Option<Outcome> {
+        let Ending { outcome, last_word, until } = self.ending.take()?;
+        if self.tell(&last_word) {
+            return Some(outcome);
+        }
+        if Instant::now() >= until {
+            self.progress.say("the VMM has not come back, and was not told that this is the end");
+            return Some(outcome);
+        }
+        self.ending = Some(Ending { outcome, last_word, until });
+        None
+    }
+
+    fn end(&mut self, outcome: Outcome, last_word: Word) {
+        self.ending = Some(Ending { outcome, last_word, until: Instant::now() + FAREWELL });
+    }
+
+    /// Says something to the VMM; `false` if it is not connected.
+    fn tell(&mut self, word: &Word) -> bool {
+        let Some(vmm) = &self.vmm else { return false };
+        if let Err(error) = framing::send(vmm, word) {
             tracing::info!(%error, "the VMM cannot be told; it will come back");
             self.vmm = None;
         }
+        self.vmm.is_some()
     }
 
     fn tell_state(&mut self) {
@@ -79,7 +109,7 @@ impl Serving {
         }
     }
 
-    fn take_event(&mut self, event: DestinationEvent) -> Option<Outcome> {
+    fn take_event(&mut self, event: DestinationEvent) {
         match event {
             DestinationEvent::Attached(session) => {
                 self.journal.attached(&session.to_string());
@@ -105,15 +135,12 @@ impl Serving {
             }
             DestinationEvent::Finished => {
                 self.note("finished", "the source knows it; the session is over");
-                self.tell(&Word::Finished);
-                return Some(Outcome::Finished);
+                self.end(Outcome::Finished, Word::Finished);
             }
-            DestinationEvent::Refused => {
-                return self.not_here("the source has taken the guest back");
-            }
-            DestinationEvent::Fenced => return self.not_here("an operator has fenced this side"),
+            DestinationEvent::Refused => self.not_here("the source has taken the guest back"),
+            DestinationEvent::Fenced => self.not_here("an operator has fenced this side"),
             DestinationEvent::Ended(reason) => {
-                return self.not_here(&format!("the source has ended the session: {reason}"));
+                self.not_here(&format!("the source has ended the session: {reason}"));
             }
             DestinationEvent::TurnedAway(reason) => {
                 self.note("turned_away", &format!("the source turns this side away: {reason}"));
@@ -130,7 +157,6 @@ impl Serving {
             }
             _ => {}
         }
-        None
     }
 
     fn note(&mut self, event: &'static str, line: &str) {
@@ -143,12 +169,16 @@ impl Serving {
         self.tell(&Word::Failed { reason: reason.to_owned() });
     }
 
-    fn not_here(&mut self, reason: &str) -> Option<Outcome> {
+    fn not_here(&mut self, reason: &str) {
         self.note("not_here", &format!("the guest does not run here: {reason}"));
         self.not_here = Some(reason.to_owned());
-        self.tell(&Word::NotHere { reason: reason.to_owned() });
-        // A guest that has run waits for its pages; without one nobody does.
-        (!self.runs).then_some(Outcome::NotHere)
+        let word = Word::NotHere { reason: reason.to_owned() };
+        if self.runs {
+            // It waits for its pages: nobody may let go of its memory while it is there.
+            self.tell(&word);
+        } else {
+            self.end(Outcome::NotHere, word);
+        }
     }
 
     fn take_news(&mut self, news: News) -> Result<Option<Outcome>, Failure> {
