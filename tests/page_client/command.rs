@@ -24,6 +24,8 @@ fn a_guest_is_served_without_a_keeper() {
     origin.source.switch_over(Vec::new()).unwrap();
     vmm.run();
     let vcpu = Vcpu::start(&vmm, 1);
+    vcpu.may_go_on(300);
+    vcpu.has_gone_on();
     origin.hurry();
     vmm.until(|event| *event == AttachmentEvent::AllArrived);
     vmm.until(|event| *event == AttachmentEvent::Finished);

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -42,8 +42,11 @@ impl Daemon {
         let mut child = command.spawn().expect("the command starts");
         let errors = child.stderr.take().unwrap();
         let (sender, lines) = channel();
+        let pid = child.id();
         thread::spawn(move || {
             for line in BufReader::new(errors).lines().map_while(Result::ok) {
+                // Shown where the test fails.
+                println!("{pid}: {line}");
                 if sender.send(line).is_err() {
                     return;
                 }
@@ -228,40 +231,43 @@ fn check(map: &MmapRaw, page: u64) {
     }
 }
 
-/// A thread that reads pages at random and verifies them.
+/// A thread that reads pages at random and verifies them, as many as it is let.
 pub(crate) struct Vcpu {
-    pub(crate) touched: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
+    let_go: Sender<u64>,
+    done: Receiver<()>,
     thread: JoinHandle<()>,
 }
 
 impl Vcpu {
     pub(crate) fn start(vmm: &Vmm, seed: u64) -> Self {
         let (map, pages) = (Arc::clone(&vmm.map), vmm.pages);
-        let (touched, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let (counter, end) = (Arc::clone(&touched), Arc::clone(&stop));
+        let (let_go, grants) = channel::<u64>();
+        let (sender, done) = channel();
         let thread = thread::spawn(move || {
             let mut state = seed;
-            while !end.load(Ordering::Relaxed) {
-                state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(12345);
-                check(&map, (state >> 33) % pages);
-                counter.fetch_add(1, Ordering::Relaxed);
+            for count in grants {
+                for _ in 0..count {
+                    state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(12345);
+                    check(&map, (state >> 33) % pages);
+                }
+                sender.send(()).unwrap();
             }
         });
-        Self { touched, stop, thread }
+        Self { let_go, done, thread }
     }
 
-    /// Waits until it has touched so many more pages.
-    pub(crate) fn goes_on(&self, pages: u64) {
-        let (begun, until) = (Instant::now(), self.touched.load(Ordering::Relaxed) + pages);
-        while self.touched.load(Ordering::Relaxed) < until {
-            assert!(begun.elapsed() < LIMIT, "the guest stands still");
-            thread::yield_now();
-        }
+    /// Lets it read so many pages, without waiting for it.
+    pub(crate) fn may_go_on(&self, pages: u64) {
+        self.let_go.send(pages).unwrap();
+    }
+
+    /// Waits until it has read what it may.
+    pub(crate) fn has_gone_on(&self) {
+        self.done.recv_timeout(LIMIT).expect("the guest stands still, or has read a wrong byte");
     }
 
     pub(crate) fn stop(self) {
-        self.stop.store(true, Ordering::Relaxed);
+        drop(self.let_go);
         self.thread.join().expect("every page is what it must be");
     }
 }
