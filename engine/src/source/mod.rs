@@ -20,7 +20,7 @@ use crate::sys::words::LazyWords;
 use crate::threads::{self, ThreadHook, ThreadRole};
 use crate::transport::{Acceptor, Address, Dialer, Listener, Plaintext};
 use afterimage_protocol::layout::PageRange;
-use afterimage_protocol::session::{Book, NotNow, SourceConfig, SourceSession};
+use afterimage_protocol::session::{Book, NotNow, Releasing, SourceConfig, SourceSession};
 pub use afterimage_protocol::session::{SourceOwnership, SourceRecord};
 use afterimage_protocol::wire::{Capabilities, Channel, SessionKind};
 pub use afterimage_protocol::wire::{Incarnation, SessionId};
@@ -148,6 +148,7 @@ impl SourceOptions {
             heartbeat: self.heartbeat,
             silence: self.silence,
             capabilities: self.capabilities(),
+            releasing: Releasing::Never,
         }
     }
 

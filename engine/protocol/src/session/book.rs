@@ -110,6 +110,18 @@ impl<W: Words> Book<W> {
         self.acked.test(page)
     }
 
+    /// The first run of pages in `range` that have arrived.
+    #[must_use]
+    pub fn first_acked_in(&self, range: PageRange) -> Option<PageRange> {
+        self.acked.first_set_in(range)
+    }
+
+    /// The first run of pages in `range` that have not arrived.
+    #[must_use]
+    pub fn first_missing_in(&self, range: PageRange) -> Option<PageRange> {
+        self.acked.first_clear_in(range)
+    }
+
     /// How many pages have arrived.
     #[must_use]
     pub fn acked_pages(&self) -> u64 {
