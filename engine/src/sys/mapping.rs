@@ -157,6 +157,13 @@ pub(crate) fn punch_hole(file: impl AsFd, offset: u64, length: u64) -> io::Resul
     fallocate(file, flags, offset as off_t, length as off_t).map_err(io::Error::from)
 }
 
+/// The size of a file's huge pages, if it is on hugetlbfs.
+pub(crate) fn huge_page_bytes(file: impl AsFd) -> io::Result<Option<u64>> {
+    let found = nix::sys::statfs::fstatfs(file)?;
+    let is_huge = found.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC;
+    Ok(is_huge.then(|| found.block_size() as u64))
+}
+
 /// Drops the pages of a private mapping: they are missing afterwards.
 ///
 /// # Safety
