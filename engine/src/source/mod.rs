@@ -23,7 +23,7 @@ use crate::sys::words::LazyWords;
 use crate::threads::{self, ThreadHook, ThreadRole};
 use crate::transport::{Acceptor, Address, Dialer, Listener, Plaintext};
 use afterimage_protocol::layout::{PageNumber, PageRange};
-use afterimage_protocol::session::{Book, NotNow, Releasing, SourceConfig, SourceSession};
+use afterimage_protocol::session::{Book, NotNow, SourceConfig, SourceSession};
 pub use afterimage_protocol::session::{SourceOwnership, SourcePages, SourceRecord};
 use afterimage_protocol::wire::{Capabilities, Channel, SessionKind};
 pub use afterimage_protocol::wire::{Incarnation, SessionId};
@@ -155,10 +155,7 @@ impl SourceOptions {
             heartbeat: self.heartbeat,
             silence: self.silence,
             capabilities: self.capabilities(),
-            releasing: match self.release {
-                Release::Keep => Releasing::Never,
-                Release::Free(_) => Releasing::AfterRunning,
-            },
+            releasing: self.release.releasing(),
         }
     }
 

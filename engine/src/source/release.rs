@@ -16,7 +16,7 @@ use super::memory::SourceMemory;
 use crate::sys::words::LazyWords;
 use afterimage_protocol::bitmap::Bitmap;
 use afterimage_protocol::layout::{GuestLayout, PageNumber, PageRange};
-use afterimage_protocol::session::{Book, LostPages, SourcePages, SourceRecord};
+use afterimage_protocol::session::{Book, LostPages, Releasing, SourcePages, SourceRecord};
 use afterimage_protocol::wire::SessionId;
 use file::LedgerFile;
 use std::fs::File;
@@ -49,6 +49,13 @@ pub enum Release {
 }
 
 impl Release {
+    pub(super) const fn releasing(&self) -> Releasing {
+        match self {
+            Self::Keep => Releasing::Never,
+            Self::Free(_) => Releasing::AfterRunning,
+        }
+    }
+
     /// The ledger, opened, where pages are to be freed.
     pub(super) fn open(
         &self,

@@ -33,8 +33,8 @@ impl Driver {
             return;
         };
         let arrived = Arrived::everything(self.memory.layout().page_count());
-        let releaser = Releaser::new(Arc::clone(serving), Arc::clone(released), arrived.clone());
-        match threads::spawn(&self.options.threads, ThreadRole::Release, 0, || releaser.run()) {
+        let work = Releaser::new(Arc::clone(serving), Arc::clone(released), arrived.clone());
+        match threads::spawn(&self.options.threads, ThreadRole::Release, 0, || work.run()) {
             Ok(thread) => self.releasing = Some(Releasing { arrived, thread }),
             Err(error) => tracing::error!(%error, "no thread to free pages: none is freed"),
         }
@@ -43,7 +43,9 @@ impl Driver {
     /// Pages have been acknowledged, which the book says already.
     pub(super) fn note_arrived(&self, runs: &[PageRange]) {
         if let (Some(releasing), Some(serving)) = (&self.releasing, &self.serving) {
-            runs.iter().for_each(|run| releasing.arrived.add(serving, *run));
+            for run in runs {
+                releasing.arrived.add(serving, *run);
+            }
         }
     }
 

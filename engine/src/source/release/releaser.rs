@@ -86,16 +86,26 @@ impl Releaser {
 
     /// Until the connection ends.
     pub(in crate::source) fn run(mut self) {
-        if self.released.is_in_doubt.load(Ordering::Acquire) {
-            // All of it has been acknowledged: that was compared when it attached.
-            let noted: Vec<_> = self.released.bitmap.runs().collect();
-            noted.iter().for_each(|run| self.free(*run));
-            self.released.is_in_doubt.store(false, Ordering::Release);
+        if self.released.is_in_doubt.load(Ordering::Acquire) && !self.free_again() {
+            return;
         }
         let mut pause = PAUSE;
         while self.serving.pause(pause) {
             pause = if self.pass() { PAUSE } else { PAUSE_AFTER_FAILURE };
         }
+    }
+
+    /// Frees what an earlier process noted, and perhaps no more than that. All of it has been
+    /// acknowledged: that was compared when the destination attached. `false` if it is time to
+    /// stop.
+    fn free_again(&self) -> bool {
+        for run in self.released.bitmap.runs() {
+            if !self.free(run, || self.serving.is_closing()) {
+                return false;
+            }
+        }
+        self.released.is_in_doubt.store(false, Ordering::Release);
+        true
     }
 
     /// Frees what has arrived since the last pass; `false` if that could not be noted.
@@ -166,7 +176,9 @@ impl Releaser {
         batch.sort_unstable_by_key(|run| run.start.0);
         match self.released.note(&batch) {
             Ok(news) => {
-                batch.iter().for_each(|run| self.free(*run));
+                for run in batch {
+                    self.free(run, || false);
+                }
                 self.released.freed.fetch_add(news, Ordering::Relaxed);
                 self.has_failed = false;
                 true
@@ -176,7 +188,9 @@ impl Releaser {
                     tracing::error!(%error, "the release ledger cannot be written: no page is freed");
                 }
                 self.has_failed = true;
-                batch.iter().for_each(|run| self.arrived.mark(*run));
+                for run in batch {
+                    self.arrived.mark(run);
+                }
                 false
             }
         }
@@ -199,21 +213,25 @@ impl Releaser {
     }
 
     /// Frees pages that are noted. If that fails they take memory, and are lost nevertheless.
-    fn free(&self, pages: PageRange) {
+    /// `false` if it was to stop before the end.
+    fn free(&self, pages: PageRange, is_to_stop: impl Fn() -> bool) -> bool {
         let memory = &self.serving.memory;
         for piece in memory.layout().split(pages) {
             let step = STEP_BYTES.max(memory.grain(piece.region).bytes);
             let mut done = 0;
             while done < piece.length {
                 let length = step.min(piece.length - done);
+                if is_to_stop() {
+                    return false;
+                }
                 self.serving.stand_back();
                 if let Err(error) = memory.free(piece.region, piece.offset + done, length) {
                     tracing::error!(%error, region = piece.region, "pages could not be freed");
-                    return;
                 }
                 done += length;
             }
         }
+        true
     }
 }
 
