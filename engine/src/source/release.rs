@@ -135,6 +135,8 @@ pub(crate) struct Released {
     freed: AtomicU64,
     /// Whether an earlier process may have noted pages and not freed them.
     is_in_doubt: AtomicBool,
+    /// That pages could not be freed has been told.
+    has_failed: AtomicBool,
 }
 
 impl Released {
@@ -142,7 +144,8 @@ impl Released {
         let bitmap = Bitmap::over(words, pages);
         let noted = bitmap.count();
         let (freed, is_in_doubt) = (AtomicU64::new(noted), AtomicBool::new(noted > 0));
-        Self { session, bitmap, file, freed, is_in_doubt }
+        let has_failed = AtomicBool::new(false);
+        Self { session, bitmap, file, freed, is_in_doubt, has_failed }
     }
 
     /// Record and ledger must tell one story: pages that were freed and are not known would be

@@ -225,7 +225,9 @@ impl Releaser {
                     return false;
                 }
                 self.serving.stand_back();
-                if let Err(error) = memory.free(piece.region, piece.offset + done, length) {
+                if let Err(error) = memory.free(piece.region, piece.offset + done, length)
+                    && !self.released.has_failed.swap(true, Ordering::Relaxed)
+                {
                     tracing::error!(%error, region = piece.region, "pages could not be freed");
                 }
                 done += length;

@@ -233,6 +233,18 @@ fn what_has_arrived_is_freed_and_nothing_else() {
 }
 
 #[test]
+fn locked_memory_is_freed_too() {
+    let Some(bench) = Bench::new(Kind::Anonymous, 10, PageSize::KIB_4) else { return };
+    let start = bench.area.word(0).as_ptr().cast::<libc::c_void>();
+    // SAFETY: locks our own mapping, of ten pages: less than any limit.
+    let locked = unsafe { libc::mlock(start, bench.area.length as usize) };
+    assert_eq!(locked, 0, "{}", std::io::Error::last_os_error());
+    bench.arrive(range(2, 5));
+    assert!(bench.releaser().pass());
+    assert_eq!(bench.gone(), (2..7).collect::<Vec<_>>());
+}
+
+#[test]
 fn huge_pages_of_the_source_are_freed_whole_or_not_at_all() {
     let Some(bench) = Bench::new(Kind::Hugetlb, 4, PageSize::KIB_4) else { return };
     let file = bench.area.file.as_ref().unwrap();
