@@ -56,7 +56,7 @@ fn what_is_acknowledged_while_it_is_sent_is_freed_when_it_has_left() {
     old.fill(5, Content::Dense);
     twin.fill(5, Content::Dense);
     let mut options = SourceOptions::default();
-    options.silence = Duration::from_secs(60);
+    options.silence = Duration::from_mins(1);
     options.release = Release::Free(ReleaseLedger::volatile());
     let listener = common::session::listen();
     let address = listener.address().clone();

@@ -14,7 +14,7 @@ pub use error::ReleaseError;
 
 use super::memory::SourceMemory;
 use crate::sys::words::LazyWords;
-use afterimage_protocol::bitmap::Bitmap;
+use afterimage_protocol::bitmap::{Bitmap, words_for};
 use afterimage_protocol::layout::{GuestLayout, PageNumber, PageRange};
 use afterimage_protocol::session::{Book, LostPages, Releasing, SourcePages, SourceRecord};
 use afterimage_protocol::wire::SessionId;
@@ -202,6 +202,9 @@ impl Released {
         served: &GuestLayout,
         book: &Book<LazyWords>,
     ) -> Option<LostPages> {
+        if served.page_count() == own.page_count() {
+            return self.lost_alike(book);
+        }
         let mut lost: Option<LostPages> = None;
         // A large page of the destination may hold several runs: each is counted once.
         let mut counted = 0;
@@ -217,6 +220,21 @@ impl Released {
                 from = missing.start.0 + missing.count;
             }
             counted = counted.max(end);
+        }
+        lost
+    }
+
+    /// The same where both sides number pages alike: word by word, because the session waits for
+    /// it, and a large guest may have been freed in very many small runs.
+    fn lost_alike(&self, book: &Book<LazyWords>) -> Option<LostPages> {
+        let mut lost: Option<LostPages> = None;
+        for index in 0..words_for(self.bitmap.pages()) {
+            let missing = self.bitmap.word(index) & !book.acked_word(index);
+            if missing != 0 {
+                let first = PageNumber(index as u64 * 64 + u64::from(missing.trailing_zeros()));
+                lost.get_or_insert(LostPages { first, count: 0 }).count +=
+                    u64::from(missing.count_ones());
+            }
         }
         lost
     }

@@ -122,6 +122,12 @@ impl<W: Words> Book<W> {
         self.acked.first_clear_in(range)
     }
 
+    /// Which of pages `64 × index` and following have arrived, the first in the lowest bit.
+    #[must_use]
+    pub fn acked_word(&self, index: usize) -> u64 {
+        self.acked.word(index)
+    }
+
     /// How many pages have arrived.
     #[must_use]
     pub fn acked_pages(&self) -> u64 {
