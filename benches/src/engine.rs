@@ -32,6 +32,7 @@ impl Setup {
             Unit::Background(BackgroundPlan { memory, streams }) => {
                 (memory, streams, Wait::Blocking, Load::Saturating)
             }
+            Unit::Release(memory) => (memory, 1, Wait::Blocking, Load::Saturating),
             Unit::Switchover(memory) | Unit::Wire(memory) | Unit::Footprint(memory) => {
                 (memory, 1, Wait::Polling, Load::Saturating)
             }

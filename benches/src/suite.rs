@@ -149,6 +149,13 @@ impl Units {
         self.background(backing, Shape::Dense, 1)
     }
 
+    /// The same where the source frees what has arrived.
+    #[must_use]
+    pub const fn release(&self, backing: Backing) -> Unit {
+        let (bytes, shape) = (self.sizes.guest, Shape::Dense);
+        Unit::Release(MemoryPlan { backing, bytes, shape })
+    }
+
     /// All of a guest by streams.
     #[must_use]
     pub const fn background(&self, backing: Backing, shape: Shape, streams: u16) -> Unit {

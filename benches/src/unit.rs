@@ -35,6 +35,8 @@ pub enum Unit {
     Trace(FaultPlan),
     /// The engine: all memory by background.
     Background(BackgroundPlan),
+    /// The same by one stream, and the source frees what has arrived.
+    Release(MemoryPlan),
     /// The engine: from the stop at the source until the guest may run.
     Switchover(MemoryPlan),
     /// The engine: what both sides need beside guest RAM.
@@ -232,7 +234,10 @@ impl Unit {
             Self::WorkingSet(plan) => return plan.bytes,
             Self::PingPong(_) | Self::LocalFault(_) | Self::Fill(_) => return FLOOR_BYTES,
             Self::Background(plan) => plan.memory,
-            Self::Switchover(memory) | Self::Footprint(memory) | Self::Wire(memory) => *memory,
+            Self::Switchover(memory)
+            | Self::Footprint(memory)
+            | Self::Wire(memory)
+            | Self::Release(memory) => *memory,
             Self::Stream(_, bytes) => return *bytes,
             Self::Place(mechanism, bytes) => {
                 let backing = mechanism.backing();
@@ -250,9 +255,10 @@ impl Unit {
     pub fn huge_memory(&self) -> Option<MemoryPlan> {
         let memory = match self {
             Self::Background(plan) => Some(plan.memory),
-            Self::Switchover(memory) | Self::Footprint(memory) | Self::Wire(memory) => {
-                Some(*memory)
-            }
+            Self::Switchover(memory)
+            | Self::Footprint(memory)
+            | Self::Wire(memory)
+            | Self::Release(memory) => Some(*memory),
             _ => floors::source_plan(*self),
         };
         memory.filter(|memory| memory.backing == Backing::Hugetlb)
@@ -284,6 +290,7 @@ impl fmt::Display for Unit {
             Self::Background(BackgroundPlan { memory, streams }) => {
                 write!(f, "background, {memory}, streams {streams}")
             }
+            Self::Release(memory) => write!(f, "background with release, {memory}, streams 1"),
             Self::Switchover(memory) => write!(f, "switchover, {memory}"),
             Self::Footprint(memory) => write!(f, "footprint, {memory}"),
             Self::Wire(memory) => write!(f, "wire, {memory}"),

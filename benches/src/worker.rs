@@ -89,7 +89,12 @@ fn listening(address: String) -> Result<(), BenchError> {
 
 fn serve(unit: Unit, listen: &str, memories: &mut Memories) -> Result<Outcome, BenchError> {
     if let Some(setup) = Setup::of(unit) {
-        return engine::source::serve(unit, memories.get(setup.memory)?, setup, listen, listening);
+        let memory = memories.get(setup.memory)?;
+        let served = engine::source::serve(unit, memory, setup, listen, listening);
+        if matches!(unit, Unit::Release(_)) {
+            memories.drop_last();
+        }
+        return served;
     }
     let floor = floors::source_plan(unit);
     let plan = floor.ok_or_else(|| BenchError::Failed(format!("{unit} has no source")))?;
@@ -149,5 +154,10 @@ impl Memories {
             self.kept.push(memory);
         }
         Ok(self.kept.last().expect("just pushed"))
+    }
+
+    /// Keeps no more what was got last: its pages are gone.
+    fn drop_last(&mut self) {
+        self.kept.pop();
     }
 }

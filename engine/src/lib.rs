@@ -10,6 +10,7 @@
 //! | describe memory at the source | [`SourceRegion`], [`SourceMemory`] |
 //! | serve it in a migration | [`Source`], [`SourceOptions`], [`SourceEvent`] |
 //! | limit what nobody has asked for | [`Background`] |
+//! | free at the source what has arrived | [`Release`], [`ReleaseLedger`] |
 //! | serve one image to many | [`SnapshotServer`] |
 //! | describe and register memory at the destination | [`DestinationRegion`], [`DestinationMemory`] |
 //! | get it | [`Destination`], [`DestinationOptions`], [`DestinationEvent`] |
@@ -128,9 +129,10 @@ pub use destination::{
 pub use events::{Events, NoEvent};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
 pub use source::{
-    Background, CallError, Checksums, Endpoint, Incarnation, SessionId, SnapshotServer,
-    SnapshotStats, Source, SourceEvent, SourceLedger, SourceMemory, SourceMemoryError,
-    SourceOptions, SourceOwnership, SourceRecord, SourceRegion, StartError, StateSection,
+    Background, CallError, Checksums, Endpoint, Incarnation, Release, ReleaseError, ReleaseLedger,
+    SessionId, SnapshotServer, SnapshotStats, Source, SourceEvent, SourceLedger, SourceMemory,
+    SourceMemoryError, SourceOptions, SourceOwnership, SourcePages, SourceRecord, SourceRegion,
+    StartError, StateSection,
 };
 pub use state_file::{
     DestinationStateFile, LayoutDigest, SourceStateFile, StateFile, StateFileError, StateRecord,

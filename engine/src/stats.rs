@@ -37,6 +37,9 @@ pub struct SourceStats {
     pub frames_stale: u64,
     /// How often the destination has attached again.
     pub recoveries: u64,
+    /// Pages of 4 KiB, whatever the destination's page sizes are, that were freed here, by this
+    /// process or one before it. See [`Release`](crate::Release).
+    pub pages_released: u64,
 }
 
 /// Counted by a destination's threads, beside the counters of its pages.

@@ -20,6 +20,8 @@ pub enum ThreadRole {
     Request,
     /// Sends or receives one background stream.
     Background,
+    /// At a source: frees pages that have arrived.
+    Release,
 }
 
 impl ThreadRole {
@@ -30,6 +32,7 @@ impl ThreadRole {
             Self::Fault => "ai-fault",
             Self::Request => "ai-request",
             Self::Background => "ai-backgr",
+            Self::Release => "ai-release",
         }
     }
 }
@@ -40,7 +43,7 @@ impl ThreadRole {
 ///
 /// The engine has asked for scheduling by then (`sched_setattr`, which needs no right): short
 /// slices for threads on the fault path, so that they are not kept waiting when they are
-/// woken, and `SCHED_BATCH` for streams. A hook that sets something else has the last word;
+/// woken, and `SCHED_BATCH` for streams and what frees pages. A hook that sets something else has the last word;
 /// where the VMM's threads are not under `SCHED_OTHER`, the engine asks for nothing.
 #[derive(Clone, Default)]
 pub struct ThreadHook(Option<Arc<dyn Fn(ThreadRole, usize) + Send + Sync>>);

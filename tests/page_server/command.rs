@@ -97,6 +97,11 @@ fn wrong_arguments_are_told_apart_from_failures() {
         (2, "as in 200ms", &["--listen", local, "--memory", ram, "--silence", "5"]),
         (2, "longer than", &["--listen", local, "--memory", ram, "--silence", "100ms"]),
         (2, "cannot be used with", &["--connect", "unix:/x", "--memory", ram, "--snapshot"]),
+        (
+            2,
+            "cannot be used with",
+            &["--listen", local, "--memory", ram, "--snapshot", "--release"],
+        ),
         (2, "Unix sockets", &["--listen", local, "--handoff", local]),
         (2, "for --listen", &["--connect", "fd:3", "--memory", ram]),
         (1, "check the path", &["--listen", local, "--memory", "/nowhere/ram"]),

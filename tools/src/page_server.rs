@@ -23,13 +23,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use afterimage::{
-    Checksums, Endpoint, Listener, Plaintext, SnapshotServer, Source, SourceMemory, SourceOptions,
+    Checksums, Endpoint, Listener, Plaintext, Release, ReleaseLedger, SnapshotServer, Source,
+    SourceMemory, SourceOptions,
 };
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
 pub use failure::Failure;
 pub(crate) use failure::check_connect;
+use memory::Access;
 use migration::{Migration, Origin};
 use options::Options;
 pub use progress::Notice;
@@ -94,6 +96,12 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
     let from_files = files(options)?.map(Arc::new);
     let door = options.handoff.as_ref().map(Doorway::open).transpose()?;
     let endpoint = endpoint(options)?;
+    if options.release {
+        progress.say(
+            "--release: pages are freed here once they have arrived; if the destination dies after \
+             it ran the guest, the guest is lost",
+        );
+    }
     if let Some(door) = &door {
         progress.say(&format!("a VMM can hand its guest over at {}", door.address()));
     }
@@ -176,7 +184,8 @@ fn files(options: &Options) -> Result<Option<SourceMemory>, Failure> {
         None if options.memory.is_empty() => return Ok(None),
         None => memory::place(&options.memory, options.hole)?,
     };
-    Ok(Some(memory::map(&placed)?))
+    let access = if options.release { Access::Release } else { Access::Read };
+    Ok(Some(memory::map(&placed, access)?))
 }
 
 fn endpoint(options: &Options) -> Result<Endpoint, Failure> {
@@ -208,6 +217,9 @@ fn source_options(options: &Options) -> SourceOptions {
     source.silence = options.silence;
     source.checksums = if options.checksums { Checksums::On } else { Checksums::Off };
     source.plaintext = plaintext(options);
+    if options.release {
+        source.release = Release::Free(ReleaseLedger::volatile());
+    }
     source
 }
 

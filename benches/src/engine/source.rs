@@ -7,8 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use afterimage::{
-    Address, Background, Endpoint, Events, Listener, Plaintext, Source, SourceEvent, SourceOptions,
-    StateSection,
+    Address, Background, Endpoint, Events, Listener, Plaintext, Release, ReleaseLedger, Source,
+    SourceEvent, SourceOptions, StateSection,
 };
 use afterimage_tools::migrate;
 
@@ -53,6 +53,9 @@ pub fn serve(
     options.streams = setup.streams;
     options.polling = setup.wait.polling();
     options.plaintext = plaintext;
+    if matches!(unit, Unit::Release(_)) {
+        options.release = Release::Free(ReleaseLedger::volatile());
+    }
     options.background = match setup.background {
         Load::Idle => Background::OnRequest,
         Load::Saturating => Background::Unlimited,

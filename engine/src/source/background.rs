@@ -6,6 +6,7 @@
 mod batch;
 mod sight;
 
+use super::hands::Hand;
 use super::serving::{LOOK_AFTER, NO_HINT, Serving, Underway};
 use crate::sys::mapping::{RawRun, is_zero};
 use crate::transport::Stream;
@@ -15,7 +16,7 @@ use batch::Batch;
 use sight::Sight;
 use std::io;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Bytes sent in one go: small enough that an urgent page does not wait long behind them.
 const CHUNK_BYTES: u64 = 256 << 10;
@@ -32,8 +33,6 @@ const MAX_RUNS: usize = 512;
 const STAGING_BYTES: u64 = 2 * CHUNK_BYTES;
 /// How far one look for content goes: dense memory takes as long to look at as it is long.
 const LOOK_AHEAD: u64 = 64 << 20;
-/// How long a stream stands back for requests before each batch.
-const STAND_BACK_FOR: Duration = Duration::from_millis(5);
 /// The most pages in one run of zeros.
 const MAX_ZERO_PAGES: u64 = 1 << 31;
 
@@ -43,6 +42,7 @@ pub(super) struct Streamer<'s> {
     stream: Stream,
     generation: Generation,
     underway: Underway,
+    hand: Hand,
     cursor: PageNumber,
     sight: Sight,
     batch: Batch,
@@ -75,6 +75,7 @@ impl<'s> Streamer<'s> {
         let pages = serving.layout.page_count();
         let cursor = PageNumber(pages / u64::from(streams.max(1)) * u64::from(slot));
         Self {
+            hand: serving.hands.join(),
             serving,
             stream,
             generation,
@@ -104,16 +105,19 @@ impl<'s> Streamer<'s> {
             let Some(permit) = self.serving.permit(&self.stream, CHUNK_BYTES) else {
                 return Ok(());
             };
-            self.stand_back();
+            self.serving.stand_back();
+            let taking = self.hand.take();
             self.gather(permit.bytes);
             self.serving.pace.leaves(&permit, self.batch.bytes());
             if self.batch.is_empty() {
+                drop(taking);
                 if !self.waits(seen) {
                     return Ok(());
                 }
                 continue;
             }
-            self.stand_back();
+            let _sending = taking.sends(self.batch.content());
+            self.serving.stand_back();
             let stamp = self.serving.stamp(self.generation);
             self.batch.send(&self.stream, stamp, self.serving.checksums)?;
         }
@@ -131,17 +135,6 @@ impl<'s> Streamer<'s> {
         }
         self.looked = Instant::now();
         !self.stream.has_ended()
-    }
-
-    /// Lets requests go first, but not for ever: their answers may be stuck.
-    fn stand_back(&self) {
-        let mut since = None;
-        while self.serving.urgent.load(Ordering::Acquire) > 0
-            && !self.serving.is_closing()
-            && since.get_or_insert_with(Instant::now).elapsed() < STAND_BACK_FOR
-        {
-            std::thread::yield_now();
-        }
     }
 
     /// Takes pages until about `most` bytes are to be sent: no more than that and a page.

@@ -2,6 +2,7 @@
 //! `channels`.
 
 mod channels;
+mod releasing;
 
 use super::memory::SourceMemory;
 use super::serving::Serving;
@@ -16,13 +17,15 @@ use crate::transport::{Accepted, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
-    Book, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
+    Book, LostPages, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord,
+    SourceSession,
 };
 use afterimage_protocol::wire::{
     Capabilities, Channel, ControlFrame, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode, Stamp,
 };
 use channels::DataChannel;
 use crossbeam_channel::Sender;
+use releasing::Releasing;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -70,6 +73,7 @@ pub(super) struct Driver {
     data: BTreeMap<Channel, DataChannel>,
     /// Replaced channels whose threads have not ended.
     retired: Vec<(Channel, DataChannel)>,
+    releasing: Option<Releasing>,
     state: Option<Arc<Vec<StateSection>>>,
     attachments: u64,
     /// What a destination refused for last.
@@ -102,6 +106,7 @@ impl Driver {
             slots: Slots::default(),
             data: BTreeMap::new(),
             retired: Vec::new(),
+            releasing: None,
             state: None,
             attachments: 0,
             refused: None,
@@ -249,6 +254,8 @@ impl Driver {
                     }
                 }
                 SourceAction::Acknowledge(runs) => self.acknowledge(&runs),
+                SourceAction::CompareReleased => self.compare_released(),
+                SourceAction::Release => self.start_releasing(),
                 SourceAction::OpenData { stamp, layout } => self.open_channels(stamp, layout),
                 SourceAction::DropState => self.state = None,
                 SourceAction::Event(event) => self.tell(event),
@@ -334,6 +341,7 @@ impl Driver {
             }
             serving.signal.look_again();
         }
+        self.note_arrived(runs);
     }
 
     fn receive(&mut self) {
@@ -396,6 +404,10 @@ impl Driver {
                 SourceEvent::Finished
             }
             Said::PersistFailed => SourceEvent::PersistFailed,
+            Said::Lost(LostPages { first, count }) => {
+                tracing::error!(%first, count, "the destination lacks pages that were freed here");
+                SourceEvent::Lost { first, count }
+            }
             other => {
                 tracing::error!(?other, "an event of a newer protocol");
                 return;

@@ -5,8 +5,9 @@
 //! through a mapping: that would allocate its holes, cost page tables, and end the process
 //! where the file has been cut short.
 
+use super::release::ReleaseError;
 use crate::sys::holes::{self, Extent, Pagemap};
-use crate::sys::mapping::RawRun;
+use crate::sys::mapping::{self, RawRun};
 use crate::sys::maps::{self, MappingError};
 use afterimage_protocol::layout::{
     Backing, GuestAddress, GuestLayout, LayoutError, LocalAddress, PageSize, Region,
@@ -14,7 +15,7 @@ use afterimage_protocol::layout::{
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::ptr::NonNull;
 
 /// A piece of guest memory for a source.
@@ -28,6 +29,8 @@ pub struct SourceRegion {
 struct FileRegion {
     file: File,
     offset: u64,
+    /// Its pages are huge, and so large.
+    huge: Option<u64>,
 }
 
 /// Why a file cannot be a source's memory.
@@ -76,7 +79,8 @@ impl SourceRegion {
     ///
     /// # Safety
     /// `start` must be a mapping of `length` readable bytes that stays in place as long as the
-    /// source lives. From the switchover on nobody may write it.
+    /// source lives. From the switchover on nobody may write it. Where the source is to free
+    /// pages ([`Release::Free`](crate::Release::Free)) nobody else may need their content.
     #[must_use]
     pub unsafe fn anonymous(guest: GuestAddress, start: NonNull<u8>, length: u64) -> Self {
         let local = LocalAddress(start.as_ptr() as u64);
@@ -86,7 +90,8 @@ impl SourceRegion {
     }
 
     /// A memfd, a file on tmpfs or hugetlbfs, or a snapshot file: `length` bytes from
-    /// `offset`. It is only read. From the switchover on nobody may write it; if it is cut
+    /// `offset`. It is only read, unless pages are freed ([`Release`](crate::Release)), for
+    /// which it must be open for writing. From the switchover on nobody may write it; if it is cut
     /// short, the pages that are gone are reported as unreadable.
     ///
     /// # Errors
@@ -104,7 +109,9 @@ impl SourceRegion {
             return Err(SourceMemoryError::TooShort { guest_address, size, offset, length });
         }
         let region = Region::new(guest_address, length, PageSize::KIB_4, Backing::Shared);
-        Ok(Self { region, file: Some(FileRegion { file, offset }) })
+        let huge = mapping::huge_page_bytes(&file)
+            .map_err(wrap("see on which file system the memory file is"))?;
+        Ok(Self { region, file: Some(FileRegion { file, offset, huge }) })
     }
 }
 
@@ -164,6 +171,57 @@ impl SourceMemory {
         &self.layout
     }
 
+    /// Whether pages of all regions can be freed, each by itself.
+    pub(super) fn check_release(&self) -> Result<(), ReleaseError> {
+        let mut places = Vec::new();
+        for (region, file) in self.layout.regions().iter().zip(&self.files) {
+            let guest_address = region.guest_address;
+            let failed = |source| ReleaseError::Memory { guest_address, source };
+            let (place, start) = match file {
+                None => (None, region.local.unwrap_or_default().0),
+                Some(FileRegion { file, offset, .. }) => {
+                    let found = file.metadata().map_err(failed)?;
+                    // Behind its end there is nothing to lose.
+                    let end = found.len().next_multiple_of(1 << 30);
+                    mapping::punch_hole(file, end, 1 << 30).map_err(failed)?;
+                    (Some((found.dev(), found.ino())), *offset)
+                }
+            };
+            places.push((place, start, start + region.length, guest_address));
+        }
+        places.sort_unstable();
+        for pair in places.windows(2) {
+            let ((place, _, end, first), (next, start, _, second)) = (pair[0], pair[1]);
+            if place == next && start < end {
+                return Err(ReleaseError::Shared { first, second });
+            }
+        }
+        Ok(())
+    }
+
+    /// In what pieces pages of a region can be freed.
+    pub(super) fn grain(&self, region: usize) -> Grain {
+        match &self.files[region] {
+            Some(FileRegion { huge: Some(bytes), offset, .. }) => {
+                Grain { bytes: *bytes, base: offset % bytes }
+            }
+            _ => Grain { bytes: 4096, base: 0 },
+        }
+    }
+
+    /// Frees bytes of a region, whole pieces of its [`grain`](Self::grain): they read as zeros
+    /// afterwards.
+    pub(super) fn free(&self, region: usize, offset: u64, length: u64) -> io::Result<()> {
+        if let Some(FileRegion { file, offset: base, .. }) = &self.files[region] {
+            return mapping::punch_hole(file, base + offset, length);
+        }
+        let found = &self.layout.regions()[region];
+        assert!(offset.checked_add(length).is_some_and(|end| end <= found.length));
+        // SAFETY: private memory of this region, as was checked when it was made. Whoever made
+        // it promised that nobody else needs it if it is to be freed.
+        unsafe { mapping::empty_private(found.local.unwrap_or_default().0 + offset, length) }
+    }
+
     /// Whether a region's content must be read into staging.
     pub(crate) fn is_file(&self, region: usize) -> bool {
         self.files[region].is_some()
@@ -179,7 +237,7 @@ impl SourceMemory {
         length: u64,
         staging: &mut [u8],
     ) -> Brought {
-        let Some(FileRegion { file, offset: base }) = &self.files[region] else {
+        let Some(FileRegion { file, offset: base, .. }) = &self.files[region] else {
             let found = &self.layout.regions()[region];
             assert!(offset.checked_add(length).is_some_and(|end| end <= found.length));
             let start = found.local.unwrap_or_default().0 + offset;
@@ -245,6 +303,36 @@ impl SourceMemory {
             found.clear();
             found.push(Extent { start: from, end });
         }
+    }
+}
+
+/// In what pieces pages can be freed: of hugetlbfs only whole huge pages.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Grain {
+    /// A power of two.
+    pub(super) bytes: u64,
+    /// How far behind the beginning of a piece the region begins.
+    base: u64,
+}
+
+impl Grain {
+    /// The end of the last whole piece at or before an offset in the region; 0 if there is
+    /// none.
+    pub(super) fn before(self, offset: u64) -> u64 {
+        ((offset + self.base) / self.bytes * self.bytes).saturating_sub(self.base)
+    }
+
+    /// The start of the first whole piece at or after an offset in the region.
+    pub(super) fn after(self, offset: u64) -> u64 {
+        (offset + self.base).next_multiple_of(self.bytes) - self.base
+    }
+
+    /// The whole pieces that bytes lie in, also in part; of the first and the last those that
+    /// lie in the region.
+    pub(super) fn around(self, from: u64, to: u64) -> (u64, u64) {
+        let start = (from + self.base) / self.bytes * self.bytes;
+        let start = start.checked_sub(self.base).unwrap_or_else(|| self.after(0));
+        (start, self.after(to))
     }
 }
 

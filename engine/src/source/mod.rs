@@ -2,14 +2,17 @@
 
 mod background;
 pub(crate) mod driver;
+mod hands;
 mod memory;
 mod pacing;
+mod release;
 mod request;
 mod serving;
 mod snapshot;
 
 pub use memory::{SourceMemory, SourceMemoryError, SourceRegion};
 pub use pacing::Background;
+pub use release::{Release, ReleaseError, ReleaseLedger};
 pub use snapshot::{SnapshotServer, SnapshotStats};
 
 use crate::events::{self, Events};
@@ -19,14 +22,15 @@ use crate::stats::{SourceCounters, SourceStats};
 use crate::sys::words::LazyWords;
 use crate::threads::{self, ThreadHook, ThreadRole};
 use crate::transport::{Acceptor, Address, Dialer, Listener, Plaintext};
-use afterimage_protocol::layout::PageRange;
+use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{Book, NotNow, SourceConfig, SourceSession};
-pub use afterimage_protocol::session::{SourceOwnership, SourceRecord};
+pub use afterimage_protocol::session::{SourceOwnership, SourcePages, SourceRecord};
 use afterimage_protocol::wire::{Capabilities, Channel, SessionKind};
 pub use afterimage_protocol::wire::{Incarnation, SessionId};
 use driver::{Call, Driver, Input};
 use mio::Poll;
 use pacing::Pace;
+use release::Released;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -94,6 +98,8 @@ pub struct SourceOptions {
     pub record: SourceRecord,
     /// Where the ownership record goes.
     pub ledger: SourceLedger,
+    /// Whether pages are freed here once they have arrived, while the migration runs.
+    pub release: Release,
     /// Called on every thread of the engine.
     pub threads: ThreadHook,
 }
@@ -121,6 +127,7 @@ impl Default for SourceOptions {
             plaintext: Plaintext::LoopbackOnly,
             record: SourceRecord::new(SessionId(crate::sys::random_id())),
             ledger: SourceLedger::volatile(),
+            release: Release::Keep,
             threads: ThreadHook::default(),
         }
     }
@@ -148,6 +155,7 @@ impl SourceOptions {
             heartbeat: self.heartbeat,
             silence: self.silence,
             capabilities: self.capabilities(),
+            releasing: self.release.releasing(),
         }
     }
 
@@ -191,6 +199,9 @@ pub enum StartError {
         /// What is wrong.
         reason: String,
     },
+    /// Pages cannot be freed as was asked for, or some were and it is not known which.
+    #[error(transparent)]
+    Release(#[from] ReleaseError),
     /// The system refuses something.
     #[error("could not start the session")]
     Io(#[from] io::Error),
@@ -217,8 +228,16 @@ pub enum SourceEvent {
     /// Everything has arrived; the session is over.
     Finished,
     /// The ownership record could not be made durable; what needed it did not happen, and
-    /// is tried again with the next connection.
+    /// is tried again with the next connection, or in a while.
     PersistFailed,
+    /// The destination lacks pages that were freed here, and is refused: not all the memory
+    /// in which the guest ran has come back. Told once, however often it comes.
+    Lost {
+        /// The first of them, as the destination numbers them.
+        first: PageNumber,
+        /// How many of its pages.
+        count: u64,
+    },
 }
 
 /// A call that could not be carried out.
@@ -282,6 +301,8 @@ pub(crate) struct SourceShared {
     book: Mutex<Option<Arc<Book<LazyWords>>>>,
     /// Whether the last connection has gone, even if it never came as far as attaching.
     is_away: AtomicBool,
+    /// Which pages were freed, where that is wanted.
+    pub(crate) released: Option<Arc<Released>>,
 }
 
 impl SourceShared {
@@ -320,6 +341,7 @@ impl SourceShared {
             pages_unreadable: of(&counters.unreadable),
             frames_stale: of(&counters.stale),
             recoveries: of(&counters.recoveries),
+            pages_released: self.released.as_ref().map_or(0, |released| released.freed()),
         }
     }
 }
@@ -361,14 +383,14 @@ impl Source {
             Input::Accepted,
             Input::Dialed,
         )?;
-        Ok(Self::run(
+        Self::run(
             memory,
             SessionKind::Migration,
             SessionLink::new(poll, line),
             inbox,
             outlet,
             options,
-        )?)
+        )
     }
 
     /// A session thread on a link that is there.
@@ -379,9 +401,10 @@ impl Source {
         inbox: Inbox<Input>,
         outlet: Outlet<Input>,
         options: SourceOptions,
-    ) -> io::Result<(Self, Events<SourceEvent>)> {
+    ) -> Result<(Self, Events<SourceEvent>), StartError> {
         let (sender, events) = events::channel()?;
-        let shared = Arc::new(SourceShared::default());
+        let released = options.release.open(&options.record, &memory)?;
+        let shared = Arc::new(SourceShared { released, ..SourceShared::default() });
         shared.pace.set(options.background);
         let session = SourceSession::new(options.config(kind, &memory), options.record);
         let id = options.record.session;
@@ -426,7 +449,8 @@ impl Source {
     /// connected.
     ///
     /// # Errors
-    /// [`CallError`] if the destination is known to run the guest, or the session is over.
+    /// [`CallError`] if the destination is known to run the guest, the session is over, or
+    /// pages may have been freed ([`Release`]).
     pub fn reclaim(&self) -> Result<(), CallError> {
         self.call(Call::Reclaim)
     }
@@ -435,7 +459,8 @@ impl Source {
     /// If it is not dead there will be two guests.
     ///
     /// # Errors
-    /// [`CallError`] if the session is over.
+    /// [`CallError`] if the session is over, or pages may have been freed ([`Release`]): the
+    /// guest cannot go on here.
     pub fn fence(&self) -> Result<(), CallError> {
         self.call(Call::Fence)
     }

@@ -1,5 +1,6 @@
 //! Answering page requests. The latency of a fault hangs on this thread.
 
+use super::hands::Hand;
 use super::serving::{Serving, Underway};
 use crate::polling::{AdaptivePolling, Idle};
 use crate::steps;
@@ -20,6 +21,7 @@ pub(super) struct Responder<'s> {
     stream: Stream,
     generation: Generation,
     underway: Underway,
+    hand: Hand,
     polling: AdaptivePolling,
     buffer: Vec<u8>,
     filled: usize,
@@ -34,6 +36,7 @@ impl<'s> Responder<'s> {
         underway: Underway,
     ) -> Self {
         Self {
+            hand: serving.hands.join(),
             polling: AdaptivePolling::new(serving.polling),
             buffer: vec![0; BATCH * HEADER_BYTES],
             filled: 0,
@@ -112,7 +115,8 @@ impl<'s> Responder<'s> {
         let serving = self.serving;
         let pages = PageRange::one(page);
         steps::pass("source", "Answers");
-        // A request that crossed with the page's arrival.
+        let taking = self.hand.take();
+        // A request that crossed with the page's arrival, after which it may be freed.
         if !serving.book.take_urgent(page) {
             return Ok(());
         }
@@ -130,12 +134,14 @@ impl<'s> Responder<'s> {
         let mut staging = std::mem::take(&mut self.staging);
         let into = staging.bytes(if is_file { length } else { 0 });
         let content = memory.bring(run.region, run.offset, run.length, into).run;
+        // SAFETY: readable memory of a whole page, aligned to words.
+        let is_zero = content.length == length && unsafe { is_zero(content) };
+        let _sending = taking.sends(std::iter::once(pages));
         let sent = if content.length < length {
             serving.counters.unreadable.fetch_add(1, Ordering::Relaxed);
             tracing::error!(page = page.0, "the source's memory cannot be read here");
             self.send(DataFrame::Unreadable(pages), None)
-        // SAFETY: readable memory of a whole page, aligned to words.
-        } else if unsafe { is_zero(content) } {
+        } else if is_zero {
             self.send(DataFrame::Zero(pages), None)
         } else {
             self.send(DataFrame::Content(pages, run.length as u32), Some(content))

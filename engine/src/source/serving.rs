@@ -1,6 +1,7 @@
 //! What the threads of a source share while they serve one connection of a session.
 
 use super::SourceShared;
+use super::hands::Hands;
 use super::memory::SourceMemory;
 use super::pacing::{Pace, Permit};
 use crate::inbox::Outlet;
@@ -13,13 +14,19 @@ use afterimage_protocol::session::{Book, InFlight};
 use afterimage_protocol::wire::{Channel, Epoch, Generation, Stamp};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// No page was asked for since the last look.
 pub(super) const NO_HINT: u64 = u64::MAX;
 
 /// How often a thread that has nothing to send looks whether its connection is there.
 pub(super) const LOOK_AFTER: Duration = Duration::from_millis(50);
+
+/// How long whoever stands back for requests does so at most.
+const STAND_BACK_FOR: Duration = Duration::from_millis(5);
+
+/// How often is looked whether a channel has taken its pages.
+const LOOK_AT_HANDS_AFTER: Duration = Duration::from_millis(1);
 
 /// One epoch of one destination.
 #[derive(Debug)]
@@ -39,6 +46,8 @@ pub(super) struct Serving {
     /// The page after the last one asked for, where background goes next.
     pub(super) hint: AtomicU64,
     pub(super) signal: Signal,
+    /// Which channels are reading memory.
+    pub(super) hands: Hands,
     closing: AtomicBool,
 }
 
@@ -103,6 +112,7 @@ impl Serving {
             urgent: AtomicU32::new(0),
             hint: AtomicU64::new(NO_HINT),
             signal: Signal::default(),
+            hands: Hands::default(),
             closing: AtomicBool::new(false),
         }
     }
@@ -151,6 +161,39 @@ impl Serving {
                 .unwrap_or_else(PoisonError::into_inner);
             state = locked;
             if waited.timed_out() && stream.has_ended() {
+                return false;
+            }
+        }
+        !self.is_closing()
+    }
+
+    /// Lets requests go first, but not for ever: their answers may be stuck.
+    pub(super) fn stand_back(&self) {
+        let mut since = None;
+        while self.urgent.load(Ordering::Acquire) > 0
+            && !self.is_closing()
+            && since.get_or_insert_with(Instant::now).elapsed() < STAND_BACK_FOR
+        {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Lets some time pass; `false` if it is time to stop.
+    pub(super) fn pause(&self, time: Duration) -> bool {
+        let (_state, _) = self
+            .signal
+            .changed
+            .wait_timeout_while(self.signal.lock(), time, |_| !self.is_closing())
+            .unwrap_or_else(PoisonError::into_inner);
+        !self.is_closing()
+    }
+
+    /// Waits until nobody reads a page that the caller has seen acknowledged, but for those
+    /// that are being [sent](Hands::sending); `false` if it is time to stop instead.
+    pub(super) fn wait_for_hands(&self) -> bool {
+        let mut busy = self.hands.busy();
+        while !busy.is_over() {
+            if !self.pause(LOOK_AT_HANDS_AFTER) {
                 return false;
             }
         }

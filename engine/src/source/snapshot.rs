@@ -6,7 +6,8 @@
 
 use super::driver::Input;
 use super::{
-    Background, Source, SourceEvent, SourceMemory, SourceOptions, SourceShared, StartError,
+    Background, Release, ReleaseError, Source, SourceEvent, SourceMemory, SourceOptions,
+    SourceShared, StartError,
 };
 use crate::events::{self, EventSender, Events};
 use crate::inbox::{Inbox, Outlet};
@@ -78,7 +79,8 @@ struct Template {
 
 impl SnapshotServer {
     /// Serves `memory` to at most `most` destinations at a time. `options.record` names the
-    /// session; its ledger is not used, because there is no ownership.
+    /// session; its ledger is not used, because there is no ownership, and nothing may be freed
+    /// ([`Release::Keep`]).
     ///
     /// # Errors
     /// [`StartError`].
@@ -89,6 +91,9 @@ impl SnapshotServer {
         most: usize,
     ) -> Result<(Self, Events<(Incarnation, SourceEvent)>), StartError> {
         options.check(&memory)?;
+        if !matches!(options.release, Release::Keep) {
+            return Err(ReleaseError::Snapshot.into());
+        }
         let (sender, events) = events::channel()?;
         let background = options.background;
         let room = Arc::new(Mutex::new(Room { guests: BTreeMap::new(), most, background }));
@@ -196,7 +201,11 @@ impl Template {
         Ok(())
     }
 
-    fn seat(&self, room: &Arc<Mutex<Room>>, name: Incarnation) -> io::Result<Outlet<Input>> {
+    fn seat(
+        &self,
+        room: &Arc<Mutex<Room>>,
+        name: Incarnation,
+    ) -> Result<Outlet<Input>, StartError> {
         let poll = Poll::new()?;
         let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
         let options = SourceOptions {

@@ -157,12 +157,26 @@ pub(crate) fn punch_hole(file: impl AsFd, offset: u64, length: u64) -> io::Resul
     fallocate(file, flags, offset as off_t, length as off_t).map_err(io::Error::from)
 }
 
+/// The size of a file's huge pages, if it is on hugetlbfs.
+pub(crate) fn huge_page_bytes(file: impl AsFd) -> io::Result<Option<u64>> {
+    let found = nix::sys::statfs::fstatfs(file)?;
+    let is_huge = found.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC;
+    Ok(is_huge.then(|| found.block_size() as u64))
+}
+
+/// `linux/mman.h`.
+const MADV_DONTNEED_LOCKED: libc::c_int = 24;
+
 /// Drops the pages of a private mapping: they are missing afterwards.
 ///
 /// # Safety
 /// The range must be a private anonymous mapping of this process whose content nobody needs.
 pub(crate) unsafe fn empty_private(start: u64, length: u64) -> io::Result<()> {
     // SAFETY: the caller's promise.
-    let result = unsafe { libc::madvise(start as *mut _, length as usize, libc::MADV_DONTNEED) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let advise = |how| unsafe { libc::madvise(start as *mut _, length as usize, how) };
+    // Memory that a VMM has locked (mlock) needs a call of its own, since Linux 5.18.
+    if advise(libc::MADV_DONTNEED) == 0 || advise(MADV_DONTNEED_LOCKED) == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error())
 }

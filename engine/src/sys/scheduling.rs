@@ -38,7 +38,9 @@ pub(crate) fn suit(role: ThreadRole) -> io::Result<()> {
         ThreadRole::Fault | ThreadRole::Request => {}
         // It does not take the core from whoever runs when it is woken, and can itself be
         // stopped soon.
-        ThreadRole::Background => attributes.policy = libc::SCHED_BATCH as u32,
+        ThreadRole::Background | ThreadRole::Release => {
+            attributes.policy = libc::SCHED_BATCH as u32;
+        }
         ThreadRole::Acceptor | ThreadRole::Control => return Ok(()),
     }
     attributes.runtime = SHORT_SLICE_NS;

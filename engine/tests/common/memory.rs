@@ -211,6 +211,17 @@ impl Memory {
         if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
     }
 
+    /// A path at which another process opens the file of a region, as long as this one lives.
+    pub fn path_of(&self, area: usize) -> String {
+        let file = self.areas[area].file.as_ref().expect("a file");
+        format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
+    }
+
+    /// Bytes of memory that it takes.
+    pub fn resident_bytes(&self) -> u64 {
+        self.areas.iter().map(Area::resident_bytes).sum()
+    }
+
     /// As a source. Private memory is used where it is, files through a mapping of their own.
     pub fn as_source(&self) -> Arc<SourceMemory> {
         let regions = self.areas.iter().map(|area| match &area.file {
@@ -272,6 +283,20 @@ impl Area {
         }
         let start = NonNull::new(start.cast()).expect("a mapping is not at address 0");
         Ok(Self { kind, guest, start, length, file })
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        use std::os::unix::fs::FileExt;
+        if let Some(file) = &self.file {
+            let file = File::from(file.try_clone().expect("a descriptor"));
+            return std::os::unix::fs::MetadataExt::blocks(&file.metadata().expect("a file")) * 512;
+        }
+        let pagemap = File::open("/proc/self/pagemap").expect("the page map");
+        let mut entries = vec![0; (self.length / PAGE * 8) as usize];
+        let at = self.start.as_ptr() as u64 / PAGE * 8;
+        pagemap.read_exact_at(&mut entries, at).expect("the page map");
+        // The top bits of an entry: present, swapped out.
+        entries.chunks_exact(8).filter(|entry| entry[7] & 0xc0 != 0).count() as u64 * PAGE
     }
 
     fn page_bytes(&self) -> u64 {

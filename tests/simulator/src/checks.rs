@@ -4,7 +4,9 @@ use crate::network::Side;
 use crate::world::World;
 use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{PageNumber, PageRange};
-use afterimage_protocol::session::{DestinationOwnership, MAX_IN_FLIGHT_RUNS, SourceOwnership};
+use afterimage_protocol::session::{
+    DestinationOwnership, MAX_IN_FLIGHT_RUNS, SourceOwnership, SourcePages,
+};
 use afterimage_protocol::wire::SessionKind;
 use std::fmt;
 
@@ -61,8 +63,22 @@ fn i1_once_and_i8_gone(world: &World) -> Result<(), String> {
     Ok(())
 }
 
-/// A released page has arrived, and only a migration releases.
+/// A released page has arrived, and only a migration releases; what is freed is on record, and
+/// the guest ran elsewhere by then.
 fn i2_kept(world: &World) -> Result<(), String> {
+    let source = &world.source;
+    let is_noted = |page: PageNumber| source.released[page.0 as usize];
+    for page in world.all_pages() {
+        if source.memory[page.0 as usize].is_none() && !is_noted(page) {
+            return Err(format!("page {page} was freed, which is not noted"));
+        }
+        if is_noted(page) && source.disk.pages != SourcePages::Released {
+            return Err(format!("page {page} is noted as freed, which is not on record"));
+        }
+        if is_noted(page) && world.destination.disk.ownership != DestinationOwnership::Running {
+            return Err(format!("page {page} was freed before the guest ran elsewhere"));
+        }
+    }
     for page in world.all_pages().filter(|page| world.source.released[page.0 as usize]) {
         if !world.destination.memory.planes.is_complete(page) {
             return Err(format!("page {page} was released and has not arrived"));

@@ -7,7 +7,7 @@
 //!
 //! | here | in the engine |
 //! | --- | --- |
-//! | `source.rs` | the source's threads and sockets; its disk; which pages are freed |
+//! | `source.rs`, `release.rs` | the source's threads and sockets; its disk; which pages are freed |
 //! | `destination.rs` | the destination's threads and sockets; its disk; the fault thread |
 //! | `memory.rs` | `destination/pages.rs` and `pages/claim.rs`: region 0 is copied, region 1 written through an alias; planes, memory and the pages discarded in flight outlive the process, as with a keeper |
 //! | `guest.rs` | vCPUs, and for each page what it must read |
@@ -43,6 +43,7 @@ mod memory;
 mod mutant;
 mod network;
 mod random;
+mod release;
 mod source;
 mod world;
 

@@ -3,7 +3,9 @@
 
 use crate::network::{Read, Side};
 use crate::world::World;
-use afterimage_protocol::session::{DestinationSession, SourceOwnership, SourceSession};
+use afterimage_protocol::session::{
+    DestinationOwnership, DestinationSession, SourceOwnership, SourceSession,
+};
 
 impl World {
     /// Reads one frame, or the end, of one of a side's connections.
@@ -145,12 +147,15 @@ impl World {
         let was_given = record.ownership == SourceOwnership::Given;
         let has_lost = record.incarnation != self.destination.disk.incarnation;
         let is_dead = !self.destination.is_alive && self.random.chance(300);
-        // Only what is dead for good, or dead this moment, is fenced; and never once pages
-        // were freed, which are nowhere else.
+        // Only what is dead for good, or dead this moment, is fenced. Once pages may have
+        // been freed, the session refuses.
         let is_lost = has_lost && self.random.chance(60);
         let is_given_up = is_dead && self.plan.wants_guest_back;
-        if was_given && (is_lost || is_given_up) && !self.plan.releases {
-            let _ = self.with_source("fence", |session, _| session.fence());
+        if was_given && (is_lost || is_given_up) {
+            let fenced = self.with_source("fence", |session, _| session.fence());
+            if fenced.is_ok() && self.source.memory.contains(&None) {
+                self.violated("i2_kept", "a guest is fenced of which pages were freed");
+            }
         }
     }
 
@@ -158,7 +163,11 @@ impl World {
         if !self.source.is_alive {
             self.restart_source();
         } else if !self.destination.is_alive {
-            let loses = !self.is_healed && self.plan.may_lose_memory && self.random.chance(600);
+            // Whoever loses memory that was released has lost the guest.
+            let is_only_copy = self.plan.releases
+                && self.destination.disk.ownership == DestinationOwnership::Running;
+            let may_lose = self.plan.may_lose_memory && !is_only_copy;
+            let loses = !self.is_healed && may_lose && self.random.chance(600);
             if loses {
                 self.replace_destination();
             } else {

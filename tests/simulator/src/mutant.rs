@@ -33,6 +33,12 @@ mutants! {
     NoEpochCheck = "no-epoch-check",
     /// The source frees what it has sent.
     ReleaseBeforeAck = "release-before-ack",
+    /// The source frees pages as soon as it knows that the destination runs the guest.
+    ReleaseBeforeRecord = "release-before-record",
+    /// The source frees pages and notes afterwards which they were.
+    ReleaseBeforeNoted = "release-before-noted",
+    /// A source that is started again does not know that pages were freed.
+    ReleaseForgotten = "release-forgotten",
     /// A record is said to be durable before it is.
     OwnershipWithoutRecord = "ownership-without-record",
     /// Who waits for a page is not woken when its claim is given back.

@@ -8,8 +8,8 @@ use crate::world::{Plan, World, layout};
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
-    Book, InFlight, SourceAction, SourceConfig, SourceEvent, SourceOwnership, SourceRecord,
-    SourceSession,
+    Book, InFlight, Releasing, SourceAction, SourceConfig, SourceEvent, SourceOwnership,
+    SourcePages, SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
     Capabilities, Channel, ControlFrame, Epoch, Hello, Incarnation, SessionId, Stamp,
@@ -37,7 +37,7 @@ pub(crate) struct SourceHost {
     pub(crate) is_alive: bool,
     pub(crate) session: SourceSession,
     pub(crate) pending: Option<SourceRecord>,
-    /// What survives: the record, memory, and which pages were freed.
+    /// What survives: the record, memory, and which pages are noted as freed.
     pub(crate) disk: SourceRecord,
     pub(crate) memory: Vec<Option<u64>>,
     pub(crate) released: Vec<bool>,
@@ -54,6 +54,8 @@ pub(crate) struct SourceHost {
     pub(crate) channels: BTreeMap<Channel, SourceChannel>,
     generations: BTreeMap<Channel, u32>,
     pub(crate) destination_runs: bool,
+    /// The session lets pages be freed.
+    pub(crate) may_release: bool,
     /// Whose planes the book holds.
     pub(crate) known_memory: Option<Incarnation>,
     /// What was ever acknowledged, and by which memory: for the checks.
@@ -75,6 +77,7 @@ fn config(plan: &Plan) -> SourceConfig {
         heartbeat: Duration::from_millis(500),
         silence: Duration::from_secs(2),
         capabilities: Capabilities::CHECKSUMS,
+        releasing: if plan.releases { Releasing::AfterRunning } else { Releasing::Never },
     }
 }
 
@@ -101,6 +104,7 @@ impl SourceHost {
             channels: BTreeMap::new(),
             generations: BTreeMap::new(),
             destination_runs: false,
+            may_release: false,
             known_memory: None,
             ever_acked: BTreeSet::new(),
             acked_by: None,
@@ -211,7 +215,10 @@ impl World {
             SourceAction::Acknowledge(runs) => self.source.acknowledge(&runs),
             SourceAction::OpenData { stamp, .. } => self.source.serving = Some(stamp.epoch),
             SourceAction::Event(SourceEvent::Running) => self.source.destination_runs = true,
+            SourceAction::CompareReleased => self.compare_released(),
+            SourceAction::Release => self.source.may_release = true,
             SourceAction::HangUp(refusal) => {
+                self.source.may_release = false;
                 if let Some(refusal) = refusal {
                     self.send_control_from_source(ControlFrame::Refuse(refusal));
                 }
@@ -441,22 +448,6 @@ impl World {
         pieces
     }
 
-    /// The source frees a page, if it may.
-    pub(crate) fn release(&mut self) {
-        let source = &self.source;
-        if !self.plan.releases || !source.is_alive || !source.destination_runs {
-            return;
-        }
-        let page = PageNumber(self.random.below(self.plan.pages));
-        let may = source.book.is_acked(page)
-            || (self.breaks(Mutant::ReleaseBeforeAck) && source.is_in_flight(page));
-        if may {
-            self.note(|| format!("source releases page {page}"));
-            self.source.released[page.0 as usize] = true;
-            self.source.memory[page.0 as usize] = None;
-        }
-    }
-
     /// The source's process dies.
     pub(crate) fn crash_source(&mut self) {
         self.note(|| "the source dies".to_owned());
@@ -469,12 +460,15 @@ impl World {
     /// guest stopped, and gives its state again sooner or later.
     pub(crate) fn restart_source(&mut self) {
         let plan = self.plan;
-        let record = self.source.disk;
+        let mut record = self.source.disk;
+        if self.breaks(Mutant::ReleaseForgotten) {
+            record.pages = SourcePages::Whole;
+        }
         self.note(|| format!("the source begins again with {record:?}"));
         self.source.session = SourceSession::new(config(&plan), record);
         self.source.book = book(plan.pages);
         self.source.known_memory = None;
-        self.source.destination_runs = false;
+        (self.source.destination_runs, self.source.may_release) = (false, false);
         self.source.gave_state = false;
         self.source.is_alive = true;
     }

@@ -67,8 +67,7 @@ impl Plan {
             destination_connects: random.chance(600),
             releases,
             wants_guest_back: is_migration && random.chance(300),
-            // Whoever loses memory that was released has lost the guest.
-            may_lose_memory: !releases && random.chance(400),
+            may_lose_memory: random.chance(400),
             disks_fail: random.chance(400),
             sends_per_mille: 20 + random.below(980),
             receives_per_mille: 50 + random.below(950),

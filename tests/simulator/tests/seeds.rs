@@ -41,6 +41,9 @@ caught! {
     a_claim_after_the_write_is_caught: ClaimAfterWrite within 100;
     a_missing_check_of_epochs_is_caught: NoEpochCheck within 100;
     a_release_before_the_ack_is_caught: ReleaseBeforeAck within 100;
+    a_release_before_the_record_is_caught: ReleaseBeforeRecord within 200;
+    a_release_that_is_not_noted_is_caught: ReleaseBeforeNoted within 200;
+    a_forgotten_release_is_caught: ReleaseForgotten within 1500;
     ownership_without_a_record_is_caught: OwnershipWithoutRecord within 100;
     a_missing_wake_is_caught: NoWakeOnGiveBack within 100;
     half_a_page_left_behind_is_caught: ZeroWithoutEmptying within 200;

@@ -97,7 +97,9 @@ pub enum FileError {
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => " (check the path; a piece is written PATH,OFFSET,SIZE)",
-        io::ErrorKind::PermissionDenied => " (run as a user who may read it, or chmod it)",
+        io::ErrorKind::PermissionDenied => {
+            " (run as a user who may read it, and with --release write it, or chmod it)"
+        }
         _ => "",
     }
 }
@@ -183,13 +185,22 @@ pub fn read_layout(path: &Path) -> Result<Vec<Placed>, FileError> {
     Ok(regions.collect())
 }
 
-/// Opens and maps all pieces.
+/// What is done with files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// They are only read.
+    Read,
+    /// What has arrived is freed in them.
+    Release,
+}
+
+/// Opens all pieces and puts them together.
 ///
 /// # Errors
 /// [`FileError`].
-pub fn map(pieces: &[Placed]) -> Result<SourceMemory, FileError> {
+pub fn map(pieces: &[Placed], access: Access) -> Result<SourceMemory, FileError> {
     let regions = pieces.iter().map(|piece| {
-        let file = open(&piece.path)?;
+        let file = open(&piece.path, access)?;
         check(piece, size_of(&piece.path, &file)?)?;
         let at = GuestAddress(piece.guest_address);
         Ok(SourceRegion::file(at, file.into(), piece.offset, piece.length)?)
@@ -211,13 +222,13 @@ fn check(piece: &Placed, size: u64) -> Result<(), FileError> {
     Ok(())
 }
 
-fn open(path: &Path) -> Result<File, FileError> {
+fn open(path: &Path, access: Access) -> Result<File, FileError> {
     let failed = |source| FileError::Open { path: path.to_owned(), source };
     // Looked at first: opening a pipe would wait for its writer.
     if !fs::metadata(path).map_err(failed)?.is_file() {
         return Err(FileError::NotAFile { path: path.to_owned() });
     }
-    File::open(path).map_err(failed)
+    File::options().read(true).write(access == Access::Release).open(path).map_err(failed)
 }
 
 fn size_of(path: &Path, file: &File) -> Result<u64, FileError> {
@@ -226,7 +237,7 @@ fn size_of(path: &Path, file: &File) -> Result<u64, FileError> {
 }
 
 fn size_of_file(path: &Path) -> Result<u64, FileError> {
-    size_of(path, &open(path)?)
+    size_of(path, &open(path, Access::Read)?)
 }
 
 #[cfg(test)]
@@ -283,7 +294,7 @@ mod tests {
         let path = directory.path().join("ram");
         let whole = FilePiece { path: path.clone(), piece: None };
         let of = |piece: FilePiece| {
-            place(&[piece], Hole::Pc).and_then(|it| map(&it)).unwrap_err().to_string()
+            place(&[piece], Hole::Pc).and_then(|it| map(&it, Access::Read)).unwrap_err().to_string()
         };
         assert!(of(whole.clone()).contains("check the path"));
         fs::write(&path, [1; 5000]).unwrap();

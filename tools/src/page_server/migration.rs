@@ -77,6 +77,14 @@ impl Migration {
                 let line = "stopped before the guest was given away; nothing is lost";
                 ("reclaimed", line, Some(Outcome::Stopped))
             }
+            SourceEvent::Lost { first, count } => {
+                self.journal.note("lost", None);
+                self.progress.say(&format!(
+                    "the destination lacks {count} pages, from page {first} on, that were freed \
+                     here: bring back the memory that the guest ran in; it is refused until then"
+                ));
+                return None;
+            }
             SourceEvent::ReclaimDenied => {
                 ("reclaim_denied", "the destination runs the guest already and keeps it", None)
             }

@@ -84,6 +84,12 @@ pub struct Options {
     #[arg(long)]
     pub snapshot: bool,
 
+    /// Free pages here once the destination runs the guest and has acknowledged them. Files of
+    /// --memory or --layout lose them too. If the destination dies after it ran the guest, the
+    /// guest is lost: there is no going back to the state at the switchover
+    #[arg(long, conflicts_with = "snapshot")]
+    pub release: bool,
+
     /// How many destinations a snapshot is served to at a time
     #[arg(long, value_name = "N", default_value_t = 64, requires = "snapshot")]
     pub max_destinations: usize,

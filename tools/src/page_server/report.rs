@@ -103,6 +103,7 @@ pub(super) struct Counts {
     pages_background: u64,
     pages_zero: u64,
     pages_unreadable: u64,
+    pages_released: u64,
     frames_stale: u64,
     recoveries: u64,
 }
@@ -118,6 +119,7 @@ impl Counts {
             pages_background: stats.pages_background,
             pages_zero: stats.pages_zero,
             pages_unreadable: stats.pages_unreadable,
+            pages_released: stats.pages_released,
             frames_stale: stats.frames_stale,
             recoveries: stats.recoveries,
         }
@@ -132,6 +134,7 @@ impl Counts {
             pages_background: sum.pages_background + it.pages_background,
             pages_zero: sum.pages_zero + it.pages_zero,
             pages_unreadable: sum.pages_unreadable + it.pages_unreadable,
+            pages_released: sum.pages_released + it.pages_released,
             frames_stale: sum.frames_stale + it.frames_stale,
             recoveries: sum.recoveries + it.recoveries,
         })

@@ -110,6 +110,24 @@ impl<W: Words> Book<W> {
         self.acked.test(page)
     }
 
+    /// The first run of pages in `range` that have arrived.
+    #[must_use]
+    pub fn first_acked_in(&self, range: PageRange) -> Option<PageRange> {
+        self.acked.first_set_in(range)
+    }
+
+    /// The first run of pages in `range` that have not arrived.
+    #[must_use]
+    pub fn first_missing_in(&self, range: PageRange) -> Option<PageRange> {
+        self.acked.first_clear_in(range)
+    }
+
+    /// Which of pages `64 × index` and following have arrived, the first in the lowest bit.
+    #[must_use]
+    pub fn acked_word(&self, index: usize) -> u64 {
+        self.acked.word(index)
+    }
+
     /// How many pages have arrived.
     #[must_use]
     pub fn acked_pages(&self) -> u64 {

@@ -21,6 +21,12 @@
 //! session says nothing, not even heartbeats: the silence agreed on must be longer than the
 //! slowest write.
 //!
+//! A source that is to free what has arrived ([`Releasing::AfterRunning`]) records
+//! [`SourcePages::Released`] before the first page is freed, and only once the destination is
+//! known to run the guest. From then on the guest is nowhere else: it is neither taken back nor
+//! fenced, and a destination is let in only when the driver has compared what it has with what
+//! was freed.
+//!
 //! [`Stamp::admits`]: crate::wire::Stamp::admits
 
 mod book;
@@ -31,8 +37,9 @@ mod source;
 pub use book::{Book, InFlight, MAX_IN_FLIGHT_RUNS};
 pub use destination::{DestinationAction, DestinationConfig, DestinationEvent, DestinationSession};
 pub use pulse::Pulse;
-pub use source::{SourceAction, SourceConfig, SourceEvent, SourceSession};
+pub use source::{Releasing, SourceAction, SourceConfig, SourceEvent, SourceSession};
 
+use crate::layout::PageNumber;
 use crate::wire::{Epoch, Incarnation, SessionId};
 
 /// Who may run the guest, as a source has durably recorded it.
@@ -51,6 +58,27 @@ pub enum SourceOwnership {
     Finished = 5,
 }
 
+/// Whether the source has all of the guest's memory, as it has durably recorded it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum SourcePages {
+    /// No page was freed.
+    Whole = 1,
+    /// Pages that the destination had acknowledged may have been freed, after it ran the
+    /// guest: they are at the destination alone.
+    Released = 2,
+}
+
+/// Pages that were freed at the source and that a destination does not have, in the
+/// destination's numbering: they are lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LostPages {
+    /// The first of them.
+    pub first: PageNumber,
+    /// How many there are.
+    pub count: u64,
+}
+
 /// What a source records durably.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SourceRecord {
@@ -62,6 +90,8 @@ pub struct SourceRecord {
     pub ownership: SourceOwnership,
     /// To whom it was given.
     pub incarnation: Incarnation,
+    /// Whether all pages are still here.
+    pub pages: SourcePages,
 }
 
 impl SourceRecord {
@@ -73,6 +103,7 @@ impl SourceRecord {
             epoch: Epoch::default(),
             ownership: SourceOwnership::Owner,
             incarnation: Incarnation::default(),
+            pages: SourcePages::Whole,
         }
     }
 

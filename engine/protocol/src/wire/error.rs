@@ -136,6 +136,8 @@ pub enum RefuseCode {
     Ended = 10,
     /// This side gave up for a reason of its own.
     Failed = 11,
+    /// Pages that the source has freed are missing at the destination.
+    Released = 12,
 }
 
 impl RefuseCode {
@@ -153,6 +155,7 @@ impl RefuseCode {
             8 => Self::TooMany,
             9 => Self::Protocol,
             10 => Self::Ended,
+            12 => Self::Released,
             _ => Self::Failed,
         }
     }

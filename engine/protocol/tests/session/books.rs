@@ -4,7 +4,7 @@ use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{Book, InFlight, MAX_IN_FLIGHT_RUNS};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const PAGES: u64 = 200;
 const CHANNELS: usize = 3;
@@ -195,4 +195,40 @@ fn threads_share_a_book_without_handing_a_page_out_twice() {
     let distinct: BTreeSet<u64> =
         taken.iter().flatten().flat_map(|run| run.iter().map(|page| page.0)).collect();
     assert_eq!((total, distinct.len()), (4096, 4096));
+}
+
+/// A page that may have been freed was acknowledged: however channels die, and whatever is asked
+/// for, it must not be handed out.
+#[test]
+fn what_was_acknowledged_is_not_handed_out_while_channels_die() {
+    const PAGES: u64 = 20_000;
+    let (book, acked) = (book(PAGES), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for page in 0..PAGES {
+                book.acknowledge(PageRange::one(PageNumber(page)));
+                acked.store(page + 1, Ordering::Release);
+            }
+        });
+        for limit in [1, 64, 300] {
+            let (book, acked) = (&book, &acked);
+            scope.spawn(move || {
+                loop {
+                    let before = acked.load(Ordering::Acquire);
+                    if before == PAGES {
+                        return;
+                    }
+                    book.requeue(PageRange::new(PageNumber(0), PAGES));
+                    // From the start, where pages have been acknowledged.
+                    if let Some(run) = take(book, PageNumber(before.saturating_sub(limit)), limit) {
+                        assert!(run.start.0 >= before, "{run} of {before} acknowledged");
+                    }
+                    if let Some(last) = before.checked_sub(1) {
+                        assert!(!book.take_urgent(PageNumber(last)));
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(take(&book, PageNumber(0), PAGES), None);
 }

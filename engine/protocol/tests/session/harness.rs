@@ -6,8 +6,8 @@ use afterimage_protocol::layout::{
 };
 use afterimage_protocol::session::{
     DestinationAction, DestinationConfig, DestinationEvent, DestinationOwnership,
-    DestinationRecord, DestinationSession, PersistFailed, SourceAction, SourceConfig, SourceEvent,
-    SourceOwnership, SourceRecord, SourceSession,
+    DestinationRecord, DestinationSession, LostPages, PersistFailed, Releasing, SourceAction,
+    SourceConfig, SourceEvent, SourceOwnership, SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
     Capabilities, ControlFrame, Epoch, Hello, Incarnation, Refusal, SessionId, SessionKind,
@@ -62,6 +62,9 @@ pub(crate) struct Pair {
     pub(crate) received: Vec<PageRange>,
     pub(crate) now: Duration,
     pub(crate) connected: bool,
+    /// Whether the source is to free pages, and what it then misses at the destination.
+    pub(crate) releasing: Releasing,
+    pub(crate) lost: Option<LostPages>,
     greeting: Option<Hello>,
     kind: SessionKind,
 }
@@ -91,6 +94,8 @@ impl Pair {
             received: Vec::new(),
             now: Duration::ZERO,
             connected: false,
+            releasing: Releasing::Never,
+            lost: None,
             greeting: None,
             kind,
         }
@@ -124,6 +129,22 @@ impl Pair {
     pub(crate) fn running() -> Self {
         let mut pair = Self::go_on_its_way();
         pair.pump();
+        pair
+    }
+
+    /// The same with a source that frees what has arrived, at go.
+    pub(crate) fn releasing_at_go() -> Self {
+        let mut pair = Self::migration();
+        pair.releasing = Releasing::AfterRunning;
+        pair.restart_source();
+        pair.connect().expect("let in");
+        pair.pump();
+        pair.source.freeze().expect("not yet frozen");
+        pair.pump();
+        pair.destination.ready().expect("all state is there");
+        pair.drain();
+        pair.deliver_to_source();
+        assert_eq!(pair.to_destination, [ControlFrame::Go]);
         pair
     }
 
@@ -241,6 +262,7 @@ impl Pair {
                 segment.decode(range, |run| self.received.push(run)).expect("a segment");
             }
             SourceAction::Acknowledge(runs) => self.received.extend(runs),
+            SourceAction::CompareReleased => self.source.compared(self.lost, self.now),
             SourceAction::Event(event) => self.source_events.push(event),
             SourceAction::HangUp(refusal) => {
                 self.to_source.clear();
@@ -278,7 +300,8 @@ impl Pair {
     /// The source's process dies; another begins with what is on the disk.
     pub(crate) fn restart_source(&mut self) {
         self.cut_quietly();
-        self.source = SourceSession::new(source_config(self.kind), self.source_record);
+        let config = SourceConfig { releasing: self.releasing, ..source_config(self.kind) };
+        self.source = SourceSession::new(config, self.source_record);
         self.source_events.clear();
         self.source_actions.clear();
         self.destination.disconnected();
@@ -353,6 +376,7 @@ pub(crate) fn source_config(kind: SessionKind) -> SourceConfig {
         heartbeat: Duration::from_secs(1),
         silence: Duration::from_secs(5),
         capabilities: Capabilities::CHECKSUMS,
+        releasing: Releasing::Never,
     }
 }
 

@@ -7,4 +7,5 @@ mod ownership;
 mod persistence;
 mod pulse;
 mod refusals;
+mod release;
 mod snapshot;

@@ -30,6 +30,14 @@ impl Batch {
         self.frames.is_empty()
     }
 
+    /// The pages whose content will leave.
+    pub(super) fn content(&self) -> impl Iterator<Item = PageRange> {
+        self.frames.iter().filter_map(|(frame, _)| match frame {
+            DataFrame::Content(pages, _) => Some(*pages),
+            _ => None,
+        })
+    }
+
     /// Bytes that will leave.
     pub(super) const fn bytes(&self) -> u64 {
         self.bytes

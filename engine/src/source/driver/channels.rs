@@ -184,6 +184,7 @@ impl Driver {
         if let Some(serving) = self.serving.take() {
             serving.close();
         }
+        self.stop_releasing();
         // Their sockets are shut down and they are told to close: they do not wait. What
         // they had under way is learnt from the destination's planes.
         let retired = self.retired.drain(..);

@@ -1,6 +1,6 @@
 //! What a source session is given, and what it asks of its driver.
 
-use super::super::SourceRecord;
+use super::super::{LostPages, SourceRecord};
 use crate::bitmap::Segment;
 use crate::layout::{GuestLayout, PageRange};
 use crate::wire::{
@@ -25,6 +25,18 @@ pub struct SourceConfig {
     pub silence: Duration,
     /// What this side can do.
     pub capabilities: Capabilities,
+    /// Whether pages that have arrived are freed here.
+    pub releasing: Releasing,
+}
+
+/// Whether a source frees pages that have arrived.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Releasing {
+    /// It keeps all memory.
+    #[default]
+    Never,
+    /// It may, once the destination of a migration is known to run the guest.
+    AfterRunning,
 }
 
 impl SourceConfig {
@@ -69,6 +81,12 @@ pub enum SourceAction {
     },
     /// These pages are complete at the destination.
     Acknowledge(Vec<PageRange>),
+    /// All that the destination has is in the book: see whether it has every page that was
+    /// freed here, then call [`compared`](super::SourceSession::compared).
+    CompareReleased,
+    /// Pages that are acknowledged may be freed, until the next
+    /// [`HangUp`](Self::HangUp). Which they are must be durable before they are freed.
+    Release,
     /// Accept, or open, the other channels of this epoch; serve pages in the destination's
     /// page sizes.
     OpenData {
@@ -108,4 +126,7 @@ pub enum SourceEvent {
     Finished,
     /// A record could not be made durable; what needed it did not happen.
     PersistFailed,
+    /// The destination lacks pages that were freed here, and is refused. It is told once,
+    /// however often it comes back with the same.
+    Lost(LostPages),
 }

@@ -1,8 +1,12 @@
 //! What the VMM of a source wants: to switch over, to take its guest back, to fence.
 
-use super::super::{NotNow, SourceOwnership};
+use super::super::{NotNow, SourceOwnership, SourcePages};
 use super::{Link, Pending, SourceAction, SourceSession};
 use crate::wire::ControlFrame;
+
+/// Why a guest of which pages were freed stays where it is.
+const RELEASED: &str = "pages were freed here after the destination ran the guest: it is at the \
+                        destination alone, and has to go on there";
 
 impl SourceSession {
     /// The VMM has stopped its vCPUs and device state is there: from here memory is final.
@@ -34,11 +38,15 @@ impl SourceSession {
     /// or [`ReclaimDenied`](super::SourceEvent::ReclaimDenied) follows, when it is connected.
     ///
     /// # Errors
-    /// [`NotNow`] if the destination is known to run it, or the session is over.
+    /// [`NotNow`] if the destination is known to run it, the session is over, or pages may
+    /// have been freed.
     pub fn reclaim(&mut self) -> Result<(), NotNow> {
         let call = "take the guest back";
         if self.is_over() {
             return Err(NotNow { call, reason: "the session is over" });
+        }
+        if self.record.pages == SourcePages::Released {
+            return Err(NotNow { call, reason: RELEASED });
         }
         if self.destination_running {
             return Err(NotNow {
@@ -64,16 +72,18 @@ impl SourceSession {
     /// is believed: whoever fences a destination that runs has two guests.
     ///
     /// # Errors
-    /// [`NotNow`] if the session is over or a snapshot.
+    /// [`NotNow`] if the session is over or a snapshot, or pages may have been freed: the
+    /// guest cannot go on here, whatever has become of the destination.
     pub fn fence(&mut self) -> Result<(), NotNow> {
+        let call = "fence the destination";
         if self.is_over() {
-            return Err(NotNow { call: "fence the destination", reason: "the session is over" });
+            return Err(NotNow { call, reason: "the session is over" });
         }
         if self.is_snapshot() {
-            return Err(NotNow {
-                call: "fence the destination",
-                reason: "a snapshot gives nothing away",
-            });
+            return Err(NotNow { call, reason: "a snapshot gives nothing away" });
+        }
+        if self.record.pages == SourcePages::Released {
+            return Err(NotNow { call, reason: RELEASED });
         }
         let mut next = self.record;
         next.epoch = next.epoch.next();

@@ -4,11 +4,12 @@ mod action;
 mod admission;
 mod call;
 mod record;
+mod release;
 
-pub use action::{SourceAction, SourceConfig, SourceEvent};
+pub use action::{Releasing, SourceAction, SourceConfig, SourceEvent};
 
 use super::pulse::{Due, Pulse};
-use super::{SourceOwnership, SourceRecord};
+use super::{LostPages, SourceOwnership, SourcePages, SourceRecord};
 use crate::layout::{GuestLayout, PageRange};
 use crate::wire::{
     Attach, Channel, ControlFrame, Generation, Hello, Incarnation, Phase, Refusal, RefuseCode,
@@ -26,6 +27,8 @@ enum Link {
     Offered,
     /// The destination has said what it is; its planes are coming in.
     Receiving(Phase),
+    /// They are in, and compared with what was freed.
+    Comparing(Phase),
     Up,
 }
 
@@ -36,6 +39,7 @@ enum Pending {
     Reclaimed,
     Fenced,
     Finished,
+    Released,
 }
 
 /// The source's side of one session with one destination.
@@ -61,6 +65,11 @@ pub struct SourceSession {
     destination_complete: bool,
     told_finished: bool,
     reclaim_wanted: bool,
+    /// Pages may be freed as long as this connection lasts.
+    releases: bool,
+    /// When to try again to record that pages may be freed.
+    release_after: Duration,
+    told_lost: Option<LostPages>,
     pending: Option<Pending>,
     actions: VecDeque<SourceAction>,
 }
@@ -89,6 +98,9 @@ impl SourceSession {
             destination_complete: false,
             told_finished: false,
             reclaim_wanted: false,
+            releases: false,
+            release_after: Duration::ZERO,
+            told_lost: None,
             pending: None,
             record,
             actions: VecDeque::new(),
@@ -146,6 +158,7 @@ impl SourceSession {
             Link::Greeting => "greeting",
             Link::Offered => "offered",
             Link::Receiving(_) => "receiving",
+            Link::Comparing(_) => "comparing",
             Link::Up => "up",
         }
     }
@@ -209,6 +222,7 @@ impl SourceSession {
         let was_up = self.link == Link::Up;
         self.link = Link::Down;
         self.pulse = None;
+        self.releases = false;
         self.actions.push_back(SourceAction::HangUp(refusal));
         if was_up && !self.is_over() {
             self.actions.push_back(SourceAction::Event(SourceEvent::Disconnected));
@@ -251,6 +265,7 @@ impl SourceSession {
         if let Err(refusal) = self.take_frame(frame) {
             self.lose_link(Some(refusal));
         }
+        self.release_if_due(now);
     }
 
     fn take_frame(&mut self, frame: ControlFrame) -> Result<(), Refusal> {
@@ -269,7 +284,7 @@ impl SourceSession {
                 self.check_pages(range)?;
                 self.actions.push_back(SourceAction::Received { range, segment });
                 if last {
-                    self.begin(phase);
+                    self.all_received(phase);
                 }
             }
             // A source that was restarted may not have been frozen again yet.
@@ -349,7 +364,9 @@ impl SourceSession {
     }
 
     fn knows_it_runs(&self) -> bool {
-        self.destination_running || self.record.ownership == SourceOwnership::Finished
+        self.destination_running
+            || self.record.ownership == SourceOwnership::Finished
+            || self.record.pages == SourcePages::Released
     }
 
     fn was_given(&self) -> bool {

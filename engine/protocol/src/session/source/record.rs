@@ -25,6 +25,11 @@ impl SourceSession {
     /// The record of the last [`SourceAction::Persist`] is durable, or could not be made so.
     pub fn persisted(&mut self, record: SourceRecord, result: Result<(), PersistFailed>) {
         let Some(why) = self.pending.take() else { return };
+        if result.is_err() && why == Pending::Released {
+            // Nothing is freed; the guest at the destination goes on being served.
+            self.actions.push_back(SourceAction::Event(SourceEvent::PersistFailed));
+            return;
+        }
         if result.is_err() {
             self.actions.push_back(SourceAction::Event(SourceEvent::PersistFailed));
             self.lose_link(None);
@@ -53,6 +58,7 @@ impl SourceSession {
                 self.reclaimed(Refusal::new(RefuseCode::Fenced, "the session was fenced"));
             }
             Pending::Finished => self.finished(),
+            Pending::Released => self.let_release(),
         }
     }
 
