@@ -19,7 +19,7 @@ pub use error::StateFileError;
 pub use text::LayoutDigest;
 
 use crate::destination::{DestinationLedger, DestinationOwnership, DestinationRecord};
-use crate::source::{Incarnation, SessionId, SourceLedger, SourceOwnership, SourceRecord};
+use crate::source::{Incarnation, SessionId, SourceLedger, SourceOwnership, SourcePages, SourceRecord};
 use afterimage_protocol::layout::GuestLayout;
 use afterimage_protocol::wire::Epoch;
 use nix::fcntl::{Flock, FlockArg};
@@ -198,6 +198,10 @@ impl StateFile<SourceRecord> {
         let text = shared.begun()?;
         let mut next = text.record;
         let why = match next.ownership {
+            SourceOwnership::Given if next.pages == SourcePages::Released => Some(
+                "pages that had arrived were freed here (--release): the guest exists only at the \
+                 destination, and if that is dead it is lost",
+            ),
             SourceOwnership::Fenced => return Ok(next),
             SourceOwnership::Owner | SourceOwnership::Given => None,
             SourceOwnership::Reclaimed => Some("the source has taken the guest back already"),

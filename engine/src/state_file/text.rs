@@ -20,7 +20,7 @@
 
 use super::error::Wrong;
 use crate::destination::{DestinationOwnership, DestinationRecord};
-use crate::source::{Incarnation, SessionId, SourceOwnership, SourceRecord};
+use crate::source::{Incarnation, SessionId, SourceOwnership, SourcePages, SourceRecord};
 use afterimage_protocol::layout::GuestLayout;
 use afterimage_protocol::wire::Epoch;
 use std::fmt;
@@ -81,10 +81,15 @@ const KEYS: &[&str] = &["session", "epoch", "ownership", "incarnation"];
 
 impl Fields for SourceRecord {
     const SIDE: &'static str = "source";
-    const KEYS: &'static [&'static str] = KEYS;
+    const KEYS: &'static [&'static str] =
+        &["session", "epoch", "ownership", "incarnation", "pages"];
 
     fn values(&self) -> Vec<String> {
-        let Self { session, epoch, ownership, incarnation } = self;
+        let Self { session, epoch, ownership, incarnation, pages } = self;
+        let pages = match pages {
+            SourcePages::Whole => "whole",
+            SourcePages::Released => "released",
+        };
         let ownership = match ownership {
             SourceOwnership::Owner => "owner",
             SourceOwnership::Given => "given",
@@ -92,7 +97,8 @@ impl Fields for SourceRecord {
             SourceOwnership::Fenced => "fenced",
             SourceOwnership::Finished => "finished",
         };
-        vec![session.to_string(), epoch.0.to_string(), ownership.into(), incarnation.to_string()]
+        let names = [session.to_string(), epoch.0.to_string(), ownership.into()];
+        names.into_iter().chain([incarnation.to_string(), pages.into()]).collect()
     }
 
     fn from_values(values: &[&str]) -> Result<Self, &'static str> {
@@ -105,7 +111,12 @@ impl Fields for SourceRecord {
             "finished" => SourceOwnership::Finished,
             _ => return Err("ownership"),
         };
-        Ok(Self { session, epoch, ownership, incarnation })
+        let pages = match values[4] {
+            "whole" => SourcePages::Whole,
+            "released" => SourcePages::Released,
+            _ => return Err("pages"),
+        };
+        Ok(Self { session, epoch, ownership, incarnation, pages })
     }
 }
 
