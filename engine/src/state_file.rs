@@ -120,6 +120,19 @@ impl<R: StateRecord> StateFile<R> {
         Ok(fresh)
     }
 
+    /// Forgets what is there and records `fresh`, of memory with this layout. Only for a record
+    /// that binds nobody any more: at a source one that says
+    /// [`Owner`](SourceOwnership::Owner), if its guest is not served from that memory again; at
+    /// a destination one that says [`Waiting`](DestinationOwnership::Waiting), if its memory is
+    /// gone. Notes are forgotten too.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn begin_anew(&self, layout: &GuestLayout, fresh: R) -> Result<R, StateFileError> {
+        self.lock().replace(Text::new(fresh, LayoutDigest::of(layout)))?;
+        Ok(fresh)
+    }
+
     /// Records `record`. Waits until it would survive a power failure.
     ///
     /// # Errors

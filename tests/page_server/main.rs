@@ -3,6 +3,7 @@
 mod command;
 mod handoff;
 mod migration;
+mod restart;
 mod snapshot;
 mod stress;
 mod support;
