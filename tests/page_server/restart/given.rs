@@ -16,7 +16,7 @@ use afterimage::{
 use afterimage_tools::handoff::Piece;
 use afterimage_tools::keeper::{Keeper, KeptGuest};
 
-use super::scene::{LENGTH, PAGES, Reader, Scene, filled, resumed, state};
+use super::scene::{LENGTH, PAGES, Reader, Scene, filled, kill_at, resumed, state};
 use crate::support::{argument, line_of, role};
 
 #[test]
@@ -37,8 +37,7 @@ fn a_given_guest_goes_on_after_every_death() {
     assert_eq!(resumed(&mut server), (taken.session.clone(), 0));
     let reader = Reader::start(&scene.address, 80);
     for line in ["is attached", "is given", "runs at the destination"] {
-        server.line(line);
-        drop(server);
+        kill_at(server, line);
         server = serve();
         assert_eq!(resumed(&mut server).0, taken.session);
     }

@@ -20,6 +20,8 @@ use std::os::unix::fs::FileExt;
 
 pub(super) const PAGES: u64 = 2048;
 pub(super) const LENGTH: u64 = PAGES * PAGE;
+/// Pages that a guest reads beyond those that are waited for.
+const AHEAD: u64 = 64;
 
 /// Where everything lies.
 pub(super) struct Scene {
@@ -118,6 +120,7 @@ impl Drop for KeeperProcess {
 /// and checks it.
 pub(super) struct Reader {
     read: Arc<AtomicU64>,
+    allowed: Arc<AtomicU64>,
     thread: JoinHandle<Fetched>,
 }
 
@@ -126,11 +129,16 @@ impl Reader {
         let mut target = Target::start_quietly(&[(0, LENGTH)], address);
         let read = Arc::new(AtomicU64::new(0));
         let count = Arc::clone(&read);
+        let allowed = Arc::new(AtomicU64::new(0));
+        let limit = Arc::clone(&allowed);
         let thread = thread::spawn(move || {
             target.until(|event| *event == DestinationEvent::Run);
             let expected = pattern(PAGES, seed);
             let map = target.pieces[0].2.as_ptr();
             for step in 0..PAGES {
+                while step >= limit.load(Ordering::Acquire) {
+                    thread::yield_now();
+                }
                 // Each page once: the factor is odd, the count a power of two.
                 let at = (step.wrapping_mul(1_103_515_245) % PAGES * PAGE) as usize + 8;
                 // SAFETY: inside the mapping; volatile because the engine fills it.
@@ -140,11 +148,12 @@ impl Reader {
             }
             target.finish()
         });
-        Self { read, thread }
+        Self { read, allowed, thread }
     }
 
-    /// Waits until the guest has read so many pages.
+    /// Waits until the guest has read so many pages; it reads some more, but not many.
     pub(super) fn until_read(&self, pages: u64) {
+        self.allowed.fetch_max(pages + AHEAD, Ordering::AcqRel);
         let until = Instant::now() + LIMIT;
         while self.read.load(Ordering::Acquire) < pages {
             assert!(!self.thread.is_finished(), "the destination has failed");
@@ -155,6 +164,7 @@ impl Reader {
 
     /// Waits until everything has arrived, and checks it.
     pub(super) fn finish(self, seed: u64) -> Fetched {
+        self.allowed.store(PAGES, Ordering::Release);
         let until = Instant::now() + LIMIT;
         while !self.thread.is_finished() {
             let count = self.read.load(Ordering::Acquire);
@@ -167,6 +177,19 @@ impl Reader {
         assert_eq!(runs, 1, "the guest is started once");
         fetched
     }
+}
+
+/// Kills a server when a destination has come so far, or further.
+pub(super) fn kill_at(mut server: Server, line: &str) {
+    let steps = ["is attached", "is given", "runs at the destination"];
+    let from = steps.iter().position(|step| *step == line).unwrap();
+    server.any_line(&steps[from..]);
+    drop(server);
+}
+
+/// Whether a successor goes on; otherwise there is nothing to do.
+pub(super) fn goes_on(server: &mut Server) -> bool {
+    server.any_line(&["going on with session", "is finished"]).contains("going on")
 }
 
 /// The session and the epoch that a successor goes on after.
