@@ -100,28 +100,26 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
     }
     // Everything that can be wrong with the command line shows before anything is served.
     let mut survival = Survival::open(options)?;
-    let past = survival.past()?;
+    match survival.past()? {
+        Past::Open => {}
+        Past::Fenced => {
+            let parts = Parts { waiter, progress, journal };
+            return fence::refuse(&survival, listen(options, &parts.progress)?, options, parts);
+        }
+        Past::Complete if survival.can_say_bye(options, &progress) => {}
+        Past::Complete | Past::Finished => {
+            return Ok(finished_before(survival, options, &progress, journal));
+        }
+    }
     let from_files = files(options)?.map(Arc::new);
-    if past != Past::Fenced {
-        survival.connect(options)?;
-    }
-    if past == Past::Finished || past == Past::Complete && !survival.can_say_bye(options)? {
-        return Ok(finished_before(&mut survival, &progress, journal));
-    }
-    let kept = if past == Past::Fenced { None } else { survival.fetch(options)? };
-    let needs_guest = kept.is_none() && past != Past::Fenced;
-    let door = options.handoff.as_ref().filter(|_| needs_guest).map(Doorway::open).transpose()?;
-    let endpoint = endpoint(options)?;
+    survival.connect(options)?;
+    let kept = survival.fetch(options)?;
+    let door = options.handoff.as_ref().filter(|_| kept.is_none());
+    let door = door.map(Doorway::open).transpose()?;
     if let Some(door) = &door {
         progress.say(&format!("a VMM can hand its guest over at {}", door.address()));
     }
-    if let Endpoint::Listen(listener) = &endpoint {
-        progress.listening(listener.address());
-    }
-    if past == Past::Fenced {
-        let parts = Parts { waiter, progress, journal };
-        return fence::refuse(&survival, endpoint, source_options(options), parts);
-    }
+    let endpoint = listen(options, &progress)?;
     let (memory, supply) = match (from_files, kept, door) {
         (Some(memory), ..) if mode == Mode::Snapshot => {
             return snapshot(options, memory, endpoint, Parts { waiter, progress, journal });
@@ -139,8 +137,22 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
     migrate(options, memory, supply, endpoint, survival, Parts { waiter, progress, journal })
 }
 
+/// The address, which is said where it is listened on.
+fn listen(options: &Options, progress: &Progress) -> Result<Endpoint, Failure> {
+    let endpoint = endpoint(options)?;
+    if let Endpoint::Listen(listener) = &endpoint {
+        progress.listening(listener.address());
+    }
+    Ok(endpoint)
+}
+
 /// A session that was over before this process was started.
-fn finished_before(survival: &mut Survival, progress: &Progress, mut journal: Journal) -> Report {
+fn finished_before(
+    mut survival: Survival,
+    options: &Options,
+    progress: &Progress,
+    mut journal: Journal,
+) -> Report {
     let session = survival.record().map(|record| record.session.to_string()).unwrap_or_default();
     journal.begin(&session, 0);
     progress.say(&format!(
@@ -148,7 +160,7 @@ fn finished_before(survival: &mut Survival, progress: &Progress, mut journal: Jo
          do; for another guest give another --state"
     ));
     // The process before this one may have died before it could.
-    survival.said_bye(progress);
+    survival.tidy(options, progress);
     journal.close(Outcome::Finished, Counts::default(), Vec::new())
 }
 

@@ -29,10 +29,11 @@ pub(super) fn fence(
     let file = survival.state_file().cloned().ok_or_else(|| Failure::usage("give --state"))?;
     survival.connect(options)?;
     let mut place = survival.place();
-    if let Some(holding) = &mut survival.holding {
-        let is_fenced = file.record().is_some_and(|it| it.ownership == SourceOwnership::Fenced);
-        // Who goes back needs something to go back to.
-        if !is_fenced && !holding.is_there()? {
+    let is_fenced = file.record().is_some_and(|it| it.ownership == SourceOwnership::Fenced);
+    // Who goes back needs something to go back to. A second time a VMM may have it already.
+    let is_gone = !is_fenced && survival.claim()?.is_none();
+    if let Some(holding) = &survival.holding {
+        if is_gone {
             return Err(Failure::new(format!(
                 "not fenced: there is no {}, so the guest cannot be this side's again",
                 holding.place()
@@ -40,7 +41,7 @@ pub(super) fn fence(
         }
         place = Some(holding.place());
     }
-    let record = file.fence().map_err(failure)?;
+    let record = file.fence().map_err(|error| failure(&error))?;
     journal.begin(&record.session.to_string(), 0);
     journal.note("fenced", None);
     let place = place.unwrap_or_else(|| "where it was served from".to_owned());
@@ -61,14 +62,15 @@ pub(super) fn fence(
 pub(super) fn refuse(
     survival: &Survival,
     endpoint: Endpoint,
-    mut options: afterimage::SourceOptions,
+    options: &Options,
     parts: Parts,
 ) -> Result<Report, Failure> {
     let Parts { mut waiter, progress, mut journal } = parts;
     let Some(record) = survival.record() else { return Err(Failure::new("nothing is recorded")) };
-    (options.record, options.ledger) = (record, survival.ledger());
-    let (source, events) =
-        Source::start(no_memory()?, endpoint, options).map_err(Failure::of("start refusing"))?;
+    let mut source_options = super::source_options(options);
+    (source_options.record, source_options.ledger) = (record, survival.ledger());
+    let (source, events) = Source::start(no_memory()?, endpoint, source_options)
+        .map_err(Failure::of("start refusing"))?;
     journal.begin(&record.session.to_string(), 0);
     progress.say(&format!(
         "session {} was fenced: a destination that comes back is refused; a signal ends this",

@@ -27,10 +27,13 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct Holding {
     path: PathBuf,
     guest: String,
+    /// Only while there is a guest: a client without a claim is let go after a while.
     keeper: Option<Keeper>,
     /// What is held there, to be stored again if the keeper dies. Empty without a guest.
     set: Vec<NamedFile>,
     tried: Instant,
+    /// Why the last attempt to store it again failed.
+    complaint: Option<String>,
 }
 
 /// A guest from a process before this one.
@@ -49,7 +52,8 @@ impl Holding {
         };
         let keeper = Keeper::connect(path, "page-server").map_err(|it| Failure::new(chain(&it)))?;
         let (path, guest, tried) = (path.clone(), guest.to_owned(), Instant::now());
-        Ok(Self { path, guest, keeper: Some(keeper), set: Vec::new(), tried })
+        let keeper = Some(keeper);
+        Ok(Self { path, guest, keeper, set: Vec::new(), tried, complaint: None })
     }
 
     /// Where it is, in words.
@@ -61,12 +65,15 @@ impl Holding {
     pub(super) fn fetch(&mut self) -> Result<Option<Kept>, Failure> {
         let Some(keeper) = &mut self.keeper else { return Ok(None) };
         match keeper.claim(&self.guest) {
-            Err(error) if error.is(Why::NotThere) => return Ok(None),
-            other => other.map_err(failure)?,
+            Err(error) if error.is(Why::NotThere) => {
+                self.keeper = None;
+                return Ok(None);
+            }
+            other => other.map_err(|error| failure(&error))?,
         }
         let (beside, set): (Vec<_>, Vec<_>) = keeper
             .fetch(&self.guest)
-            .map_err(failure)?
+            .map_err(|error| failure(&error))?
             .into_iter()
             .partition(|it| it.name == HANDOFF);
         let guest = KeptGuest::unpack(&set).map_err(|what| {
@@ -76,13 +83,6 @@ impl Holding {
         self.set = set;
         let giver = beside.into_iter().next().map(|it| UnixStream::from(it.file));
         Ok(Some(Kept { guest, giver }))
-    }
-
-    /// Whether there is such a guest, whoever has it.
-    pub(super) fn is_there(&mut self) -> Result<bool, Failure> {
-        let Some(keeper) = &mut self.keeper else { return Ok(false) };
-        let guests = keeper.list().map_err(failure)?;
-        Ok(guests.iter().any(|it| it.guest == self.guest))
     }
 
     /// Stores a guest that is given at this moment. On an error the keeper does not have it.
@@ -97,12 +97,16 @@ impl Holding {
         self.set = set.map_err(|error| chain(&error))?;
         let mut all = keeper::borrowed(&self.set);
         all.push((HANDOFF, offer.socket()));
-        let stored = match &mut self.keeper {
-            Some(keeper) => keeper.store(&self.guest, &all),
-            None => return Err("the keeper is gone".to_owned()),
-        };
+        let connected = Keeper::connect(&self.path, "page-server");
+        let stored = connected.and_then(|mut keeper| {
+            keeper.store(&self.guest, &all)?;
+            Ok(keeper)
+        });
         match stored {
-            Ok(()) => Ok(()),
+            Ok(keeper) => {
+                self.keeper = Some(keeper);
+                Ok(())
+            }
             // It may have it after all, and a successor may find it there: so it is taken.
             Err(error @ KeeperError::InDoubt { .. }) => {
                 self.lost(progress, &chain(&error));
@@ -150,9 +154,15 @@ impl Holding {
         match claimed.and_then(|()| keeper.store(&self.guest, &keeper::borrowed(&self.set))) {
             Ok(()) => {
                 progress.say("the keeper holds the guest again");
-                self.keeper = Some(keeper);
+                (self.keeper, self.complaint) = (Some(keeper), None);
             }
-            Err(error) => tracing::warn!(error = chain(&error), "the keeper cannot hold the guest"),
+            Err(error) => {
+                let complaint = Some(chain(&error));
+                if self.complaint != complaint {
+                    tracing::warn!(complaint, "the keeper does not take the guest again");
+                }
+                self.complaint = complaint;
+            }
         }
     }
 
@@ -186,6 +196,6 @@ impl Holding {
     }
 }
 
-fn failure(error: KeeperError) -> Failure {
-    Failure::new(chain(&error))
+fn failure(error: &KeeperError) -> Failure {
+    Failure::new(chain(error))
 }

@@ -51,6 +51,7 @@ impl Migration {
             }
             if farewell.is_some_and(|end| end <= Instant::now()) {
                 self.progress.say("the destination has everything, and has not come back");
+                self.journal.pages = 0;
                 return Ok(self.close(Outcome::Finished));
             }
             if let Some(holding) = &mut self.survival.holding {
@@ -70,6 +71,7 @@ impl Migration {
             signals += came;
             match (came, signals) {
                 (0, _) => {}
+                _ if is_farewell => return Ok(self.close(Outcome::Stopped)),
                 (_, 1) => self.first_signal(is_given),
                 _ if self.has_successor() => {
                     self.progress.say(

@@ -57,7 +57,7 @@ impl Survival {
     /// Takes the state file, which nobody else may use.
     pub(super) fn open(options: &Options) -> Result<Self, Failure> {
         let file = options.state.as_deref().map(SourceStateFile::open).transpose();
-        Ok(Self { file: file.map_err(failure)?, holding: None })
+        Ok(Self { file: file.map_err(|error| failure(&error))?, holding: None })
     }
 
     pub(super) const fn state_file(&self) -> Option<&SourceStateFile> {
@@ -95,34 +95,19 @@ impl Survival {
         Ok(())
     }
 
-    /// The guest of a process before this one, if the keeper has it.
+    /// The guest of a process before this one, if there is one and the keeper has it.
     pub(super) fn fetch(&mut self, options: &Options) -> Result<Option<Kept>, Failure> {
-        let kept = self.holding.as_mut().map_or(Ok(None), Holding::fetch)?;
-        let Some(file) = &self.file else { return Ok(kept) };
-        let (record, path) = (self.record(), file.path());
-        let Some(holding) = &self.holding else {
+        let kept = self.claim()?;
+        if kept.is_some() || self.file.is_none() {
+            return Ok(kept);
+        }
+        match &self.holding {
             // A guest in files is there as long as they are.
-            if options.handoff.is_some() {
+            None if options.handoff.is_some() => {
                 self.check_not_lost("page-server has died without a keeper")?;
             }
-            return Ok(None);
-        };
-        match (&kept, record) {
-            (Some(kept), Some(record)) if kept.guest.session == record.session => {}
-            (Some(kept), record) => {
-                let theirs = record.map_or_else(
-                    || "nothing".to_owned(),
-                    |record| format!("session {}", record.session),
-                );
-                return Err(Failure::new(format!(
-                    "{} is of session {}, and {} records {theirs}: give the state file of that \
-                     session; only if no other host has or gets that guest, remove it at the keeper",
-                    holding.place(),
-                    kept.guest.session,
-                    path.display()
-                )));
-            }
-            (None, _) => {
+            None => {}
+            Some(holding) => {
                 self.check_not_lost("the keeper does not hold it any more")?;
                 if options.handoff.is_none() {
                     return Err(Failure::new(format!(
@@ -132,7 +117,54 @@ impl Survival {
                 }
             }
         }
-        Ok(kept)
+        Ok(None)
+    }
+
+    /// The guest at the keeper, which must be this session's.
+    pub(super) fn claim(&mut self) -> Result<Option<Kept>, Failure> {
+        let record = self.record();
+        let Some((file, holding)) = self.file.as_ref().zip(self.holding.as_mut()) else {
+            return Ok(None);
+        };
+        let Some(kept) = holding.fetch()? else { return Ok(None) };
+        if record.is_some_and(|record| record.session == kept.guest.session) {
+            return Ok(Some(kept));
+        }
+        let recorded = record
+            .map_or_else(|| "nothing".to_owned(), |record| format!("session {}", record.session));
+        Err(Failure::new(format!(
+            "{} is of session {}, and {} records {recorded}: give the state file of that session; \
+             only if no other host has or gets that guest, remove it at the keeper",
+            holding.place(),
+            kept.guest.session,
+            file.path().display()
+        )))
+    }
+
+    /// Whether the memory is there from which a destination that has everything, and may not
+    /// know it, can be told so.
+    pub(super) fn can_say_bye(&mut self, options: &Options, progress: &Progress) -> bool {
+        let is_kept = self.connect(options).and_then(|()| self.claim());
+        // The claim is made again by whoever serves.
+        let is_handed_over = options.handoff.is_some() || self.holding.take().is_some();
+        match is_kept {
+            Ok(kept) => !is_handed_over || kept.is_some(),
+            Err(error) => {
+                progress.say(&format!("warning: {error}"));
+                false
+            }
+        }
+    }
+
+    /// Lets the keeper let go of what is left of a session that is over, if it is that
+    /// session's.
+    pub(super) fn tidy(&mut self, options: &Options, progress: &Progress) {
+        let claimed = self.connect(options).and_then(|()| self.claim());
+        match (claimed, &mut self.holding) {
+            (Ok(Some(_)), Some(holding)) => holding.remove(progress),
+            (Ok(_), _) => {}
+            (Err(error), _) => progress.say(&format!("warning: {error}")),
+        }
     }
 
     fn check_not_lost(&self, why: &str) -> Result<(), Failure> {
@@ -164,7 +196,7 @@ impl Survival {
             // The session before has never had a guest.
             Memory::New => file.begin_anew(layout, fresh),
         }
-        .map_err(failure)?;
+        .map_err(|error| failure(&error))?;
         options.ledger = file.ledger();
         Ok(before.filter(|_| memory == Memory::Same))
     }
@@ -178,14 +210,6 @@ impl Survival {
     pub(super) fn note_kept(&self, progress: &Progress) {
         if let Some(holding) = &self.holding {
             self.note_place(&holding.place(), progress);
-        }
-    }
-
-    /// Whether there is memory from which a destination that has everything can be told so.
-    pub(super) fn can_say_bye(&mut self, options: &Options) -> Result<bool, Failure> {
-        match &mut self.holding {
-            Some(holding) => holding.is_there(),
-            None => Ok(options.handoff.is_none()),
         }
     }
 
@@ -253,6 +277,6 @@ pub(super) enum IsInFiles {
     No,
 }
 
-pub(super) fn failure(error: StateFileError) -> Failure {
-    Failure::new(chain(&error))
+pub(super) fn failure(error: &StateFileError) -> Failure {
+    Failure::new(chain(error))
 }
