@@ -69,6 +69,9 @@ impl Scene {
     pub(super) fn serve(&self, more: &[&str]) -> Server {
         let (address, state) = (self.address.to_string(), self.text("state"));
         let mut arguments = vec!["--listen", &address, "--state", &state];
+        // A machine that builds and tests at once leaves a thread, or a flush of the disk,
+        // waiting for longer than a second. A death is not noticed by silence here.
+        arguments.extend(["--silence", "10s"]);
         arguments.extend(more);
         Server::start(&arguments)
     }
