@@ -19,7 +19,9 @@ pub use error::StateFileError;
 pub use text::LayoutDigest;
 
 use crate::destination::{DestinationLedger, DestinationOwnership, DestinationRecord};
-use crate::source::{Incarnation, SessionId, SourceLedger, SourceOwnership, SourcePages, SourceRecord};
+use crate::source::{
+    Incarnation, SessionId, SourceLedger, SourceOwnership, SourcePages, SourceRecord,
+};
 use afterimage_protocol::layout::GuestLayout;
 use afterimage_protocol::wire::Epoch;
 use nix::fcntl::{Flock, FlockArg};
@@ -117,6 +119,19 @@ impl<R: StateRecord> StateFile<R> {
             return Ok(text.record);
         }
         shared.replace(Text::new(fresh, here))?;
+        Ok(fresh)
+    }
+
+    /// Forgets what is there and records `fresh`, of memory with this layout. Only for a record
+    /// that binds nobody any more: at a source one that says
+    /// [`Owner`](SourceOwnership::Owner), if its guest is not served from that memory again; at
+    /// a destination one that says [`Waiting`](DestinationOwnership::Waiting), if its memory is
+    /// gone. Notes are forgotten too.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn begin_anew(&self, layout: &GuestLayout, fresh: R) -> Result<R, StateFileError> {
+        self.lock().replace(Text::new(fresh, LayoutDigest::of(layout)))?;
         Ok(fresh)
     }
 

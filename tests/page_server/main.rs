@@ -4,6 +4,7 @@ mod command;
 mod handoff;
 mod migration;
 mod release;
+mod restart;
 mod snapshot;
 mod stress;
 mod support;

@@ -57,17 +57,22 @@ impl Server {
 
     /// Waits for a line that holds `text`.
     pub(crate) fn line(&mut self, text: &str) -> String {
+        self.any_line(&[text])
+    }
+
+    /// Waits for a line that holds one of these.
+    pub(crate) fn any_line(&mut self, texts: &[&str]) -> String {
         let until = Instant::now() + LIMIT;
         loop {
             match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
                     self.seen.push(line.clone());
-                    if line.contains(text) {
+                    if texts.iter().any(|text| line.contains(text)) {
                         return line;
                     }
                 }
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    panic!("no line with {text:?}; there were {:#?}", self.seen)
+                    panic!("no line with {texts:?}; there were {:#?}", self.seen)
                 }
             }
         }

@@ -16,7 +16,7 @@ mod receive;
 pub(crate) use give::header_of;
 pub use give::{GiveError, Piece, Taken, give};
 pub use receive::{Handover, Offer, OfferedRegion, ReceiveError, receive};
-pub(crate) use receive::{assemble, check as check_header};
+pub(crate) use receive::{assemble, check as check_header, say_taken};
 
 use serde::{Deserialize, Serialize};
 

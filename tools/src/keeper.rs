@@ -18,6 +18,7 @@ mod shelf;
 mod words;
 
 pub use client::{Keeper, KeeperError, NamedFile};
+pub(crate) use guest::borrowed;
 pub use guest::{KeptGuest, KeptGuestError};
 pub use options::{Command, Options};
 pub use words::{Listed, MAX_CLIENTS, MAX_FILES_OF_GUEST, MAX_GUESTS, MAX_NAME, Why};
@@ -92,7 +93,7 @@ fn path_of(address: &Address) -> Result<&Path, String> {
 }
 
 /// An error and its causes in one line.
-fn line(error: &dyn Error) -> String {
+pub(crate) fn line(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

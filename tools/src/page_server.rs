@@ -7,6 +7,8 @@
 //! Invariant: a destination that lacks pages is not left alone before a second signal.
 
 pub(crate) mod failure;
+mod fence;
+mod holding;
 pub mod memory;
 mod migration;
 pub mod options;
@@ -14,6 +16,7 @@ mod probing;
 pub(crate) mod progress;
 mod report;
 mod snapshot;
+mod survival;
 pub(crate) mod wait;
 mod waiting;
 
@@ -24,20 +27,23 @@ use std::time::Instant;
 
 use afterimage::{
     Checksums, Endpoint, Listener, Plaintext, Release, ReleaseLedger, SnapshotServer, Source,
-    SourceMemory, SourceOptions,
+    SourceMemory, SourceOptions, SourceOwnership, SourceRecord,
 };
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
+use crate::handoff::Offer;
 pub use failure::Failure;
 pub(crate) use failure::check_connect;
+use holding::Kept;
 use memory::Access;
 use migration::{Migration, Origin};
 use options::Options;
 pub use progress::Notice;
 use progress::Progress;
-use report::{Journal, Mode, Report};
+use report::{Counts, Journal, Mode, Outcome, Report};
 use snapshot::Snapshot;
+use survival::{Memory, Past, Survival};
 use wait::Waiter;
 pub(crate) use waiting::listen_privately;
 use waiting::{Doorway, Guest};
@@ -92,41 +98,89 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
     }
     let mut waiter = Waiter::new().map_err(Failure::of("wait for signals"))?;
     let journal = Journal::new(mode);
+    if options.fence {
+        return fence::fence(options, &progress, journal);
+    }
     // Everything that can be wrong with the command line shows before anything is served.
+    let mut survival = Survival::open(options)?;
+    match survival.past()? {
+        Past::Open => {}
+        Past::Fenced => {
+            let parts = Parts { waiter, progress, journal };
+            return fence::refuse(&survival, listen(options, &parts.progress)?, options, parts);
+        }
+        Past::Complete if survival.can_say_bye(options, &progress) => {}
+        Past::Complete | Past::Finished => {
+            return Ok(finished_before(survival, options, &progress, journal));
+        }
+    }
     let from_files = files(options)?.map(Arc::new);
-    let door = options.handoff.as_ref().map(Doorway::open).transpose()?;
-    let endpoint = endpoint(options)?;
+    survival.connect(options)?;
+    let kept = survival.fetch(options)?;
     if options.release {
         progress.say(
             "--release: pages are freed here once they have arrived; if the destination dies after \
              it ran the guest, the guest is lost",
         );
     }
+    let door = options.handoff.as_ref().filter(|_| kept.is_none());
+    let door = door.map(Doorway::open).transpose()?;
     if let Some(door) = &door {
         progress.say(&format!("a VMM can hand its guest over at {}", door.address()));
     }
+    let endpoint = listen(options, &progress)?;
+    let (memory, supply) = match (from_files, kept, door) {
+        (Some(memory), ..) if mode == Mode::Snapshot => {
+            return snapshot(options, memory, endpoint, Parts { waiter, progress, journal });
+        }
+        (Some(memory), ..) => (memory, Supply::Files),
+        (None, Some(kept), _) => waiting::map_kept(kept)?,
+        (None, None, Some(door)) => match door.wait(&mut waiter, &progress)? {
+            None => return Ok(journal.stopped()),
+            Some(Guest { memory, offer }) => (memory, Supply::Offered(offer)),
+        },
+        (None, None, None) => {
+            return Err(Failure::usage("give --memory, --layout, --handoff or --keeper"));
+        }
+    };
+    migrate(options, memory, supply, endpoint, survival, Parts { waiter, progress, journal })
+}
+
+/// The address, which is said where it is listened on.
+fn listen(options: &Options, progress: &Progress) -> Result<Endpoint, Failure> {
+    let endpoint = endpoint(options)?;
     if let Endpoint::Listen(listener) = &endpoint {
         progress.listening(listener.address());
     }
-    match (from_files, door) {
-        (Some(memory), _) if mode == Mode::Snapshot => {
-            snapshot(options, memory, endpoint, Parts { waiter, progress, journal })
-        }
-        (Some(memory), _) => {
-            let parts = Parts { waiter, progress, journal };
-            migrate(options, memory, endpoint, parts, |_, _, _| Ok((Vec::new(), Origin::Files)))
-        }
-        (None, Some(door)) => match door.wait(&mut waiter, &progress)? {
-            None => Ok(journal.stopped()),
-            Some(Guest { memory, offer }) => {
-                let parts = Parts { waiter, progress, journal };
-                migrate(options, memory, endpoint, parts, |session, progress, journal| {
-                    waiting::take(offer, session, progress, journal)
-                })
-            }
-        },
-        (None, None) => Err(Failure::usage("give --memory, --layout or --handoff")),
-    }
+    Ok(endpoint)
+}
+
+/// A session that was over before this process was started.
+fn finished_before(
+    mut survival: Survival,
+    options: &Options,
+    progress: &Progress,
+    mut journal: Journal,
+) -> Report {
+    let session = survival.record().map(|record| record.session.to_string()).unwrap_or_default();
+    journal.begin(&session, 0);
+    progress.say(&format!(
+        "session {session} is finished: the destination has everything, and there is nothing to \
+         do; for another guest give another --state"
+    ));
+    // The process before this one may have died before it could.
+    survival.tidy(options, progress);
+    journal.close(Outcome::Finished, Counts::default(), Vec::new())
+}
+
+/// Where the guest comes from.
+enum Supply {
+    /// Files; the state is the VMM's affair.
+    Files,
+    /// A VMM that waits to hear that it was taken.
+    Offered(Offer),
+    /// The keeper, from a process before this one.
+    Kept(Kept),
 }
 
 /// What both ways of serving need.
@@ -138,26 +192,57 @@ struct Parts {
 
 type State = (Vec<afterimage::StateSection>, Origin);
 
-/// Serves one destination. `state` gets the guest's state when a session is there.
+/// Serves one destination.
 fn migrate(
     options: &Options,
     memory: Arc<SourceMemory>,
+    supply: Supply,
     endpoint: Endpoint,
+    mut survival: Survival,
     parts: Parts,
-    state: impl FnOnce(&str, &Progress, &mut Journal) -> Result<State, Failure>,
 ) -> Result<Report, Failure> {
     let Parts { waiter, progress, mut journal } = parts;
     let pages = memory.layout().page_count();
+    let mut source_options = source_options(options);
+    let which = if matches!(supply, Supply::Offered(_)) { Memory::New } else { Memory::Same };
+    let before = survival.begin(memory.layout(), which, &mut source_options)?;
     if let Endpoint::Connect(address) = &endpoint {
         progress.say(&format!("connecting to {address}"));
     }
-    let (source, events) = Source::start(memory, endpoint, source_options(options))
-        .map_err(Failure::of("start serving"))?;
+    let (source, events) =
+        Source::start(memory, endpoint, source_options).map_err(Failure::of("start serving"))?;
     let session = source.session().to_string();
     journal.begin(&session, pages);
-    let (sections, origin) = state(&session, &progress, &mut journal)?;
-    source.switch_over(sections).map_err(Failure::of("switch over"))?;
-    Migration { source, events, waiter, progress, journal, origin }.run()
+    let (sections, origin) = match supply {
+        Supply::Files => {
+            survival.note_files(options, &progress);
+            (Vec::new(), Origin::Files)
+        }
+        Supply::Offered(offer) => {
+            waiting::take(offer, &session, &mut survival, &progress, &mut journal)?
+        }
+        Supply::Kept(kept) => waiting::resume(kept, &session, &mut survival, &progress)?,
+    };
+    let ownership = before.map_or(SourceOwnership::Owner, |record| record.ownership);
+    if let Some(record) = before {
+        journal.note("resumed", None);
+        progress.say(&resumed(&record));
+    }
+    // One that is over needs no state, and takes none.
+    if ownership != SourceOwnership::Finished {
+        source.switch_over(sections).map_err(Failure::of("switch over"))?;
+    }
+    Migration { source, events, waiter, progress, journal, origin, survival, ownership }.run()
+}
+
+fn resumed(record: &SourceRecord) -> String {
+    let (session, epoch) = (record.session, record.epoch.0);
+    let where_it_is = match record.ownership {
+        SourceOwnership::Owner => "the guest was not given away yet",
+        SourceOwnership::Finished => "the destination has everything, and may not know it",
+        _ => "the guest was given to the destination",
+    };
+    format!("going on with session {session} after epoch {epoch}: {where_it_is}")
 }
 
 fn snapshot(

@@ -7,7 +7,7 @@
 //!
 //! | at byte | words | |
 //! | --- | --- | --- |
-//! | 0 | 5 | magic, version, pages, digest of the layout, whether memory was emptied |
+//! | 0 | 5 | magic, version, pages, checksum of the layout, whether memory was emptied |
 //! | 4096 | 128 | messages |
 //! | 8192 | 8192 | pages discarded while they were being written, each plus one; 0 is free |
 //! | 73728 | a bit a page | claimed, up to a multiple of 4096 bytes |
@@ -44,7 +44,7 @@ enum Field {
     Magic,
     Version,
     Pages,
-    Digest,
+    Checksum,
     /// 1 once memory has been emptied for these planes: what is there from then on counts.
     Begun,
 }
@@ -105,7 +105,7 @@ impl Kept {
     fn describe(&self, layout: &GuestLayout) {
         self.field(Field::Version).store(VERSION, Ordering::Relaxed);
         self.field(Field::Pages).store(self.pages, Ordering::Relaxed);
-        self.field(Field::Digest).store(layout.digest(), Ordering::Relaxed);
+        self.field(Field::Checksum).store(layout.checksum().into(), Ordering::Relaxed);
         // Last: without it, nothing has been described.
         self.field(Field::Magic).store(MAGIC, Ordering::Release);
     }
@@ -119,7 +119,9 @@ impl Kept {
             let theirs = field(Field::Version);
             return Err(wrong(format!("its planes are of version {theirs}, this is {VERSION}")));
         }
-        if field(Field::Pages) != self.pages || field(Field::Digest) != layout.digest() {
+        if field(Field::Pages) != self.pages
+            || field(Field::Checksum) != u64::from(layout.checksum())
+        {
             return Err(wrong("its planes are of memory with another layout".to_owned()));
         }
         Ok(())

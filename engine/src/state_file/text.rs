@@ -44,11 +44,8 @@ pub struct LayoutDigest {
 impl LayoutDigest {
     /// Of addresses, lengths and page sizes, in the order of addresses.
     pub(super) fn of(layout: &GuestLayout) -> Self {
-        let crc32c = layout.regions().iter().fold(0, |crc, region| {
-            let numbers = [region.guest_address.0, region.length, region.page_size.bytes()];
-            numbers.iter().fold(crc, |crc, it| crc32c::crc32c_append(crc, &it.to_le_bytes()))
-        });
-        Self { regions: layout.regions().len() as u64, bytes: layout.bytes(), crc32c }
+        let (regions, crc32c) = (layout.regions().len() as u64, layout.checksum());
+        Self { regions, bytes: layout.bytes(), crc32c }
     }
 }
 

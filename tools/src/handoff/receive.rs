@@ -1,13 +1,14 @@
 //! The side that serves the guest from then on.
 
 use super::{
-    Giver, Header, MAX_FILES, MAX_REGIONS, MAX_SECTIONS, MAX_STATE_BYTES, VERSION, Word, framing,
+    Giver, Header, HeaderRegion, MAX_FILES, MAX_REGIONS, MAX_SECTIONS, MAX_STATE_BYTES, Piece,
+    VERSION, Word, framing,
 };
 use afterimage::{GuestAddress, StateSection};
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -28,6 +29,9 @@ pub struct Offer {
     /// What is not as safe as it could be, a line each.
     pub warnings: Vec<String>,
     pub(super) socket: UnixStream,
+    /// Its memory, each file once.
+    pub(super) files: Vec<File>,
+    pub(super) placed: Vec<HeaderRegion>,
 }
 
 /// A region of an offered guest.
@@ -92,8 +96,9 @@ pub fn receive(socket: UnixStream) -> Result<Offer, ReceiveError> {
         .and_then(|()| socket.set_write_timeout(Some(PATIENCE)));
     limits.map_err(io_error("limit the time of the hand-over"))?;
     match read(&socket) {
-        Ok((regions, sections, giver, warnings)) => {
-            Ok(Offer { regions, sections, giver, warnings, socket })
+        Ok(read) => {
+            let Read { regions, sections, giver, warnings, files, placed } = read;
+            Ok(Offer { regions, sections, giver, warnings, socket, files, placed })
         }
         Err(error) => {
             refuse(&socket, &describe(&error));
@@ -103,6 +108,23 @@ pub fn receive(socket: UnixStream) -> Result<Offer, ReceiveError> {
 }
 
 impl Offer {
+    /// Its memory as it was offered, each file once.
+    pub(crate) fn pieces(&self) -> Vec<Piece<'_>> {
+        let pieces = self.placed.iter().map(|region| Piece {
+            guest_address: GuestAddress(region.guest_address),
+            length: region.length,
+            // Checked when it was read.
+            file: self.files[region.file].as_fd(),
+            offset: region.offset,
+        });
+        pieces.collect()
+    }
+
+    /// The connection to the giver.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// Turns the offer down, with a reason for the giver's operator.
     pub fn refuse(self, reason: &str) {
         refuse(&self.socket, reason);
@@ -116,6 +138,18 @@ impl Offer {
     /// # Errors
     /// [`ReceiveError`] if the giver has changed its mind.
     pub fn take(self, session: &str) -> Result<Handover, ReceiveError> {
+        self.take_and_keep(session, |_| Ok(()))
+    }
+
+    /// The same, but calls `keep` when the guest is given and before that is acknowledged. It
+    /// may put the socket where it outlives this process: whoever finds it there
+    /// [says](say_taken) that the guest was taken, and has it. If `keep` fails, with a reason,
+    /// the guest is still the giver's; it must have undone everything then.
+    pub(crate) fn take_and_keep(
+        self,
+        session: &str,
+        keep: impl FnOnce(&Self) -> Result<(), String>,
+    ) -> Result<Handover, ReceiveError> {
         let wrap = io_error("tell the giver that its guest can be taken");
         framing::send(&self.socket, &Word::Ready).map_err(wrap)?;
         let wrap = io_error("hear that the guest is given");
@@ -127,16 +161,25 @@ impl Offer {
                 return Err(ReceiveError::Wrong(reason));
             }
         }
-        match framing::send(&self.socket, &Word::Taken { session: session.to_owned() }) {
-            Ok(()) => {}
-            // It has given, and it is gone: it cannot run what it gave.
-            Err(error) if is_gone(&error) => {}
-            Err(source) => {
-                let operation = "tell the giver that its guest was taken";
-                return Err(ReceiveError::Io { operation, source });
-            }
+        if let Err(reason) = keep(&self) {
+            refuse(&self.socket, &reason);
+            return Err(ReceiveError::Wrong(reason));
         }
+        say_taken(&self.socket, session)?;
         Ok(Handover { sections: self.sections, giver: self.giver })
+    }
+}
+
+/// Tells the giver that its guest was taken, perhaps once more.
+pub(crate) fn say_taken(socket: &UnixStream, session: &str) -> Result<(), ReceiveError> {
+    match framing::send(socket, &Word::Taken { session: session.to_owned() }) {
+        Ok(()) => Ok(()),
+        // It has given, and it is gone: it cannot run what it gave.
+        Err(error) if is_gone(&error) => Ok(()),
+        Err(source) => {
+            let operation = "tell the giver that its guest was taken";
+            Err(ReceiveError::Io { operation, source })
+        }
     }
 }
 
@@ -160,7 +203,15 @@ fn describe(error: &ReceiveError) -> String {
     }
 }
 
-type Read = (Vec<OfferedRegion>, Vec<StateSection>, Giver, Vec<String>);
+/// An offer that was read, without its socket.
+struct Read {
+    regions: Vec<OfferedRegion>,
+    sections: Vec<StateSection>,
+    giver: Giver,
+    warnings: Vec<String>,
+    files: Vec<File>,
+    placed: Vec<HeaderRegion>,
+}
 
 fn read(socket: &UnixStream) -> Result<Read, ReceiveError> {
     let start = framing::receive_bytes(socket, 12).map_err(io_error("hear a giver"))?;
@@ -186,7 +237,8 @@ fn read(socket: &UnixStream) -> Result<Read, ReceiveError> {
     }
     let pid = nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::PeerCredentials)
         .map_or(0, |peer| peer.pid());
-    Ok((regions, sections, Giver { pid, ..header.giver }, warnings))
+    let giver = Giver { pid, ..header.giver };
+    Ok(Read { regions, sections, giver, warnings, files, placed: header.regions })
 }
 
 /// What can be checked before anything is allocated for it.
@@ -248,7 +300,7 @@ fn check_file(index: usize, file: &File) -> Result<Option<String>, ReceiveError>
     }))
 }
 
-fn region_of(region: &super::HeaderRegion, files: &[File]) -> Result<OfferedRegion, ReceiveError> {
+fn region_of(region: &HeaderRegion, files: &[File]) -> Result<OfferedRegion, ReceiveError> {
     let (at, length, offset) = (region.guest_address, region.length, region.offset);
     let wrong = |why: String| {
         Err(ReceiveError::Wrong(format!("the region at guest address {at:#x} {why}")))

@@ -242,6 +242,8 @@ fn a_giver_that_dies_after_it_gave_has_given() {
         giver: Giver::default(),
         warnings: Vec::new(),
         socket: receiver,
+        files: Vec::new(),
+        placed: Vec::new(),
     };
     let giver = thread::spawn(move || {
         assert_eq!(framing::receive::<Word>(&giver).unwrap(), Word::Ready);

@@ -14,7 +14,8 @@ use super::words::{Listed, Reply, Request, VERSION, Why};
 /// How long a keeper may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Why a keeper did not do what it was asked. What it holds is as before.
+/// Why a keeper did not do what it was asked. What it holds is as before, unless the error says
+/// otherwise.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KeeperError {
@@ -37,6 +38,17 @@ pub enum KeeperError {
         path: PathBuf,
         /// What was being done.
         operation: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The connection has failed when all of a set had been sent.
+    #[error(
+        "the keeper at unix:{} is gone, and whether it has stored the guest is not known",
+        path.display()
+    )]
+    InDoubt {
+        /// The socket.
+        path: PathBuf,
         /// What the system said.
         source: io::Error,
     },
@@ -114,7 +126,11 @@ impl Keeper {
             let (names, raw) = split(batch);
             self.ask(&Request::Put { guest: guest.to_owned(), names }, &raw, what)?;
         }
-        self.ask(&Request::Commit { guest: guest.to_owned() }, &[], what)
+        let commit = Request::Commit { guest: guest.to_owned() };
+        self.ask(&commit, &[], what).map_err(|error| match error {
+            KeeperError::Gone { path, source, .. } => KeeperError::InDoubt { path, source },
+            other => other,
+        })
     }
 
     /// Adds descriptors to a guest's set; one of a name that is there is replaced. More than

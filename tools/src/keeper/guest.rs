@@ -5,7 +5,7 @@
 //! | --- | --- |
 //! | `guest` | a sealed memfd: a line of JSON, and the bytes of the device state |
 //! | `memory.0`, `memory.1`, … | the files of its memory |
-//! | any other | what whoever stored it has put beside |
+//! | any other | what whoever holds it has put beside |
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use super::client::{Keeper, KeeperError, NamedFile};
 use crate::handoff::{
-    GiveError, Giver, Header, MAX_STATE_BYTES, OfferedRegion, Piece, ReceiveError, assemble,
-    check_header, header_of,
+    GiveError, Giver, Header, MAX_STATE_BYTES, OfferedRegion, Piece, assemble, check_header,
+    header_of,
 };
 
 /// The descriptor that describes the others.
@@ -53,8 +53,6 @@ pub struct KeptGuest {
     pub regions: Vec<OfferedRegion>,
     /// Its device state.
     pub sections: Vec<StateSection>,
-    /// What else is in the set.
-    pub others: Vec<NamedFile>,
 }
 
 /// Why a guest could not be stored or fetched.
@@ -87,8 +85,8 @@ pub enum KeptGuestError {
 
 impl KeptGuest {
     /// Stores a stopped guest under `name`, whole or not at all, and claims it: where its
-    /// memory lies, its device state, the session in which it is or will be served, and other
-    /// descriptors beside it. `giver` says who stopped it.
+    /// memory lies, its device state, and the session in which it is or will be served.
+    /// `giver` says who stopped it.
     ///
     /// A VMM that links the engine calls this when its vCPUs are stopped and before
     /// [`Source::switch_over`](afterimage::Source::switch_over); if it dies then, a page-server
@@ -104,18 +102,9 @@ impl KeptGuest {
         giver: &str,
         pieces: &[Piece<'_>],
         sections: &[StateSection],
-        others: &[(&str, BorrowedFd<'_>)],
     ) -> Result<(), KeptGuestError> {
-        let (header, files) = header_of(giver, pieces, sections)?;
-        let session = session.to_string();
-        let description = Description { version: VERSION, session, header };
-        let wrap = |source| KeptGuestError::Io { operation: "write the guest's state", source };
-        let described = describe(&description, sections).map_err(wrap)?;
-        let names: Vec<_> = (0..files.len()).map(|index| format!("{MEMORY}{index}")).collect();
-        let mut set = vec![(GUEST, described.as_fd())];
-        set.extend(names.iter().map(String::as_str).zip(files));
-        set.extend(others);
-        Ok(keeper.store(name, &set)?)
+        let set = Self::pack(session, giver, pieces, sections)?;
+        Ok(keeper.store(name, &borrowed(&set))?)
     }
 
     /// Claims a guest and fetches it.
@@ -125,8 +114,62 @@ impl KeptGuest {
     pub fn fetch(keeper: &mut Keeper, name: &str) -> Result<Self, KeptGuestError> {
         keeper.claim(name)?;
         let set = keeper.fetch(name)?;
-        read(set).map_err(|what| KeptGuestError::NoGuest { guest: name.to_owned(), what })
+        Self::unpack(&set).map_err(|what| KeptGuestError::NoGuest { guest: name.to_owned(), what })
     }
+
+    /// The set that a guest is.
+    ///
+    /// # Errors
+    /// [`KeptGuestError`] if it is more than can be handed over, or the system refuses.
+    pub(crate) fn pack(
+        session: SessionId,
+        giver: &str,
+        pieces: &[Piece<'_>],
+        sections: &[StateSection],
+    ) -> Result<Vec<NamedFile>, KeptGuestError> {
+        let (header, files) = header_of(giver, pieces, sections)?;
+        let session = session.to_string();
+        let description = Description { version: VERSION, session, header };
+        let wrap = |source| KeptGuestError::Io { operation: "write the guest's state", source };
+        let described = describe(&description, sections).map_err(wrap)?;
+        let mut set = vec![NamedFile { name: GUEST.to_owned(), file: described.into() }];
+        for (index, file) in files.into_iter().enumerate() {
+            let file = file.try_clone_to_owned().map_err(|source| {
+                let operation = "duplicate a descriptor (ulimit -n)";
+                KeptGuestError::Io { operation, source }
+            })?;
+            set.push(NamedFile { name: format!("{MEMORY}{index}"), file });
+        }
+        Ok(set)
+    }
+
+    /// Puts a guest together; what is wrong with the set otherwise.
+    pub(crate) fn unpack(set: &[NamedFile]) -> Result<Self, String> {
+        let described = set.iter().find(|it| it.name == GUEST).ok_or("it has no description")?;
+        let (Description { version, session, header }, at) = read_line(&described.file)?;
+        if version != VERSION {
+            let known = format!("this release knows {VERSION}");
+            return Err(format!("its description has version {version}, {known}"));
+        }
+        check_header(&header).map_err(|error| super::line(&error))?;
+        let files = (0..header.files).map(|index| {
+            let name = format!("{MEMORY}{index}");
+            let found = set.iter().find(|it| it.name == name);
+            let file = &found.ok_or_else(|| format!("{name} is not there"))?.file;
+            file.try_clone().map(File::from).map_err(|error| error.to_string())
+        });
+        let files = files.collect::<Result<Vec<_>, String>>()?;
+        let (regions, _) = assemble(&header, &files).map_err(|error| super::line(&error))?;
+        let sections = read_sections(&described.file, &header, at)?;
+        let session = u128::from_str_radix(&session, 16).map_err(|_| "its session has no name")?;
+        let session = SessionId(session.to_be_bytes());
+        Ok(Self { session, giver: header.giver, regions, sections })
+    }
+}
+
+/// A set as it is stored.
+pub(crate) fn borrowed(set: &[NamedFile]) -> Vec<(&str, BorrowedFd<'_>)> {
+    set.iter().map(|it| (it.name.as_str(), it.file.as_fd())).collect()
 }
 
 fn describe(description: &Description, sections: &[StateSection]) -> io::Result<File> {
@@ -147,30 +190,6 @@ fn describe(description: &Description, sections: &[StateSection]) -> io::Result<
     Ok(file)
 }
 
-/// Puts a guest together; what is wrong with the set otherwise.
-fn read(set: Vec<NamedFile>) -> Result<KeptGuest, String> {
-    let (described, rest): (Vec<_>, Vec<_>) = set.into_iter().partition(|it| it.name == GUEST);
-    let (mut memory, others): (Vec<_>, Vec<_>) =
-        rest.into_iter().partition(|it| it.name.starts_with(MEMORY));
-    let described = described.into_iter().next().ok_or("it has no description")?;
-    let Description { version, session, header } = read_line(&described.file)?.0;
-    if version != VERSION {
-        return Err(format!("its description has version {version}, this release knows {VERSION}"));
-    }
-    check_header(&header).map_err(|error| shown(&error))?;
-    memory.sort_by_key(|it| it.name[MEMORY.len()..].parse::<usize>().unwrap_or(usize::MAX));
-    let is_numbered = |(index, it): (usize, &NamedFile)| it.name == format!("{MEMORY}{index}");
-    if memory.len() != header.files || !memory.iter().enumerate().all(is_numbered) {
-        return Err(format!("{} files of memory are there, not {}", memory.len(), header.files));
-    }
-    let files: Vec<_> = memory.into_iter().map(|it| File::from(it.file)).collect();
-    let (regions, _) = assemble(&header, &files).map_err(|error| shown(&error))?;
-    let sections = read_sections(&described.file, &header)?;
-    let session = u128::from_str_radix(&session, 16).map_err(|_| "its session has no name")?;
-    let session = SessionId(session.to_be_bytes());
-    Ok(KeptGuest { session, giver: header.giver, regions, sections, others })
-}
-
 fn read_line(file: &OwnedFd) -> Result<(Description, u64), String> {
     let file = file_of(file)?;
     let size = file.metadata().map_err(|error| error.to_string())?.len();
@@ -181,13 +200,17 @@ fn read_line(file: &OwnedFd) -> Result<(Description, u64), String> {
     Ok((line, end as u64 + 1))
 }
 
-fn read_sections(file: &OwnedFd, header: &Header) -> Result<Vec<StateSection>, String> {
-    let (_, mut at) = read_line(file)?;
+fn read_sections(
+    file: &OwnedFd,
+    header: &Header,
+    mut at: u64,
+) -> Result<Vec<StateSection>, String> {
     let file = file_of(file)?;
     let size = file.metadata().map_err(|error| error.to_string())?.len();
     let expected: u64 = header.sections.iter().map(|section| section.length).sum();
     if expected > MAX_STATE_BYTES || at + expected != size {
-        return Err(format!("{} bytes of device state are there, not {expected}", size - at));
+        let there = size.saturating_sub(at);
+        return Err(format!("{there} bytes of device state are there, not {expected}"));
     }
     let sections = header.sections.iter().map(|section| {
         let mut bytes = vec![0; section.length as usize];
@@ -206,8 +229,4 @@ fn file_of(fd: &OwnedFd) -> Result<File, String> {
         return Err("its description is not sealed".to_owned());
     }
     Ok(fd.try_clone().map_err(|error| error.to_string())?.into())
-}
-
-fn shown(error: &ReceiveError) -> String {
-    super::line(error)
 }

@@ -1,18 +1,25 @@
 //! Serving one destination until it has everything.
 
-use afterimage::{Events, Source, SourceEvent};
+use std::time::{Duration, Instant};
+
+use afterimage::{Events, Source, SourceEvent, SourceOwnership};
 
 use super::failure::Failure;
 use super::progress::Progress;
 use super::report::{Counts, Journal, Outcome, Report};
+use super::survival::{IsInFiles, Survival};
 use super::wait::Waiter;
+
+/// How long a destination that has everything, and may not know it, is waited for. It comes
+/// back within a second if it lives.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// Where the guest came from, and so what stopping early would lose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
     /// Files, which stay.
     Files,
-    /// A VMM that has exited: this process has the only copy.
+    /// A VMM that has exited: this process has the only copy, and the keeper if there is one.
     HandedOver,
 }
 
@@ -23,18 +30,32 @@ pub(super) struct Migration {
     pub(super) progress: Progress,
     pub(super) journal: Journal,
     pub(super) origin: Origin,
+    pub(super) survival: Survival,
+    /// What was recorded before this process.
+    pub(super) ownership: SourceOwnership,
 }
 
 impl Migration {
     pub(super) fn run(mut self) -> Result<Report, Failure> {
         self.waiter.watch(&self.events).map_err(Failure::of("wait for the session"))?;
-        let (mut signals, mut is_given, mut unreadable) = (0, false, 0);
+        let (mut signals, mut unreadable) = (0, 0);
+        let mut is_given = self.ownership != SourceOwnership::Owner;
+        let is_farewell = self.ownership == SourceOwnership::Finished;
+        let farewell = is_farewell.then(|| Instant::now() + FAREWELL);
         loop {
             while let Some(event) = self.events.try_next() {
                 is_given |= matches!(event, SourceEvent::Given | SourceEvent::Running);
                 if let Some(outcome) = self.take(&event) {
                     return Ok(self.close(outcome));
                 }
+            }
+            if farewell.is_some_and(|end| end <= Instant::now()) {
+                self.progress.say("the destination has everything, and has not come back");
+                self.journal.pages = 0;
+                return Ok(self.close(Outcome::Finished));
+            }
+            if let Some(holding) = &mut self.survival.holding {
+                holding.look(&self.progress);
             }
             let stats = self.source.stats();
             self.progress.update(stats.pages_acknowledged, stats.pages_total);
@@ -50,7 +71,15 @@ impl Migration {
             signals += came;
             match (came, signals) {
                 (0, _) => {}
+                _ if is_farewell => return Ok(self.close(Outcome::Stopped)),
                 (_, 1) => self.first_signal(is_given),
+                _ if self.has_successor() => {
+                    self.progress.say(
+                        "a second signal: stopped; the destination waits, and the same command \
+                         line goes on",
+                    );
+                    return Ok(self.close(Outcome::Stopped));
+                }
                 _ => {
                     self.progress.say("a second signal: what has not arrived is abandoned");
                     return Ok(self.close(Outcome::Abandoned));
@@ -88,6 +117,12 @@ impl Migration {
             SourceEvent::ReclaimDenied => {
                 ("reclaim_denied", "the destination runs the guest already and keeps it", None)
             }
+            SourceEvent::PersistFailed => (
+                "persist_failed",
+                "warning: the state file could not be written; what needed it did not happen, and \
+                 is tried again with the next connection",
+                None,
+            ),
             _ => return None,
         };
         self.journal.note(name, None);
@@ -99,18 +134,26 @@ impl Migration {
     fn first_signal(&mut self, is_given: bool) {
         self.journal.note("signal", None);
         let pages = self.pages();
+        let second = if self.has_successor() {
+            "stops this process, and the same command line goes on"
+        } else if is_given || self.origin == Origin::Files {
+            "abandons them"
+        } else {
+            "abandons it"
+        };
         if self.origin == Origin::Files && !is_given && self.source.reclaim().is_ok() {
             self.progress.say("stopping: taking the guest back");
         } else if is_given || self.origin == Origin::Files {
             self.progress.say(&format!(
                 "not stopping: the guest is at the destination, and {} of its {} pages are \
-                 missing there; a second signal abandons them",
+                 missing there; a second signal {second}",
                 pages.pages_missing, pages.pages_total
             ));
         } else {
             self.progress.say(&format!(
-                "not stopping: this process has the only copy of the stopped guest, {} pages; a \
-                 second signal abandons it",
+                "not stopping: this process has the only copy of the stopped guest{}, {} pages; a \
+                 second signal {second}",
+                if self.has_successor() { " beside the keeper" } else { "" },
                 pages.pages_total
             ));
         }
@@ -120,8 +163,23 @@ impl Migration {
         Counts::of(&self.source.stats(), self.journal.pages)
     }
 
+    /// Whether page-server, started again, would go on.
+    fn has_successor(&self) -> bool {
+        let is_in_files = match self.origin {
+            Origin::Files => IsInFiles::Yes,
+            Origin::HandedOver => IsInFiles::No,
+        };
+        self.survival.has_successor(is_in_files)
+    }
+
     fn close(self, outcome: Outcome) -> Report {
         let pages = self.pages();
-        self.journal.close(outcome, pages, Vec::new())
+        let Self { source, journal, mut survival, progress, .. } = self;
+        // Waits until the destination has heard that it is over.
+        drop(source);
+        if outcome == Outcome::Finished {
+            survival.said_bye(&progress);
+        }
+        journal.close(outcome, pages, Vec::new())
     }
 }

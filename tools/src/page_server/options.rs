@@ -29,13 +29,18 @@ Examples:
   page-server --listen unix:/run/vm.sock --layout layout.json --snapshot --json
   page-server --listen fd:3 --memory /dev/shm/ram,0,3G --memory /dev/shm/ram,4G,1G
   page-server --connect tcp:[::1]:4000 --handoff unix:/run/vm-handoff.sock --streams 4
+  page-server --listen tcp:127.0.0.1:4000 --handoff unix:/run/vm-handoff.sock \\
+      --state /var/lib/vm/state --keeper unix:/run/afterimage/keeper.sock --guest web1
+  page-server --fence --state /var/lib/vm/state
   page-server --probe
 
 Exit status:
-  0  the destination has everything; a snapshot server was stopped and owed nobody anything
+  0  the destination has everything; a snapshot server was stopped and owed nobody anything;
+     --fence: recorded
   1  something failed; the line on the standard error says what, where, and how to mend it
   2  the command line is wrong
-  3  stopped by a signal before the guest was given away; nothing is lost
+  3  stopped by a signal, and nothing is lost: the guest was not given away, or with --state
+     and the same command line page-server goes on
   4  stopped by a second signal while pages were missing; they are lost to the destination
   5  --probe: something is lacking without which a guest on KVM cannot be served
 
@@ -50,7 +55,7 @@ says so, and a second one abandons them.";
 pub struct Options {
     /// Where destinations connect: tcp:HOST:PORT, unix:PATH or fd:N (a listening socket)
     #[arg(long, value_name = "ADDR", conflicts_with = "connect")]
-    #[arg(required_unless_present_any = ["connect", "probe"])]
+    #[arg(required_unless_present_any = ["connect", "fence", "probe"])]
     pub listen: Option<Address>,
 
     /// Where the one destination listens: tcp:HOST:PORT or unix:PATH
@@ -65,7 +70,7 @@ pub struct Options {
     /// A file with guest memory, or SIZE bytes of it from OFFSET; given several times, at
     /// consecutive guest addresses
     #[arg(long, value_name = "PATH[,OFFSET,SIZE]", action = ArgAction::Append)]
-    #[arg(required_unless_present_any = ["layout", "handoff", "probe"])]
+    #[arg(required_unless_present_any = ["layout", "handoff", "keeper", "fence", "probe"])]
     pub memory: Vec<FilePiece>,
 
     /// Which guest addresses --memory leaves out
@@ -80,13 +85,35 @@ pub struct Options {
     #[arg(long, value_name = "ADDR", conflicts_with_all = ["memory", "snapshot"])]
     pub handoff: Option<Address>,
 
+    /// Record here who has the guest: after its death page-server goes on where it was, if it is
+    /// started with the same command line again
+    #[arg(long, value_name = "FILE", conflicts_with = "snapshot")]
+    pub state: Option<PathBuf>,
+
+    /// Let an afterimage-keeper that listens here (unix:PATH) hold the guest that a VMM hands
+    /// over, or take over the guest that it holds
+    #[arg(long, value_name = "ADDR", requires_all = ["guest", "state"])]
+    #[arg(conflicts_with_all = ["memory", "layout", "snapshot"])]
+    pub keeper: Option<Address>,
+
+    /// What the guest is called at the keeper
+    #[arg(long, value_name = "NAME", requires = "keeper")]
+    pub guest: Option<String>,
+
+    /// Declare the destination dead: record that the guest is this side's again, as of the
+    /// switchover, say where it is, and exit. If the destination is not dead, there will be
+    /// two guests
+    #[arg(long, requires = "state", conflicts_with_all = ["listen", "connect", "handoff"])]
+    pub fence: bool,
+
     /// Serve any number of destinations, none of which gets the guest
     #[arg(long)]
     pub snapshot: bool,
 
     /// Free pages here once the destination runs the guest and has acknowledged them. Files of
     /// --memory or --layout lose them too. If the destination dies after it ran the guest, the
-    /// guest is lost: there is no going back to the state at the switchover
+    /// guest is lost: there is no going back to the state at the switchover. With --state, which
+    /// pages were freed is noted in FILE.released
     #[arg(long, conflicts_with = "snapshot")]
     pub release: bool,
 

@@ -33,6 +33,8 @@ pub(super) enum Outcome {
     Stopped,
     /// Stopped by a second signal while pages were missing.
     Abandoned,
+    /// The guest is this side's again.
+    Fenced,
     /// Something failed.
     Failed,
 }
@@ -51,6 +53,8 @@ pub(super) struct Report {
     roles: [Role; 1],
     #[serde(skip_serializing_if = "Option::is_none")]
     handoff: Option<HandoffReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_at: Option<String>,
     #[serde(flatten)]
     pages: Counts,
     total_us: u64,
@@ -169,6 +173,7 @@ pub(super) struct Journal {
     start: Instant,
     session: Option<String>,
     handoff: Option<HandoffReport>,
+    guest_at: Option<String>,
     events: Vec<EventReport>,
     /// Counts of the memory served.
     pub(super) pages: u64,
@@ -181,6 +186,7 @@ impl Journal {
             start: Instant::now(),
             session: None,
             handoff: None,
+            guest_at: None,
             events: Vec::new(),
             pages: 0,
         }
@@ -208,6 +214,11 @@ impl Journal {
         self.note("handed_over", None);
     }
 
+    /// Where the guest is that is this side's again.
+    pub(super) fn guest_at(&mut self, place: String) {
+        self.guest_at = Some(place);
+    }
+
     pub(super) fn note(&mut self, event: &'static str, destination: Option<String>) {
         if self.events.len() < MAX_EVENTS {
             self.events.push(EventReport { event, at_us: micros_since(self.start), destination });
@@ -226,7 +237,7 @@ impl Journal {
         destinations: Vec<DestinationReport>,
     ) -> Report {
         let exit = match outcome {
-            Outcome::Finished => 0,
+            Outcome::Finished | Outcome::Fenced => 0,
             Outcome::Failed => 1,
             Outcome::Stopped => 3,
             Outcome::Abandoned => 4,
@@ -241,6 +252,7 @@ impl Journal {
             session: self.session,
             roles: [Role { role: "source", pid: std::process::id() }],
             handoff: self.handoff,
+            guest_at: self.guest_at,
             pages,
             total_us: micros_since(self.start),
             events: self.events,

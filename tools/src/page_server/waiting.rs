@@ -6,18 +6,20 @@ use std::path::Path;
 use std::sync::Arc;
 use std::{fs, io, thread};
 
-use afterimage::{Address, SourceMemory, SourceRegion};
+use afterimage::{Address, SourceMemory, SourceMemoryError, SourceRegion};
 use crossbeam_channel::Sender;
 use mio::Waker;
 use nix::sys::stat::{Mode, umask};
 
-use super::State;
 use super::failure::{Failure, chain};
+use super::holding::Kept;
 use super::migration::Origin;
 use super::progress::Progress;
 use super::report::Journal;
+use super::survival::Survival;
 use super::wait::Waiter;
-use crate::handoff::{self, Offer};
+use super::{State, Supply};
+use crate::handoff::{self, Offer, OfferedRegion};
 
 /// The socket that VMMs connect to; only this user's and root's may.
 #[derive(Debug)]
@@ -134,11 +136,8 @@ fn admit(listener: &UnixListener, to: &Sender<Result<Guest, String>>, waker: &Wa
 fn receive(socket: UnixStream) -> Result<Guest, String> {
     let mut offer = handoff::receive(socket)
         .map_err(|error| format!("a hand-over failed: {}", chain(&error)))?;
-    let regions = std::mem::take(&mut offer.regions).into_iter().map(|region| {
-        SourceRegion::file(region.guest_address, region.file, region.offset, region.length)
-    });
-    match regions.collect::<Result<_, _>>().and_then(SourceMemory::new) {
-        Ok(memory) => Ok(Guest { memory: Arc::new(memory), offer }),
+    match map(std::mem::take(&mut offer.regions)) {
+        Ok(memory) => Ok(Guest { memory, offer }),
         Err(error) => {
             let reason = chain(&error);
             offer.refuse(&reason);
@@ -147,10 +146,11 @@ fn receive(socket: UnixStream) -> Result<Guest, String> {
     }
 }
 
-/// Takes the guest: from here it is this process's.
+/// Takes the guest: from here it is this process's, and the keeper's.
 pub(super) fn take(
     mut offer: Offer,
     session: &str,
+    survival: &mut Survival,
     progress: &Progress,
     journal: &mut Journal,
 ) -> Result<State, Failure> {
@@ -158,13 +158,50 @@ pub(super) fn take(
     for warning in &warnings {
         progress.say(&format!("warning: {warning}"));
     }
-    let guest = offer.take(session).map_err(|error| {
+    let guest = offer.take_and_keep(session, |offer| survival.keep(offer, progress));
+    let guest = guest.map_err(|error| {
         Failure::new(format!("the VMM keeps its guest: {}; hand it over again", chain(&error)))
     })?;
+    if let Some(holding) = &mut survival.holding {
+        holding.settle(progress);
+    }
     progress.say(&format!(
         "{} (process {}) has handed its guest over and may exit",
         guest.giver.name, guest.giver.pid
     ));
     journal.handed_over(&guest.giver, &guest.sections, warnings);
     Ok((guest.sections, Origin::HandedOver))
+}
+
+/// The memory of a guest that the keeper has.
+pub(super) fn map_kept(mut kept: Kept) -> Result<(Arc<SourceMemory>, Supply), Failure> {
+    let regions = std::mem::take(&mut kept.guest.regions);
+    let memory = map(regions).map_err(Failure::of("use the memory that the keeper holds"))?;
+    Ok((memory, Supply::Kept(kept)))
+}
+
+/// Goes on with a guest that a process before this one had.
+pub(super) fn resume(
+    kept: Kept,
+    session: &str,
+    survival: &mut Survival,
+    progress: &Progress,
+) -> Result<State, Failure> {
+    if let Some(giver) = kept.giver {
+        // It still waits, or has heard it and gone.
+        handoff::say_taken(&giver, session).map_err(|error| Failure::new(chain(&error)))?;
+        if let Some(holding) = &mut survival.holding {
+            holding.settle(progress);
+        }
+    }
+    survival.note_kept(progress);
+    progress.say(&format!("the keeper has the guest that {} gave", kept.guest.giver.name));
+    Ok((kept.guest.sections, Origin::HandedOver))
+}
+
+fn map(regions: Vec<OfferedRegion>) -> Result<Arc<SourceMemory>, SourceMemoryError> {
+    let regions = regions.into_iter().map(|region| {
+        SourceRegion::file(region.guest_address, region.file, region.offset, region.length)
+    });
+    Ok(Arc::new(SourceMemory::new(regions.collect::<Result<_, _>>()?)?))
 }

@@ -14,6 +14,7 @@ fn source() -> Text<SourceRecord> {
         epoch: Epoch(u32::MAX),
         ownership: SourceOwnership::Given,
         incarnation: Incarnation(*b"0123456789abcdef"),
+        pages: SourcePages::Released,
     };
     Text::new(record, LayoutDigest::of(&layout(8192)))
 }
@@ -63,7 +64,7 @@ fn the_form_is_the_documented_one() {
     let text = source().with_note("guest", "web\x1b1=\n").with_note("odd Key", "");
     let expected = "afterimage-state 1\nside=source\nsession=5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e\n\
                     epoch=4294967295\nownership=given\n\
-                    incarnation=30313233343536373839616263646566\nregions=1\nbytes=8192\n\
+                    incarnation=30313233343536373839616263646566\npages=released\nregions=1\nbytes=8192\n\
                     layout=d1adda24\nnote.guest=web?1=?\nnote.odd__ey=\n";
     assert_eq!(body(&text), expected);
     assert_eq!(text.noted("guest"), Some("web?1=?"));
