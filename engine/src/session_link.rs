@@ -1,7 +1,9 @@
 //! The control connection of either side's session thread, and when to make another.
 
 use crate::inbox::Outlet;
-use crate::transport::{Acceptor, ControlConnection, ControlError, Dialer, Received, Stream};
+use crate::transport::{
+    Acceptor, ControlConnection, ControlError, Dialed, Dialer, Received, Stream,
+};
 use afterimage_protocol::wire::{Channel, ControlFrame, Epoch, Hello, Refusal, RefuseCode, Stamp};
 use mio::{Events, Poll, Token};
 use std::collections::BTreeMap;
@@ -96,6 +98,11 @@ impl SessionLink {
         }
     }
 
+    /// Whether this outcome of [`dial`](Self::dial) is still waited for.
+    pub(crate) fn wants(&self, dialed: &Dialed) -> bool {
+        matches!(&self.line, Line::Dials(dialer) if dialer.wants(dialed))
+    }
+
     /// After a pause that grows with each failure.
     pub(crate) fn redial_later(&mut self) {
         if self.dials() && self.redial_at.is_none() {
@@ -140,13 +147,25 @@ impl SessionLink {
         stream: Stream,
         stamp: Stamp,
         checksums: bool,
+        silence: Duration,
     ) -> io::Result<()> {
         self.disconnect();
+        stream.watch(silence)?;
         let registry = self.poll.registry();
         self.connection =
             Some(ControlConnection::new(stream, stamp, checksums, registry, CONTROL)?);
         self.checksums = checksums;
         Ok(())
+    }
+
+    /// What the sides have agreed on: the kernel may end the connection after this silence.
+    pub(crate) fn watch(&self, silence: Duration) {
+        if let Some(connection) = &self.connection
+            && let Err(error) = connection.watch(silence)
+        {
+            // It may have broken already.
+            tracing::debug!(%error, "the control connection cannot be watched");
+        }
     }
 
     /// Whether frames of this connection carry checksums.

@@ -17,7 +17,7 @@ use afterimage_protocol::bitmap::{MAX_SEGMENT_PAGES, Segment};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
     DestinationAction, DestinationEvent as Said, DestinationRecord, DestinationSession, NotNow,
-    PersistFailed,
+    PersistFailed, Pulse,
 };
 use afterimage_protocol::wire::{
     Capabilities, Channel, ControlFrame, Hello, Refusal, RefuseCode, Stamp,
@@ -173,7 +173,9 @@ impl Driver {
                 self.accept_control(&accepted);
             }
             Input::Accepted(Accepted { stream, hello }) => self.accept_data(stream, hello),
-            Input::Dialed(Dialed { hello, outcome }) => self.dialed(hello, outcome),
+            // It may have been under way when something else was wished for.
+            Input::Dialed(dialed) if !self.link.wants(&dialed) => {}
+            Input::Dialed(Dialed { hello, outcome, .. }) => self.dialed(hello, outcome),
             Input::DataEnded { channel, stamp } => self.data_ended(channel, stamp),
             Input::GivenBack(pages) => drop(self.faults.send(Order::Want(pages))),
             Input::AllComplete => self.all_complete(),
@@ -257,10 +259,16 @@ impl Driver {
         }
         let common = self.options.capabilities().common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
-        if let Err(error) = self.link.connected(stream, self.session.stamp(), checksums) {
+        let (stamp, silence) = (self.session.stamp(), self.silence());
+        if let Err(error) = self.link.connected(stream, stamp, checksums, silence) {
             tracing::warn!(%error, "a control connection cannot be used");
             self.session.disconnected();
         }
+    }
+
+    /// What the sides have agreed on, or what this side begins with.
+    fn silence(&self) -> Duration {
+        self.session.pulse().map_or(self.options.silence, Pulse::silence)
     }
 
     /// Carries out everything the session wants.

@@ -87,7 +87,7 @@ impl Default for DestinationOptions {
     fn default() -> Self {
         Self {
             polling: Duration::from_micros(50),
-            silence: Duration::from_secs(5),
+            silence: Duration::from_millis(800),
             checksums: Checksums::Off,
             plaintext: Plaintext::LoopbackOnly,
             record: DestinationRecord {

@@ -151,7 +151,9 @@ impl Driver {
                 self.accept_control(accepted);
             }
             Input::Accepted(Accepted { stream, hello }) => self.accept_data(stream, hello),
-            Input::Dialed(Dialed { hello, outcome }) => self.dialed(hello, outcome),
+            // It may have been under way when something else was wished for.
+            Input::Dialed(dialed) if !self.link.wants(&dialed) => {}
+            Input::Dialed(Dialed { hello, outcome, .. }) => self.dialed(hello, outcome),
             Input::DataEnded { channel, stamp } => self.data_ended(channel, stamp),
             Input::Call(call, reply) => {
                 let result = self.call(call);
@@ -220,7 +222,8 @@ impl Driver {
         }
         let common = self.options.capabilities().common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
-        let connected = self.link.connected(stream, self.session.stamp(), checksums);
+        let connected =
+            self.link.connected(stream, self.session.stamp(), checksums, self.options.silence);
         self.shared.set_away(connected.is_err());
         if let Err(error) = connected {
             tracing::warn!(%error, "a control connection cannot be used");

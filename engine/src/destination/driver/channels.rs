@@ -24,6 +24,7 @@ pub(super) struct Background {
 impl Driver {
     pub(super) fn open_channels(&mut self, stamp: Stamp, streams: u16) {
         self.arrivals = Some(self.arrived.on(stamp.epoch, self.link.checksums()));
+        self.link.watch(self.silence());
         let background = (0..streams).map(Channel::Background);
         self.slots.open(stamp.epoch, std::iter::once(Channel::Request(0)).chain(background));
         if self.link.dials() {
@@ -75,6 +76,9 @@ impl Driver {
             return;
         };
         self.link.data.opened(channel);
+        if let Err(error) = stream.watch(self.silence()) {
+            tracing::debug!(%error, %channel, "a data channel cannot be watched");
+        }
         let generation = stamp.generation;
         if matches!(channel, Channel::Request(_)) {
             self.faults.send(Order::Ask { stream, arrivals, generation });
@@ -104,7 +108,7 @@ impl Driver {
         generation: Generation,
     ) -> io::Result<JoinHandle<()>> {
         let stream = stream.clone();
-        stream.prepare_background()?;
+        stream.prepare_background(self.silence())?;
         let driver = self.outlet.clone();
         let slot = match channel {
             Channel::Background(slot) => usize::from(slot),

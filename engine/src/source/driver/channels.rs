@@ -124,10 +124,13 @@ impl Driver {
         let streams = self.options.streams;
         let (role, slot) = match channel {
             Channel::Background(slot) => {
-                stream.prepare_background()?;
+                stream.prepare_background(self.options.silence)?;
                 (ThreadRole::Background, slot)
             }
-            Channel::Request(slot) => (ThreadRole::Request, slot),
+            Channel::Request(slot) => {
+                stream.watch(self.options.silence)?;
+                (ThreadRole::Request, slot)
+            }
             Channel::Control => {
                 return Err(io::Error::other("a control channel is no data channel"));
             }
