@@ -100,6 +100,7 @@
 mod destination;
 mod events;
 mod inbox;
+mod ledger;
 mod polling;
 mod probe;
 mod session_link;

@@ -4,6 +4,7 @@ use crate::inbox::Outlet;
 use crate::transport::{
     Acceptor, ControlConnection, ControlError, Dialed, Dialer, Received, Stream,
 };
+use afterimage_protocol::session::Pulse;
 use afterimage_protocol::wire::{Channel, ControlFrame, Epoch, Hello, Refusal, RefuseCode, Stamp};
 use mio::{Events, Poll, Token};
 use std::collections::BTreeMap;
@@ -26,6 +27,23 @@ const ROUND: usize = 256;
 const AHEAD: usize = 1 << 20;
 /// A peer that lets so much wait unread is given up.
 const MAX_QUEUED: usize = 16 << 20;
+
+/// The token of heartbeats that the session does not know of.
+const RECORDING: u64 = 0;
+
+/// When this side has to say that it is there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Beat {
+    due: Duration,
+    interval: Duration,
+}
+
+impl Beat {
+    /// Where the session's pulse is.
+    pub(crate) fn after(pulse: &Pulse) -> Self {
+        Self { due: pulse.next(), interval: pulse.interval() }
+    }
+}
 
 /// Frames that are made as they go out.
 pub(crate) type FrameStream = Box<dyn Iterator<Item = ControlFrame> + Send>;
@@ -135,6 +153,31 @@ impl SessionLink {
             (Some(one), Some(other)) => Some(one.min(other)),
             (one, other) => one.or(other),
         };
+        match self.poll.poll(&mut self.events, timeout) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            other => other,
+        }
+    }
+
+    /// While a record is written and the session may not be called: says that this side is
+    /// there when that is due, and waits for news, or until it is due again, or for `most`.
+    /// Nothing is read: what came meanwhile is read before anybody judges the silence.
+    pub(crate) fn stay_alive(
+        &mut self,
+        beat: &mut Option<Beat>,
+        most: Option<Duration>,
+    ) -> io::Result<()> {
+        let now = self.now();
+        if let Some(beat) = beat.as_mut().filter(|beat| beat.due <= now) {
+            beat.due = now + beat.interval;
+            self.send(&ControlFrame::Heartbeat { token: RECORDING });
+        }
+        // A peer that does not read is given up afterwards.
+        let _ = self.flush();
+        // Whatever wakes this wait was meant for the next one too.
+        self.has_more = true;
+        let due = beat.as_ref().map(|beat| beat.due.saturating_sub(now));
+        let timeout = due.into_iter().chain(most).min();
         match self.poll.poll(&mut self.events, timeout) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
             other => other,

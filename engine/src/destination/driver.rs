@@ -6,10 +6,11 @@ mod channels;
 use super::arrivals::{Arrivals, Arrived};
 use super::faults::Order;
 use super::pages::InstallError;
-use super::{DestinationEvent, DestinationOptions};
+use super::{DestinationEvent, DestinationLedger, DestinationOptions};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
-use crate::session_link::SessionLink;
+use crate::ledger::Ledger;
+use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
 use crate::source::StateSection;
 use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
@@ -71,6 +72,7 @@ pub(super) struct Driver {
     arrived: Arc<Arrived>,
     faults: Outlet<Order>,
     options: DestinationOptions,
+    ledger: Ledger<DestinationRecord>,
     events: EventSender<DestinationEvent>,
     /// The present epoch, once data channels may be opened.
     arrivals: Option<Arrivals>,
@@ -94,10 +96,14 @@ impl Driver {
         outlet: Outlet<Input>,
         arrived: Arc<Arrived>,
         faults: Outlet<Order>,
-        options: DestinationOptions,
+        mut options: DestinationOptions,
         events: EventSender<DestinationEvent>,
     ) -> Self {
+        let volatile = DestinationLedger::volatile();
+        let callback = std::mem::replace(&mut options.ledger, volatile).0;
+        let ledger = Ledger::new(callback, options.threads.clone());
         Self {
+            ledger,
             session,
             link,
             inbox,
@@ -142,9 +148,12 @@ impl Driver {
                 self.take(input);
                 self.act();
             }
+            // What lies in the socket is read before anybody judges how long the peer has been
+            // silent: this thread may have been kept from its work.
+            let looked = self.link.now();
             self.receive();
             self.send_acks();
-            self.session.tick(self.link.now());
+            self.session.tick(looked);
             while let Some((channel, epoch)) = self.link.data.due() {
                 self.dial_data(channel, epoch);
             }
@@ -300,7 +309,17 @@ impl Driver {
     }
 
     fn persist(&mut self, record: DestinationRecord) {
-        let result = (self.options.ledger.0)(&record).map_err(|error| {
+        let mut beat = self.session.pulse().map(Beat::after);
+        let (ledger, link, arrived) = (&mut self.ledger, &mut self.link, &self.arrived);
+        // The source must not take its streams for dead meanwhile.
+        let acknowledges = self.arrivals.is_some();
+        let meanwhile = || {
+            if acknowledges {
+                push_acks(arrived, link);
+            }
+            link.stay_alive(&mut beat, acknowledges.then_some(ACK_PAUSE))
+        };
+        let result = ledger.record(&record, &self.outlet, meanwhile).map_err(|error| {
             tracing::error!(%error, "the ownership record could not be made durable");
             PersistFailed
         });
@@ -357,12 +376,7 @@ impl Driver {
             self.act();
             return;
         }
-        while self.arrived.has_acks() {
-            let runs = self.arrived.take_acks();
-            if !runs.is_empty() {
-                self.link.send(&ControlFrame::Ack(runs));
-            }
-        }
+        push_acks(&self.arrived, &mut self.link);
         if self.link.flush().is_err() {
             self.session.disconnected();
         }
@@ -414,5 +428,15 @@ impl Driver {
             }
         };
         self.events.send(event);
+    }
+}
+
+/// Says what has become complete.
+fn push_acks(arrived: &Arrived, link: &mut SessionLink) {
+    while arrived.has_acks() {
+        let runs = arrived.take_acks();
+        if !runs.is_empty() {
+            link.send(&ControlFrame::Ack(runs));
+        }
     }
 }

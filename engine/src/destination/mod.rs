@@ -16,9 +16,10 @@ pub use memory::{DestinationMemory, DestinationRegion, DiscardNotice, MemoryErro
 
 use crate::events::{self, Events};
 use crate::inbox::{Inbox, Outlet};
+use crate::ledger::Record;
 use crate::session_link::{INBOX, SessionLink};
 use crate::source::{
-    CallError, Checksums, Endpoint, Incarnation, Record, SessionId, StartError, StateSection,
+    CallError, Checksums, Endpoint, Incarnation, SessionId, StartError, StateSection,
 };
 use crate::stats::DestinationStats;
 use crate::threads::{self, ThreadHook, ThreadRole};
@@ -36,8 +37,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Makes a destination's ownership record durable; called on the session thread, which
-/// waits.
+/// Makes a destination's ownership record durable; called on a thread of its own
+/// ([`ThreadRole::Ledger`]). The session waits for it and goes on sending heartbeats; faults
+/// are answered meanwhile.
 pub struct DestinationLedger(pub(crate) Record<DestinationRecord>);
 
 impl DestinationLedger {
@@ -46,14 +48,14 @@ impl DestinationLedger {
     pub fn new(
         function: impl FnMut(&DestinationRecord) -> io::Result<()> + Send + 'static,
     ) -> Self {
-        Self(Box::new(function))
+        Self(Some(Box::new(function)))
     }
 
     /// Remembers nothing. For a destination whose process takes the guest with it when it
     /// dies.
     #[must_use]
-    pub fn volatile() -> Self {
-        Self::new(|_| Ok(()))
+    pub const fn volatile() -> Self {
+        Self(None)
     }
 }
 

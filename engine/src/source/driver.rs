@@ -5,10 +5,11 @@ mod channels;
 
 use super::memory::SourceMemory;
 use super::serving::Serving;
-use super::{SourceEvent, SourceOptions, SourceShared, StateSection};
+use super::{SourceEvent, SourceLedger, SourceOptions, SourceShared, StateSection};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
-use crate::session_link::SessionLink;
+use crate::ledger::Ledger;
+use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
 use crate::sys::words::LazyWords;
 use crate::transport::{Accepted, Dialed, Stream, answer_with, refuse};
@@ -60,6 +61,7 @@ pub(super) struct Driver {
     outlet: Outlet<Input>,
     memory: Arc<SourceMemory>,
     options: SourceOptions,
+    ledger: Ledger<SourceRecord>,
     shared: Arc<SourceShared>,
     events: EventSender<SourceEvent>,
     /// An accepted control connection that waits for the epoch to be recorded.
@@ -83,11 +85,15 @@ impl Driver {
         inbox: Inbox<Input>,
         outlet: Outlet<Input>,
         memory: Arc<SourceMemory>,
-        options: SourceOptions,
+        mut options: SourceOptions,
         shared: Arc<SourceShared>,
         events: EventSender<SourceEvent>,
     ) -> Self {
+        let volatile = SourceLedger::volatile();
+        let callback = std::mem::replace(&mut options.ledger, volatile).0;
+        let ledger = Ledger::new(callback, options.threads.clone());
         Self {
+            ledger,
             session,
             link,
             inbox,
@@ -126,8 +132,11 @@ impl Driver {
                 self.take(input);
                 self.act();
             }
+            // What lies in the socket is read before anybody judges how long the peer has been
+            // silent: this thread may have been kept from its work.
+            let looked = self.link.now();
             self.receive();
-            self.session.tick(self.link.now());
+            self.session.tick(looked);
             while let Some((channel, epoch)) = self.link.data.due() {
                 self.dial_data(channel, epoch);
             }
@@ -264,7 +273,10 @@ impl Driver {
     }
 
     fn persist(&mut self, record: SourceRecord) {
-        let result = (self.options.ledger.0)(&record).map_err(|error| {
+        let mut beat = self.session.pulse().map(Beat::after);
+        let (ledger, link) = (&mut self.ledger, &mut self.link);
+        let meanwhile = || link.stay_alive(&mut beat, None);
+        let result = ledger.record(&record, &self.outlet, meanwhile).map_err(|error| {
             tracing::error!(%error, "the ownership record could not be made durable");
             PersistFailed
         });

@@ -14,6 +14,7 @@ pub use snapshot::{SnapshotServer, SnapshotStats};
 
 use crate::events::{self, Events};
 use crate::inbox::{Inbox, Outlet};
+use crate::ledger::Record;
 use crate::session_link::{INBOX, Line, SessionLink, forward};
 use crate::stats::{SourceCounters, SourceStats};
 use crate::sys::words::LazyWords;
@@ -44,25 +45,24 @@ pub struct StateSection {
     pub bytes: Vec<u8>,
 }
 
-/// Makes a source's ownership record durable; called on the session thread, which waits.
+/// Makes a source's ownership record durable; called on a thread of its own
+/// ([`ThreadRole::Ledger`]). The session waits for it and goes on sending heartbeats; what the
+/// destination asks for is answered meanwhile.
 pub struct SourceLedger(pub(crate) Record<SourceRecord>);
-
-/// A callback that makes a record durable.
-pub(crate) type Record<R> = Box<dyn FnMut(&R) -> io::Result<()> + Send>;
 
 impl SourceLedger {
     /// A ledger that calls `function`, which must return only when the record would survive
     /// a power failure.
     pub fn new(function: impl FnMut(&SourceRecord) -> io::Result<()> + Send + 'static) -> Self {
-        Self(Box::new(function))
+        Self(Some(Box::new(function)))
     }
 
     /// Remembers nothing. For a source whose process takes the guest with it when it dies:
     /// a guest in private memory that has not been given away ends with the process, and
     /// one that has been must not be started from the same image again by anybody.
     #[must_use]
-    pub fn volatile() -> Self {
-        Self::new(|_| Ok(()))
+    pub const fn volatile() -> Self {
+        Self(None)
     }
 }
 

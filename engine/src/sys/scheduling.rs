@@ -39,7 +39,7 @@ pub(crate) fn suit(role: ThreadRole) -> io::Result<()> {
         // It does not take the core from whoever runs when it is woken, and can itself be
         // stopped soon.
         ThreadRole::Background => attributes.policy = libc::SCHED_BATCH as u32,
-        ThreadRole::Acceptor | ThreadRole::Control => return Ok(()),
+        ThreadRole::Acceptor | ThreadRole::Control | ThreadRole::Ledger => return Ok(()),
     }
     attributes.runtime = SHORT_SLICE_NS;
     attributes.flags = 0;
