@@ -103,6 +103,7 @@ mod inbox;
 mod ledger;
 mod polling;
 mod probe;
+mod reconnect;
 mod session_link;
 mod slots;
 mod source;
@@ -125,6 +126,7 @@ pub use destination::{
 };
 pub use events::{Events, NoEvent};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
+pub use reconnect::Reconnect;
 pub use source::{
     Background, CallError, Checksums, Endpoint, Incarnation, SessionId, SnapshotServer,
     SnapshotStats, Source, SourceEvent, SourceLedger, SourceMemory, SourceMemoryError,

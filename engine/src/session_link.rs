@@ -76,6 +76,8 @@ pub(crate) struct SessionLink {
     origin: Instant,
     pause: Duration,
     redial_at: Option<Instant>,
+    /// By hand: no connection is made or taken.
+    is_paused: bool,
     /// Data channels that are to be made again.
     pub(crate) data: Redials,
     pub(crate) stale: u64,
@@ -94,6 +96,7 @@ impl SessionLink {
             origin: Instant::now(),
             pause: FIRST_PAUSE,
             redial_at: None,
+            is_paused: false,
             data: Redials::default(),
             stale: 0,
         }
@@ -123,10 +126,38 @@ impl SessionLink {
 
     /// After a pause that grows with each failure.
     pub(crate) fn redial_later(&mut self) {
-        if self.dials() && self.redial_at.is_none() {
+        if self.dials() && self.redial_at.is_none() && !self.is_paused {
             self.redial_at = Some(Instant::now() + self.pause);
             self.pause = (self.pause * 2).min(LAST_PAUSE);
         }
+    }
+
+    /// Nothing is connected to until [`resume`](Self::resume); what is under way is called off.
+    pub(crate) fn pause(&mut self) {
+        (self.is_paused, self.redial_at) = (true, None);
+        if let Line::Dials(dialer) = &self.line {
+            dialer.forget();
+        }
+    }
+
+    /// Whether nothing shall be connected to, nor accepted.
+    pub(crate) const fn is_paused(&self) -> bool {
+        self.is_paused
+    }
+
+    /// Goes on, on another line if one is given: the old one is given up. A connection is made
+    /// at once, if this side does.
+    pub(crate) fn resume(&mut self, line: Option<Line>) {
+        if let Some(line) = line {
+            self.line = line;
+        }
+        (self.is_paused, self.pause) = (false, FIRST_PAUSE);
+        self.redial_at = self.dials().then(Instant::now);
+    }
+
+    /// Whether there is a greeted control connection.
+    pub(crate) const fn has_connection(&self) -> bool {
+        self.connection.is_some()
     }
 
     /// The sides have agreed: if this connection breaks, the next is made soon.

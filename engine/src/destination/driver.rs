@@ -1,6 +1,7 @@
 //! The destination's session thread: carries out what the session says; its data channels are
 //! in `channels`.
 
+mod by_hand;
 mod channels;
 
 use super::arrivals::{Arrivals, Arrived};
@@ -10,14 +11,15 @@ use super::{DestinationEvent, DestinationLedger, DestinationOptions};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Ledger;
+use crate::reconnect::{Reconnect, is_paused_here};
 use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
-use crate::source::StateSection;
+use crate::source::{CallError, Endpoint, StateSection};
 use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::{MAX_SEGMENT_PAGES, Segment};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
-    DestinationAction, DestinationEvent as Said, DestinationRecord, DestinationSession, NotNow,
+    DestinationAction, DestinationEvent as Said, DestinationRecord, DestinationSession,
     PersistFailed, Pulse,
 };
 use afterimage_protocol::wire::{
@@ -36,6 +38,9 @@ use std::time::Duration;
 const ACK_PAUSE: Duration = Duration::from_millis(20);
 /// The most device state that is kept for the VMM.
 const MAX_STATE_BYTES: usize = 1 << 30;
+
+/// Where the outcome of a call goes.
+pub(super) type Reply = Sender<Result<(), CallError>>;
 
 /// What comes to the session thread.
 #[derive(Debug)]
@@ -59,7 +64,11 @@ pub(crate) enum Input {
     /// The fault thread cannot go on.
     FaultsFailed(io::Error),
     /// The VMM has restored the device state.
-    Ready(Sender<Result<(), NotNow>>),
+    Ready(Reply),
+    /// The VMM wants no connection.
+    Pause(Reply),
+    /// The VMM wants a connection again, perhaps somewhere else.
+    Recover(Option<Endpoint>, Reply),
     /// The end.
     Stop,
 }
@@ -178,6 +187,9 @@ impl Driver {
 
     fn take(&mut self, input: Input) {
         match input {
+            Input::Accepted(accepted) if self.link.is_paused() && !self.session.is_over() => {
+                refuse(&accepted.stream, is_paused_here());
+            }
             Input::Accepted(accepted) if accepted.hello.channel == Channel::Control => {
                 self.accept_control(&accepted);
             }
@@ -204,9 +216,12 @@ impl Driver {
                 )));
             }
             Input::Ready(reply) => {
-                // The caller may have given up.
-                let _ = reply.send(self.session.ready());
+                let result = self.session.ready().map_err(CallError::from);
+                // The caller may have given up; likewise below.
+                let _ = reply.send(result);
             }
+            Input::Pause(reply) => drop(reply.send(self.pause())),
+            Input::Recover(endpoint, reply) => drop(reply.send(self.recover(endpoint))),
             // Acknowledgements are sent after each round of news; who stops is not here.
             Input::ManyAcks | Input::Stop => {}
         }
@@ -223,6 +238,13 @@ impl Driver {
     fn accept_control(&mut self, accepted: &Accepted) {
         if let Err(refusal) = self.session.admits(&accepted.hello) {
             refuse(&accepted.stream, refusal);
+            return;
+        }
+        if self.options.reconnect == Reconnect::ByHand && self.arrivals.is_some() {
+            // The source has noticed first that the link is lost.
+            self.session.disconnected();
+            self.act();
+            refuse(&accepted.stream, is_paused_here());
             return;
         }
         let hello = self.session.open();
@@ -408,7 +430,11 @@ impl Driver {
                 self.arrived.note_attached();
                 DestinationEvent::Attached(session)
             }
-            Said::Disconnected => DestinationEvent::Disconnected,
+            Said::Disconnected => {
+                self.events.send(DestinationEvent::Disconnected);
+                self.pause_if_by_hand();
+                return;
+            }
             Said::StateComplete => DestinationEvent::State(std::mem::take(&mut self.state)),
             Said::Run => DestinationEvent::Run,
             Said::Refused => DestinationEvent::Refused,

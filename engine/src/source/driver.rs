@@ -1,14 +1,18 @@
 //! The source's session thread: carries out what the session says; its data channels are in
 //! `channels`.
 
+mod by_hand;
 mod channels;
 
 use super::memory::SourceMemory;
 use super::serving::Serving;
-use super::{SourceEvent, SourceLedger, SourceOptions, SourceShared, StateSection};
+use super::{
+    CallError, Endpoint, SourceEvent, SourceLedger, SourceOptions, SourceShared, StateSection,
+};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Ledger;
+use crate::reconnect::{Reconnect, is_paused_here};
 use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
 use crate::sys::words::LazyWords;
@@ -16,7 +20,7 @@ use crate::transport::{Accepted, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
-    Book, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
+    Book, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
     Capabilities, Channel, ControlFrame, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode, Stamp,
@@ -41,7 +45,7 @@ pub(crate) enum Input {
     /// A data channel is at its end.
     DataEnded { channel: Channel, stamp: Stamp },
     /// The VMM calls.
-    Call(Call, Sender<Result<(), NotNow>>),
+    Call(Call, Sender<Result<(), CallError>>),
     /// The end.
     Stop,
 }
@@ -52,6 +56,8 @@ pub(crate) enum Call {
     SwitchOver(Vec<StateSection>),
     Reclaim,
     Fence,
+    Pause,
+    Recover(Option<Endpoint>),
 }
 
 pub(super) struct Driver {
@@ -156,6 +162,9 @@ impl Driver {
 
     fn take(&mut self, input: Input) {
         match input {
+            Input::Accepted(accepted) if self.link.is_paused() && !self.session.is_over() => {
+                refuse(&accepted.stream, is_paused_here());
+            }
             Input::Accepted(accepted) if accepted.hello.channel == Channel::Control => {
                 self.accept_control(accepted);
             }
@@ -173,7 +182,7 @@ impl Driver {
         }
     }
 
-    fn call(&mut self, call: Call) -> Result<(), NotNow> {
+    fn call(&mut self, call: Call) -> Result<(), CallError> {
         match call {
             Call::SwitchOver(sections) => {
                 self.session.freeze()?;
@@ -183,14 +192,22 @@ impl Driver {
                 }
                 Ok(())
             }
-            Call::Reclaim => self.session.reclaim(),
-            Call::Fence => self.session.fence(),
+            Call::Reclaim => Ok(self.session.reclaim()?),
+            Call::Fence => Ok(self.session.fence()?),
+            Call::Pause => self.pause(),
+            Call::Recover(endpoint) => self.recover(endpoint),
         }
     }
 
     fn accept_control(&mut self, accepted: Accepted) {
         match self.session.admits(&accepted.hello) {
             Err(refusal) => refuse(&accepted.stream, refusal),
+            // The destination has noticed first that the link is lost.
+            Ok(()) if self.options.reconnect == Reconnect::ByHand && self.serving.is_some() => {
+                self.session.disconnected();
+                self.act();
+                refuse(&accepted.stream, is_paused_here());
+            }
             Ok(()) => {
                 self.arriving = Some(accepted);
                 self.session.open();
@@ -394,7 +411,11 @@ impl Driver {
                 }
                 SourceEvent::Attached(incarnation)
             }
-            Said::Disconnected => SourceEvent::Disconnected,
+            Said::Disconnected => {
+                self.events.send(SourceEvent::Disconnected);
+                self.pause_if_by_hand();
+                return;
+            }
             Said::Ready => SourceEvent::Ready,
             Said::Given => SourceEvent::Given,
             Said::Running => SourceEvent::Running,

@@ -1,6 +1,7 @@
 //! The side that has the memory: serves page requests and sends the rest in background.
 
 mod background;
+mod by_hand;
 pub(crate) mod driver;
 mod memory;
 mod pacing;
@@ -15,6 +16,7 @@ pub use snapshot::{SnapshotServer, SnapshotStats};
 use crate::events::{self, Events};
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Record;
+use crate::reconnect::Reconnect;
 use crate::session_link::{INBOX, Line, SessionLink, forward};
 use crate::stats::{SourceCounters, SourceStats};
 use crate::sys::words::LazyWords;
@@ -88,6 +90,8 @@ pub struct SourceOptions {
     /// 800 ms, a link that breaks without a word is noticed within a second; longer than the
     /// longest time that either side may get no core.
     pub silence: Duration,
+    /// What happens when the link is lost. Sessions of a snapshot server are always automatic.
+    pub reconnect: Reconnect,
     /// Whether frames carry checksums, if the destination can do it too.
     pub checksums: Checksums,
     /// Whether memory may travel unencrypted beyond this machine.
@@ -119,6 +123,7 @@ impl Default for SourceOptions {
             polling: Duration::from_micros(50),
             heartbeat: Duration::from_millis(200),
             silence: Duration::from_millis(800),
+            reconnect: Reconnect::Automatic,
             checksums: Checksums::Off,
             plaintext: Plaintext::LoopbackOnly,
             record: SourceRecord::new(SessionId(crate::sys::random_id())),
@@ -204,8 +209,12 @@ pub enum StartError {
 pub enum SourceEvent {
     /// A destination is connected and has been accepted.
     Attached(Incarnation),
-    /// The connection is gone; nothing is lost, and it is made again.
+    /// The connection is gone; nothing is lost, and it is made again, unless
+    /// [`Paused`](Self::Paused) follows.
     Disconnected,
+    /// There is no connection, and none is made or taken until [`Source::recover`]: by
+    /// [`Source::pause`], or because the link was lost under [`Reconnect::ByHand`].
+    Paused,
     /// The destination has restored the device state.
     Ready,
     /// The guest was given away: from here this side may not run it.
@@ -236,9 +245,19 @@ pub enum CallError {
         /// Bytes in its name.
         length: usize,
     },
+    /// The endpoint to recover at cannot be used; the one before is as it was.
+    #[error("the new endpoint cannot be used ({0}): free descriptors or threads, then try again")]
+    Endpoint(io::ErrorKind),
     /// The session's thread has ended.
     #[error("the session has been shut down")]
     ShutDown,
+}
+
+impl CallError {
+    pub(crate) fn of_endpoint(error: &io::Error) -> Self {
+        tracing::error!(%error, "the new endpoint cannot be used");
+        Self::Endpoint(error.kind())
+    }
 }
 
 /// Where a session's connections come from.
@@ -460,7 +479,7 @@ impl Source {
         if !self.outlet.send(Input::Call(call, reply)) {
             return Err(CallError::ShutDown);
         }
-        Ok(answer.recv().map_err(|_| CallError::ShutDown)??)
+        answer.recv().map_err(|_| CallError::ShutDown)?
     }
 }
 
