@@ -175,6 +175,10 @@ fn control_frames() -> Vec<(&'static str, ControlFrame)> {
         ("take_back_agreed", ControlFrame::TakeBackAgreed),
         ("take_back_denied", ControlFrame::TakeBackDenied),
         ("refuse", ControlFrame::Refuse(Refusal::new(RefuseCode::Layout, "region 1 differs"))),
+        (
+            "renew",
+            ControlFrame::Renew { channel: Channel::Background(15), generation: Generation(9) },
+        ),
     ]
 }
 

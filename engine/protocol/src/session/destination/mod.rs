@@ -230,6 +230,9 @@ impl DestinationSession {
                 self.send(ControlFrame::HeartbeatReply { token });
             }
             (ControlFrame::HeartbeatReply { .. }, _) => {}
+            (ControlFrame::Renew { channel, generation }, Link::Up) => {
+                self.actions.push_back(DestinationAction::Renew { channel, generation });
+            }
             (ControlFrame::Refuse(refusal), _) => self.refused(refusal),
             (ControlFrame::Offer(offer), Link::Greeted) => {
                 offer

@@ -265,6 +265,9 @@ impl SourceSession {
                 self.send(ControlFrame::HeartbeatReply { token });
             }
             (ControlFrame::HeartbeatReply { .. }, _) => {}
+            (ControlFrame::Renew { channel, generation }, Link::Up) => {
+                self.actions.push_back(SourceAction::Renew { channel, generation });
+            }
             (ControlFrame::Refuse(refusal), _) => {
                 // They hang up; nothing is sent back.
                 let _ = refusal;
