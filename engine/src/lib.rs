@@ -101,6 +101,7 @@ mod destination;
 mod events;
 mod inbox;
 mod ledger;
+mod patience;
 mod polling;
 mod probe;
 mod reconnect;

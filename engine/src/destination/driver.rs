@@ -312,6 +312,7 @@ impl Driver {
                 DestinationAction::OpenData { stamp, streams, shards: _ } => {
                     self.open_channels(stamp, streams);
                 }
+                DestinationAction::Renew { channel, generation } => self.renew(channel, generation),
                 DestinationAction::ResetState => {
                     self.state.clear();
                     (self.state_bytes, self.is_section_open) = (0, false);
@@ -436,7 +437,10 @@ impl Driver {
                 return;
             }
             Said::StateComplete => DestinationEvent::State(std::mem::take(&mut self.state)),
-            Said::Run => DestinationEvent::Run,
+            Said::Run => {
+                self.arrived.note_running();
+                DestinationEvent::Run
+            }
             Said::Refused => DestinationEvent::Refused,
             Said::Fenced => DestinationEvent::Fenced,
             Said::Ended(refusal) => DestinationEvent::Ended(refusal.reason),

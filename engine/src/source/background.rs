@@ -114,6 +114,7 @@ impl<'s> Streamer<'s> {
                 continue;
             }
             self.stand_back();
+            self.underway.leaves();
             let stamp = self.serving.stamp(self.generation);
             self.batch.send(&self.stream, stamp, self.serving.checksums)?;
         }

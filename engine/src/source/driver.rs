@@ -3,6 +3,7 @@
 
 mod by_hand;
 mod channels;
+mod stalled;
 
 use super::memory::SourceMemory;
 use super::serving::Serving;
@@ -12,6 +13,7 @@ use super::{
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Ledger;
+use crate::patience::Patience;
 use crate::reconnect::{Reconnect, is_paused_here};
 use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
@@ -30,7 +32,7 @@ use crossbeam_channel::Sender;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a source that is done waits for the destination to have heard so.
 const LINGER: Duration = Duration::from_secs(1);
@@ -79,6 +81,8 @@ pub(super) struct Driver {
     retired: Vec<(Channel, DataChannel)>,
     state: Option<Arc<Vec<StateSection>>>,
     attachments: u64,
+    /// How long nothing may come of each background channel.
+    patience: BTreeMap<Channel, Patience>,
     /// What a destination refused for last.
     refused: Option<Refusal>,
 }
@@ -115,6 +119,7 @@ impl Driver {
             retired: Vec::new(),
             state: None,
             attachments: 0,
+            patience: BTreeMap::new(),
             refused: None,
         }
     }
@@ -140,8 +145,9 @@ impl Driver {
             }
             // What lies in the socket is read before anybody judges how long the peer has been
             // silent: this thread may have been kept from its work.
-            let looked = self.link.now();
+            let (looked, looked_at) = (self.link.now(), Instant::now());
             self.receive();
+            self.give_up_stalled(looked_at);
             self.session.tick(looked);
             while let Some((channel, epoch)) = self.link.data.due() {
                 self.dial_data(channel, epoch);
@@ -277,6 +283,7 @@ impl Driver {
                 }
                 SourceAction::Acknowledge(runs) => self.acknowledge(&runs),
                 SourceAction::OpenData { stamp, layout } => self.open_channels(stamp, layout),
+                SourceAction::Renew { channel, generation } => self.renew(channel, generation),
                 SourceAction::DropState => self.state = None,
                 SourceAction::Event(event) => self.tell(event),
                 SourceAction::HangUp(refusal) => self.hang_up(refusal),

@@ -56,6 +56,8 @@ struct Shared {
     links: Mutex<Vec<Arc<Link>>>,
     stop: AtomicBool,
     bytes: AtomicU64,
+    resets: AtomicU64,
+    seen: Mutex<Vec<Channel>>,
     /// For the next control connections.
     allowances: Mutex<VecDeque<(Way, u64)>>,
     /// Background streams stand still once so many bytes have passed.
@@ -79,6 +81,8 @@ impl Proxy {
             links: Mutex::default(),
             stop: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
+            resets: AtomicU64::new(0),
+            seen: Mutex::default(),
             allowances: Mutex::default(),
             limit: AtomicU64::new(u64::MAX),
         });
@@ -142,15 +146,15 @@ impl Proxy {
         self.shared.allowances.lock().expect("not poisoned").push_back((way, bytes));
     }
 
-    /// Whether every [`reset_next`](Self::reset_next) has had its connection.
-    pub fn has_reset_all(&self) -> bool {
-        self.shared.allowances.lock().expect("not poisoned").is_empty() && self.is_settled()
+    /// How many connections [`reset_next`](Self::reset_next) has reset.
+    pub fn resets(&self) -> u64 {
+        self.shared.resets.load(Ordering::Acquire)
     }
 
     /// How many connections there have been of these channels.
     pub fn seen(&self, is_wanted: impl Fn(Channel) -> bool) -> usize {
-        let links = self.shared.links.lock().expect("not poisoned");
-        links.iter().filter(|link| is_wanted(link.channel)).count()
+        let seen = self.shared.seen.lock().expect("not poisoned");
+        seen.iter().filter(|channel| is_wanted(**channel)).count()
     }
 
     /// How many connections are open.
@@ -182,6 +186,7 @@ impl Shared {
         let greeting = Greeting::decode(announced, &body).map_err(std::io::Error::other)?;
         let Greeting::Hello(hello) = greeting else { return Ok(()) };
         let mut server = TcpStream::connect(&self.target)?;
+        self.seen.lock().expect("not poisoned").push(hello.channel);
         let mut allowance = None;
         if hello.channel == Channel::Control {
             allowance = self.allowances.lock().expect("not poisoned").pop_front();
@@ -285,6 +290,7 @@ impl Shared {
                 }
             }
             if left == Some(0) {
+                self.resets.fetch_add(1, Ordering::AcqRel);
                 link.cut.store(Cut::Reset as u8, Ordering::Release);
                 return;
             }

@@ -81,7 +81,8 @@ impl Driver {
         }
         let generation = stamp.generation;
         if matches!(channel, Channel::Request(_)) {
-            self.faults.send(Order::Ask { stream, arrivals, generation });
+            let silence = self.silence();
+            self.faults.send(Order::Ask { stream, arrivals, generation, silence });
             return;
         }
         if let Some(old) = self.background.remove(&channel) {
@@ -96,6 +97,7 @@ impl Driver {
             Err(error) => {
                 tracing::error!(%error, %channel, "a data channel cannot be received");
                 stream.shut_down();
+                self.replace(channel, stamp);
             }
         }
     }
@@ -139,8 +141,31 @@ impl Driver {
         } else if !self.slots.is_newest(channel, stamp) {
             return;
         }
-        if self.link.dials() && !self.session.is_over() {
+        if !self.session.is_over() {
+            self.replace(channel, stamp);
+        }
+    }
+
+    /// A channel has ended, or could not be used: another one is made.
+    fn replace(&mut self, channel: Channel, stamp: Stamp) {
+        if self.link.dials() {
             self.link.data.ended(channel, stamp.epoch);
+        } else {
+            // The source may not have noticed.
+            let generation = stamp.generation;
+            self.link.send(&ControlFrame::Renew { channel, generation });
+        }
+    }
+
+    /// The source has given a channel up.
+    pub(super) fn renew(&self, channel: Channel, generation: Generation) {
+        if matches!(channel, Channel::Request(_)) {
+            self.faults.send(Order::GiveUp(generation));
+        } else if let Some(background) = self.background.get(&channel)
+            && background.generation == generation
+        {
+            tracing::info!(%channel, "the source has given a data channel up");
+            background.stream.shut_down();
         }
     }
 

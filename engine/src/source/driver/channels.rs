@@ -18,10 +18,12 @@ use std::thread::JoinHandle;
 
 /// One data channel of the present epoch.
 pub(super) struct DataChannel {
-    generation: Generation,
-    stream: Stream,
+    pub(super) generation: Generation,
+    pub(super) stream: Stream,
     pub(super) underway: Underway,
     thread: JoinHandle<()>,
+    /// It was shut down because nothing came of it; its thread has not ended yet.
+    pub(super) is_given_up: bool,
 }
 
 impl Driver {
@@ -103,11 +105,14 @@ impl Driver {
         match started {
             Ok(thread) => {
                 let generation = stamp.generation;
-                self.data.insert(channel, DataChannel { generation, stream, underway, thread });
+                let is_given_up = false;
+                let data = DataChannel { generation, stream, underway, thread, is_given_up };
+                self.data.insert(channel, data);
             }
             Err(error) => {
                 tracing::error!(%error, %channel, "a data channel cannot be served");
                 stream.shut_down();
+                self.replace(channel, stamp);
             }
         }
     }
@@ -172,8 +177,8 @@ impl Driver {
         if let Some(serving) = &self.serving {
             serving.signal.look_again();
         }
-        if is_present && self.link.dials() {
-            self.link.data.ended(channel, stamp.epoch);
+        if is_present {
+            self.replace(channel, stamp);
         }
     }
 
