@@ -9,8 +9,11 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use std::io;
 use std::thread::JoinHandle;
 
-/// A callback that makes a record durable; without one, nothing is.
-pub(crate) type Record<R> = Option<Box<dyn FnMut(&R) -> io::Result<()> + Send>>;
+/// A callback that makes a record durable.
+type Callback<R> = Box<dyn FnMut(&R) -> io::Result<()> + Send>;
+
+/// The same; without one, nothing is made durable.
+pub(crate) type Record<R> = Option<Callback<R>>;
 
 /// The ledger of one session.
 pub(crate) struct Ledger<R> {
@@ -73,7 +76,7 @@ impl<R: Copy + Send + 'static> Ledger<R> {
 
 impl<R: Send + 'static> LedgerThread<R> {
     fn start<T: Send + 'static>(
-        mut callback: Box<dyn FnMut(&R) -> io::Result<()> + Send>,
+        mut callback: Callback<R>,
         hook: &ThreadHook,
         outlet: Outlet<T>,
     ) -> io::Result<Self> {

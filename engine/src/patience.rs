@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn patience_is_never_shorter_than_the_silence() {
-        let minute = Duration::from_secs(60);
+        let minute = Duration::from_mins(1);
         let mut patience = Patience::new(minute);
         patience.exhausted();
         patience.rewarded(Duration::ZERO);

@@ -120,8 +120,8 @@ impl SessionLink {
     }
 
     /// Whether this outcome of [`dial`](Self::dial) is still waited for.
-    pub(crate) fn wants(&self, dialed: &Dialed) -> bool {
-        matches!(&self.line, Line::Dials(dialer) if dialer.wants(dialed))
+    pub(crate) fn wants(&self, outcome: &Dialed) -> bool {
+        matches!(&self.line, Line::Dials(dialer) if dialer.wants(outcome))
     }
 
     /// After a pause that grows with each failure.

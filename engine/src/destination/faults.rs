@@ -72,7 +72,7 @@ struct Line {
 struct Asked {
     /// When the first fault was read; `None` if nobody waits.
     since: Option<Instant>,
-    asked: Instant,
+    last: Instant,
     /// When it was asked for first on this request channel.
     first: Instant,
 }
@@ -278,7 +278,7 @@ impl FaultThread {
         // Where another vCPU waits for the same page, it has been asked for already.
         match self.asked.entry(page) {
             Entry::Vacant(vacant) => {
-                vacant.insert(Asked { since: Some(now), asked: now, first: now });
+                vacant.insert(Asked { since: Some(now), last: now, first: now });
                 self.push_request(page);
             }
             Entry::Occupied(mut asked) => drop(asked.get_mut().since.get_or_insert(now)),
@@ -287,7 +287,7 @@ impl FaultThread {
 
     fn want(&mut self, pages: PageRange) {
         let now = Instant::now();
-        let asked = Asked { since: None, asked: now, first: now };
+        let asked = Asked { since: None, last: now, first: now };
         for page in pages.iter() {
             if !self.arrived.pages.planes().is_complete(page) && !self.asked.contains_key(&page) {
                 self.asked.insert(page, asked);

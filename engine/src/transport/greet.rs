@@ -3,7 +3,7 @@
 use super::attempt::Attempt;
 use super::{Address, Plaintext, Stream};
 use crate::sys::socket::Wait;
-use afterimage_protocol::wire::{GREETING_PREFIX, Greeting, Hello, Refusal, WireError};
+use afterimage_protocol::wire::{Channel, GREETING_PREFIX, Greeting, Hello, Refusal, WireError};
 use nix::poll::PollFlags;
 use std::io;
 use std::os::fd::AsFd;
@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 /// a source records its epoch before it says hello, and a disk may be slow. A peer that is out
 /// of reach is noticed sooner, because what is said to it is not acknowledged.
 pub(super) const GREETING_TIME: Duration = Duration::from_secs(5);
+/// The same for data channels, for which nothing is recorded.
+const DATA_GREETING_TIME: Duration = Duration::from_secs(2);
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +44,11 @@ pub(super) fn connect(
     let wrap = |source| ConnectError::Io { address: address.clone(), source };
     let stream = attempt.dial(address, plaintext)?;
     stream.send_all(&Greeting::Hello(hello).encode()).map_err(wrap)?;
-    match hear(&stream, attempt, wrap)? {
+    let time = match hello.channel {
+        Channel::Control => GREETING_TIME,
+        _ => DATA_GREETING_TIME,
+    };
+    match hear(&stream, attempt, Instant::now() + time, wrap)? {
         Greeting::Hello(theirs) => Ok((stream, theirs)),
         Greeting::Refuse(refusal) => Err(ConnectError::Refused(refusal)),
     }
@@ -51,9 +57,9 @@ pub(super) fn connect(
 fn hear(
     stream: &Stream,
     attempt: Attempt<'_>,
+    deadline: Instant,
     wrap: impl Fn(io::Error) -> ConnectError,
 ) -> Result<Greeting, ConnectError> {
-    let deadline = Instant::now() + GREETING_TIME;
     let mut prefix = [0; GREETING_PREFIX];
     receive(stream, &mut prefix, attempt, deadline).map_err(&wrap)?;
     let announced = Greeting::announced(&prefix)?;

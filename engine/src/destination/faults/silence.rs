@@ -80,12 +80,12 @@ impl FaultThread {
         let late: Vec<_> = self
             .asked
             .iter()
-            .filter(|(_, asked)| now.duration_since(asked.asked) >= RETRY_AFTER)
+            .filter(|(_, asked)| now.duration_since(asked.last) >= RETRY_AFTER)
             .map(|(page, _)| *page)
             .collect();
         for page in late {
             if let Some(asked) = self.asked.get_mut(&page) {
-                asked.asked = now;
+                asked.last = now;
             }
             self.arrived.counters.retried.fetch_add(1, Ordering::Relaxed);
             self.push_request(page);
