@@ -126,6 +126,23 @@ fn signal(role: &Role, signal: Signal) {
     kill(Pid::from_raw(role.id() as i32), signal).expect("a child that lives");
 }
 
+/// Stops a child, and waits until each of its threads has stopped.
+fn stop(role: &Role) {
+    signal(role, Signal::SIGSTOP);
+    let threads = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", role.id())).expect("a child");
+        let stat = |task: std::io::Result<std::fs::DirEntry>| {
+            std::fs::read_to_string(task.ok()?.path().join("stat")).ok()
+        };
+        tasks.filter_map(stat).collect::<Vec<_>>()
+    };
+    common::wait_until(
+        "all threads to stop",
+        || format!("{:?}", threads()),
+        || threads().iter().all(|stat| stat.contains(") T ")),
+    );
+}
+
 /// Plays a source that sends only what is asked for.
 #[test]
 fn child_stopped_source() {
@@ -164,7 +181,7 @@ fn a_source_that_was_stopped_for_a_while_goes_on() {
         Toucher::start(move || new.word(page, 0).load(Ordering::Relaxed))
     };
     touch(3).finish("a page", dump);
-    signal(&role, Signal::SIGSTOP);
+    stop(&role);
     let waiting = touch(700);
     events.wait("the silence", dump, |it| *it == DestinationEvent::Disconnected);
     assert!(waiting.is_waiting(), "nobody can have brought it");
@@ -219,7 +236,7 @@ fn a_destination_that_was_stopped_for_a_while_goes_on() {
     let events = EventLog::new(events);
     let dump = || format!("{:?} {:?}", source.stats(), events.rest());
     assert_eq!(role.hear("the guest"), "runs");
-    signal(&role, Signal::SIGSTOP);
+    stop(&role);
     events.wait("the silence", dump, |it| *it == SourceEvent::Disconnected);
     signal(&role, Signal::SIGCONT);
     events.wait("the end", dump, |it| *it == SourceEvent::Finished);
