@@ -43,6 +43,7 @@ mod memory;
 mod mutant;
 mod network;
 mod random;
+mod renew;
 mod source;
 mod world;
 

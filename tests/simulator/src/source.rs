@@ -26,7 +26,7 @@ pub(crate) const PIECE: u64 = 6;
 #[derive(Debug)]
 pub(crate) struct SourceChannel {
     connection: usize,
-    stamp: Stamp,
+    pub(crate) stamp: Stamp,
     pub(crate) in_flight: InFlight,
     /// The same, for the checks.
     shadow: BTreeSet<PageNumber>,
@@ -211,6 +211,9 @@ impl World {
             SourceAction::Acknowledge(runs) => self.source.acknowledge(&runs),
             SourceAction::OpenData { stamp, .. } => self.source.serving = Some(stamp.epoch),
             SourceAction::Event(SourceEvent::Running) => self.source.destination_runs = true,
+            SourceAction::Renew { channel, generation } => {
+                self.renew(Side::Source, channel, generation);
+            }
             SourceAction::HangUp(refusal) => {
                 if let Some(refusal) = refusal {
                     self.send_control_from_source(ControlFrame::Refuse(refusal));
@@ -230,7 +233,7 @@ impl World {
         }
     }
 
-    fn send_control_from_source(&mut self, frame: ControlFrame) {
+    pub(crate) fn send_control_from_source(&mut self, frame: ControlFrame) {
         if let Some(id) = self.source.control {
             let stamp = self.source.session.stamp();
             self.network.send(id, Side::Destination, stamp, Body::Control(frame));
@@ -347,7 +350,7 @@ impl World {
         self.source.channels.insert(channel, data);
     }
 
-    fn lose_source_channel(&mut self, channel: Channel) {
+    pub(crate) fn lose_source_channel(&mut self, channel: Channel) {
         if let Some(mut data) = self.source.channels.remove(&channel) {
             self.network.close(data.connection, Side::Source);
             if !self.breaks(Mutant::RequeueForgotten) {
