@@ -174,7 +174,7 @@ impl FaultThread {
                 again.answers = self.take_answers();
             }
             self.retry_if_due();
-            self.give_up_if_silent();
+            again.answers |= self.give_up_if_silent();
             if again.any() || !self.inbox.is_empty() {
                 // Who has more to read must not keep the other waiting.
                 look = if again.any() { Look::EVERYWHERE } else { Look::NOWHERE };
@@ -275,6 +275,7 @@ impl FaultThread {
 
     fn ask(&mut self, page: PageNumber) {
         let now = Instant::now();
+        self.waits_for_nothing_else();
         // Where another vCPU waits for the same page, it has been asked for already.
         match self.asked.entry(page) {
             Entry::Vacant(vacant) => {
@@ -287,6 +288,7 @@ impl FaultThread {
 
     fn want(&mut self, pages: PageRange) {
         let now = Instant::now();
+        self.waits_for_nothing_else();
         let asked = Asked { since: None, last: now, first: now };
         for page in pages.iter() {
             if !self.arrived.pages.planes().is_complete(page) && !self.asked.contains_key(&page) {

@@ -18,11 +18,12 @@ use crate::reconnect::{Reconnect, is_paused_here};
 use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
 use crate::sys::words::LazyWords;
-use crate::transport::{Accepted, Dialed, Stream, answer_with, refuse};
+use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
-    Book, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord, SourceSession,
+    Book, PersistFailed, SourceAction, SourceEvent as Said, SourceOwnership, SourceRecord,
+    SourceSession,
 };
 use afterimage_protocol::wire::{
     Capabilities, Channel, ControlFrame, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode, Stamp,
@@ -80,6 +81,8 @@ pub(super) struct Driver {
     /// Replaced channels whose threads have not ended.
     retired: Vec<(Channel, DataChannel)>,
     state: Option<Arc<Vec<StateSection>>>,
+    /// The destination has said that the session is over for it.
+    is_dismissed: bool,
     attachments: u64,
     /// How long nothing may come of each background channel.
     patience: BTreeMap<Channel, Patience>,
@@ -118,6 +121,7 @@ impl Driver {
             data: BTreeMap::new(),
             retired: Vec::new(),
             state: None,
+            is_dismissed: false,
             attachments: 0,
             patience: BTreeMap::new(),
             refused: None,
@@ -152,11 +156,18 @@ impl Driver {
             while let Some((channel, epoch)) = self.link.data.due() {
                 self.dial_data(channel, epoch);
             }
-            if self.link.redial_is_due() && !self.session.is_over() {
+            if self.link.redial_is_due() && self.wants_link() {
                 self.session.open();
             }
         }
         self.stop();
+    }
+
+    /// Whether a connection is to be made. A bye may have been lost, and a destination that
+    /// listens cannot ask for it: who has finished comes back until he is told to stay away.
+    pub(super) fn wants_link(&self) -> bool {
+        let has_finished = self.session.record().ownership == SourceOwnership::Finished;
+        !self.session.is_over() || (has_finished && !self.is_dismissed)
     }
 
     fn stop(&mut self) {
@@ -222,15 +233,14 @@ impl Driver {
         }
     }
 
-    fn dialed(
-        &mut self,
-        ours: Hello,
-        outcome: Result<(Stream, Hello), crate::transport::ConnectError>,
-    ) {
+    fn dialed(&mut self, ours: Hello, outcome: Result<(Stream, Hello), ConnectError>) {
         match (ours.channel, outcome) {
             (Channel::Control, Ok((stream, theirs))) => self.greeted(stream, &theirs),
             (Channel::Control, Err(error)) => {
                 self.session.disconnected();
+                if let ConnectError::Refused(refusal) = &error {
+                    self.is_dismissed = refusal.code == RefuseCode::Ended;
+                }
                 let error: &dyn std::error::Error = &error;
                 tracing::info!(error, "no connection to the destination yet");
                 self.link.redial_later();

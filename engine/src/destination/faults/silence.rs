@@ -9,12 +9,18 @@ use std::time::Instant;
 impl FaultThread {
     /// Something is asked for on the line.
     pub(super) fn waits_for_answer(&mut self) {
-        // Whatever was waited for before has been answered in another way.
-        let is_alone = self.asked.len() <= 1;
+        if let Some(line) = &mut self.line {
+            line.waits_since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Something is going to be asked for: if nothing else is, whatever was waited for before
+    /// has come in another way.
+    pub(super) fn waits_for_nothing_else(&mut self) {
         if let Some(line) = &mut self.line
-            && (is_alone || line.waits_since.is_none())
+            && self.asked.is_empty()
         {
-            line.waits_since = Some(Instant::now());
+            line.waits_since = None;
         }
     }
 
@@ -40,13 +46,14 @@ impl FaultThread {
 
     /// Gives the line up if nothing at all has come for too long, though something was asked
     /// for. Its successor is asked for all of it.
-    pub(super) fn give_up_if_silent(&mut self) {
+    /// `true` if there may be more to read.
+    pub(super) fn give_up_if_silent(&mut self) -> bool {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= Instant::now());
         if !is_due(self.gives_up_at()) {
-            return;
+            return false;
         }
         // What lies in the socket counts: this thread may have been kept from its work.
-        self.take_answers();
+        let may_be_more = self.take_answers();
         let planes = self.arrived.pages.planes();
         // Nor does it count what arrived in background.
         self.asked.retain(|page, _| !planes.is_complete(*page));
@@ -58,6 +65,7 @@ impl FaultThread {
             self.patience.exhausted();
             self.lose_line(&io::Error::new(io::ErrorKind::TimedOut, "the source does not answer"));
         }
+        may_be_more
     }
 
     /// Asks again for what was asked for a while ago.

@@ -199,7 +199,7 @@ impl Driver {
             channel.stream.shut_down();
             threads::join(channel.thread);
         }
-        if !self.session.is_over() {
+        if self.wants_link() {
             self.link.redial_later();
         }
     }
