@@ -37,7 +37,7 @@ pub(crate) struct DestinationHost {
     pub(crate) control: Option<usize>,
     /// The data channels' epoch, and how many of each kind.
     serving: Option<(Stamp, u16, u16)>,
-    channels: BTreeMap<Channel, DestinationChannel>,
+    pub(crate) channels: BTreeMap<Channel, DestinationChannel>,
     generations: BTreeMap<Channel, u32>,
     /// The guest has been told to run by this process.
     pub(crate) runs: bool,
