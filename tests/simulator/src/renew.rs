@@ -34,6 +34,7 @@ impl World {
         let generation = self.destination.channels[&channel].stamp.generation;
         self.note(|| format!("destination gives {channel} up"));
         self.lose_destination_channel(channel);
+        self.spread_wakes();
         self.send_control_from_destination(ControlFrame::Renew { channel, generation });
     }
 
