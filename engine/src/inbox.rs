@@ -44,11 +44,18 @@ impl<T> Inbox<T> {
 }
 
 impl<T> Outlet<T> {
+    /// Wakes the receiving thread without a message.
+    pub(crate) fn wake(&self) {
+        if let Err(error) = self.waker.wake() {
+            tracing::error!(%error, "a thread could not be woken");
+        }
+    }
+
     /// Sends a message; `false` if nobody receives any more.
     pub(crate) fn send(&self, message: T) -> bool {
         let is_received = self.sender.send(message).is_ok();
-        if is_received && let Err(error) = self.waker.wake() {
-            tracing::error!(%error, "a thread could not be woken");
+        if is_received {
+            self.wake();
         }
         is_received
     }

@@ -102,8 +102,11 @@
 mod destination;
 mod events;
 mod inbox;
+mod ledger;
+mod patience;
 mod polling;
 mod probe;
+mod reconnect;
 mod session_link;
 mod slots;
 mod source;
@@ -128,6 +131,7 @@ pub use destination::{
 };
 pub use events::{Events, NoEvent};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
+pub use reconnect::Reconnect;
 pub use source::{
     Background, CallError, Checksums, Endpoint, Incarnation, Release, ReleaseError, ReleaseLedger,
     SessionId, SnapshotServer, SnapshotStats, Source, SourceEvent, SourceLedger, SourceMemory,

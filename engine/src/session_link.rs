@@ -1,7 +1,10 @@
 //! The control connection of either side's session thread, and when to make another.
 
 use crate::inbox::Outlet;
-use crate::transport::{Acceptor, ControlConnection, ControlError, Dialer, Received, Stream};
+use crate::transport::{
+    Acceptor, ControlConnection, ControlError, Dialed, Dialer, Received, Stream,
+};
+use afterimage_protocol::session::Pulse;
 use afterimage_protocol::wire::{Channel, ControlFrame, Epoch, Hello, Refusal, RefuseCode, Stamp};
 use mio::{Events, Poll, Token};
 use std::collections::BTreeMap;
@@ -24,6 +27,23 @@ const ROUND: usize = 256;
 const AHEAD: usize = 1 << 20;
 /// A peer that lets so much wait unread is given up.
 const MAX_QUEUED: usize = 16 << 20;
+
+/// The token of heartbeats that the session does not know of.
+const RECORDING: u64 = 0;
+
+/// When this side has to say that it is there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Beat {
+    due: Duration,
+    interval: Duration,
+}
+
+impl Beat {
+    /// Where the session's pulse is.
+    pub(crate) fn after(pulse: &Pulse) -> Self {
+        Self { due: pulse.next(), interval: pulse.interval() }
+    }
+}
 
 /// Frames that are made as they go out.
 pub(crate) type FrameStream = Box<dyn Iterator<Item = ControlFrame> + Send>;
@@ -56,6 +76,8 @@ pub(crate) struct SessionLink {
     origin: Instant,
     pause: Duration,
     redial_at: Option<Instant>,
+    /// By hand: no connection is made or taken.
+    is_paused: bool,
     /// Data channels that are to be made again.
     pub(crate) data: Redials,
     pub(crate) stale: u64,
@@ -74,6 +96,7 @@ impl SessionLink {
             origin: Instant::now(),
             pause: FIRST_PAUSE,
             redial_at: None,
+            is_paused: false,
             data: Redials::default(),
             stale: 0,
         }
@@ -96,12 +119,45 @@ impl SessionLink {
         }
     }
 
+    /// Whether this outcome of [`dial`](Self::dial) is still waited for.
+    pub(crate) fn wants(&self, outcome: &Dialed) -> bool {
+        matches!(&self.line, Line::Dials(dialer) if dialer.wants(outcome))
+    }
+
     /// After a pause that grows with each failure.
     pub(crate) fn redial_later(&mut self) {
-        if self.dials() && self.redial_at.is_none() {
+        if self.dials() && self.redial_at.is_none() && !self.is_paused {
             self.redial_at = Some(Instant::now() + self.pause);
             self.pause = (self.pause * 2).min(LAST_PAUSE);
         }
+    }
+
+    /// Nothing is connected to until [`resume`](Self::resume); what is under way is called off.
+    pub(crate) fn pause(&mut self) {
+        (self.is_paused, self.redial_at) = (true, None);
+        if let Line::Dials(dialer) = &self.line {
+            dialer.forget();
+        }
+    }
+
+    /// Whether nothing shall be connected to, nor accepted.
+    pub(crate) const fn is_paused(&self) -> bool {
+        self.is_paused
+    }
+
+    /// Goes on, on another line if one is given: the old one is given up. A connection is made
+    /// at once, if this side does.
+    pub(crate) fn resume(&mut self, line: Option<Line>) {
+        if let Some(line) = line {
+            self.line = line;
+        }
+        (self.is_paused, self.pause) = (false, FIRST_PAUSE);
+        self.redial_at = self.dials().then(Instant::now);
+    }
+
+    /// Whether there is a greeted control connection.
+    pub(crate) const fn has_connection(&self) -> bool {
+        self.connection.is_some()
     }
 
     /// The sides have agreed: if this connection breaks, the next is made soon.
@@ -134,19 +190,56 @@ impl SessionLink {
         }
     }
 
+    /// While a record is written and the session may not be called: says that this side is
+    /// there when that is due, and waits for news, or until it is due again, or for `most`.
+    /// Nothing is read: what came meanwhile is read before anybody judges the silence.
+    pub(crate) fn stay_alive(
+        &mut self,
+        beat: &mut Option<Beat>,
+        most: Option<Duration>,
+    ) -> io::Result<()> {
+        let now = self.now();
+        if let Some(beat) = beat.as_mut().filter(|beat| beat.due <= now) {
+            beat.due = now + beat.interval;
+            self.send(&ControlFrame::Heartbeat { token: RECORDING });
+        }
+        // A peer that does not read is given up afterwards.
+        let _ = self.flush();
+        // Whatever wakes this wait was meant for the next one too.
+        self.has_more = true;
+        let due = beat.as_ref().map(|beat| beat.due.saturating_sub(now));
+        let timeout = due.into_iter().chain(most).min();
+        match self.poll.poll(&mut self.events, timeout) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            other => other,
+        }
+    }
+
     /// A greeted control connection takes the place of whatever was there.
     pub(crate) fn connected(
         &mut self,
         stream: Stream,
         stamp: Stamp,
         checksums: bool,
+        silence: Duration,
     ) -> io::Result<()> {
         self.disconnect();
+        stream.watch(silence)?;
         let registry = self.poll.registry();
         self.connection =
             Some(ControlConnection::new(stream, stamp, checksums, registry, CONTROL)?);
         self.checksums = checksums;
         Ok(())
+    }
+
+    /// What the sides have agreed on: the kernel may end the connection after this silence.
+    pub(crate) fn watch(&self, silence: Duration) {
+        if let Some(connection) = &self.connection
+            && let Err(error) = connection.watch(silence)
+        {
+            // It may have broken already.
+            tracing::debug!(%error, "the control connection cannot be watched");
+        }
     }
 
     /// Whether frames of this connection carry checksums.

@@ -13,6 +13,8 @@ pub enum ThreadRole {
     Acceptor,
     /// Drives the session: the control channel, ownership, heartbeats.
     Control,
+    /// Makes ownership records durable; started with the first, if there is a ledger.
+    Ledger,
     /// Reads faults and puts in place what was asked for. The latency of a fault hangs on
     /// it.
     Fault,
@@ -29,6 +31,7 @@ impl ThreadRole {
         match self {
             Self::Acceptor => "ai-accept",
             Self::Control => "ai-control",
+            Self::Ledger => "ai-ledger",
             Self::Fault => "ai-fault",
             Self::Request => "ai-request",
             Self::Background => "ai-backgr",

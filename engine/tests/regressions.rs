@@ -3,12 +3,17 @@
 mod common;
 
 use afterimage::{
-    CallError, Destination, DestinationEvent, DiscardNotice, Endpoint, GuestAddress, GuestLayout,
-    PageSize, SessionId, SnapshotServer, StateSection,
+    Address, CallError, Destination, DestinationEvent, DiscardNotice, Endpoint, GuestAddress,
+    GuestLayout, Incarnation, PageSize, SessionId, SnapshotServer, Source, SourceEvent,
+    SourceOwnership, StateSection,
 };
+use afterimage_protocol::bitmap::{Bitmap, Segment};
 use afterimage_protocol::layout::{Backing, Region};
-use afterimage_protocol::wire::{Channel, DataFrame, HEADER_BYTES, Header, Kind as FrameKind};
-use common::peer::{HandSource, content, offer_of, pages};
+use afterimage_protocol::wire::{
+    Attach, Channel, ControlFrame, DataFrame, HEADER_BYTES, Header, Kind as FrameKind, Offer,
+    Phase, Role,
+};
+use common::peer::{HandSource, Wire, content, hello_of, offer_of, pages};
 use common::{Content, EventLog, Kind, Memory, Pair, Setup, Toucher};
 use std::sync::Arc;
 use std::time::Instant;
@@ -141,4 +146,52 @@ fn pages_that_came_twice_and_broke_off_once_are_asked_for() {
         common::wait_until("the pages", dump, || stats().pages_requested == BLOCK);
         assert_eq!(stats().fault_latency.count, 0, "nobody waited for them");
     }
+}
+
+/// A destination that has everything, and whose source connects: up to the begin.
+fn greet_complete(listener: &std::net::TcpListener, incarnation: Incarnation) -> Wire {
+    let (mut wire, theirs) = loop {
+        let mut wire = Wire::over(listener.accept().expect("a source connects").0);
+        let theirs = wire.hear_hello("a source greets");
+        // Those for data are of no use here.
+        if theirs.channel == Channel::Control {
+            break (wire, theirs);
+        }
+    };
+    let mut hello = hello_of(Role::Destination, Channel::Control);
+    (hello.session, hello.incarnation) = (theirs.session, incarnation);
+    assert!(wire.send_hello(hello));
+    let offer = wire.hear_control().said("a source offers");
+    let ControlFrame::Offer(Offer { layout, .. }) = offer else { panic!("{offer:?}") };
+    let range = layout.all_pages();
+    let attach = ControlFrame::Attach(Attach { phase: Phase::Complete, layout });
+    let all = Bitmap::new(range.count);
+    all.set(range, |_| ());
+    let segment = Segment::encode(&all, range);
+    for frame in [attach, ControlFrame::Received { range, segment, last: true }] {
+        assert!(wire.send(&frame.encode(theirs.stamp, false)));
+    }
+    assert_eq!(wire.hear_control().said("a source begins"), ControlFrame::Begin);
+    wire
+}
+
+#[test]
+fn a_source_that_connects_comes_back_until_its_bye_was_heard() {
+    prologue!("a_source_that_connects_comes_back");
+    let old = Memory::new(&[(Kind::Anonymous, MIB)]);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = Address::Tcp(listener.local_addr().expect("bound").to_string());
+    let mut options = common::session::source_options(&Setup::default());
+    let incarnation = Incarnation([3; 16]);
+    options.record.ownership = SourceOwnership::Given;
+    options.record.incarnation = incarnation;
+    let (_source, events) =
+        Source::start(old.as_source(), Endpoint::Connect(address), options).expect("a source");
+    let events = EventLog::new(events);
+    // The first connection breaks before anybody has heard the bye.
+    drop(greet_complete(&listener, incarnation));
+    let mut wire = greet_complete(&listener, incarnation);
+    let bye = wire.hear_control().said("a source says bye");
+    assert_eq!(bye, ControlFrame::Bye);
+    events.wait("the end", String::new, |event| *event == SourceEvent::Finished);
 }

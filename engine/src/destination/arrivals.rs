@@ -32,6 +32,7 @@ pub(crate) struct Arrived {
     said_complete: AtomicBool,
     driver: Outlet<Input>,
     attachments: AtomicU64,
+    is_running: AtomicBool,
 }
 
 /// The same on one connection.
@@ -68,6 +69,7 @@ impl Arrived {
             said_complete: AtomicBool::new(false),
             driver,
             attachments: AtomicU64::new(0),
+            is_running: AtomicBool::new(false),
         }
     }
 
@@ -169,6 +171,15 @@ impl Arrived {
         if self.attachments.fetch_add(1, Ordering::Relaxed) > 0 {
             self.counters.recoveries.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// The guest may run here: the source's memory is final, and every request is answered.
+    pub(super) fn note_running(&self) {
+        self.is_running.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.is_running.load(Ordering::Acquire)
     }
 
     pub(super) fn stats(&self) -> DestinationStats {

@@ -1,24 +1,27 @@
 //! The destination's session thread: carries out what the session says; its data channels are
 //! in `channels`.
 
+mod by_hand;
 mod channels;
 
 use super::arrivals::{Arrivals, Arrived};
 use super::faults::Order;
 use super::pages::InstallError;
-use super::{DestinationEvent, DestinationOptions};
+use super::{DestinationEvent, DestinationLedger, DestinationOptions};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
-use crate::session_link::SessionLink;
+use crate::ledger::Ledger;
+use crate::reconnect::{Reconnect, is_paused_here};
+use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
-use crate::source::StateSection;
+use crate::source::{CallError, Endpoint, StateSection};
 use crate::steps;
 use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::{MAX_SEGMENT_PAGES, Segment};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
-    DestinationAction, DestinationEvent as Said, DestinationRecord, DestinationSession, NotNow,
-    PersistFailed,
+    DestinationAction, DestinationEvent as Said, DestinationRecord, DestinationSession,
+    PersistFailed, Pulse,
 };
 use afterimage_protocol::wire::{
     Capabilities, Channel, ControlFrame, Hello, Refusal, RefuseCode, Stamp,
@@ -36,6 +39,9 @@ use std::time::Duration;
 const ACK_PAUSE: Duration = Duration::from_millis(20);
 /// The most device state that is kept for the VMM.
 const MAX_STATE_BYTES: usize = 1 << 30;
+
+/// Where the outcome of a call goes.
+pub(super) type Reply = Sender<Result<(), CallError>>;
 
 /// What comes to the session thread.
 #[derive(Debug)]
@@ -59,7 +65,11 @@ pub(crate) enum Input {
     /// The fault thread cannot go on.
     FaultsFailed(io::Error),
     /// The VMM has restored the device state.
-    Ready(Sender<Result<(), NotNow>>),
+    Ready(Reply),
+    /// The VMM wants no connection.
+    Pause(Reply),
+    /// The VMM wants a connection again, perhaps somewhere else.
+    Recover(Option<Endpoint>, Reply),
     /// The end.
     Stop,
 }
@@ -72,6 +82,7 @@ pub(super) struct Driver {
     arrived: Arc<Arrived>,
     faults: Outlet<Order>,
     options: DestinationOptions,
+    ledger: Ledger<DestinationRecord>,
     events: EventSender<DestinationEvent>,
     /// The present epoch, once data channels may be opened.
     arrivals: Option<Arrivals>,
@@ -95,10 +106,14 @@ impl Driver {
         outlet: Outlet<Input>,
         arrived: Arc<Arrived>,
         faults: Outlet<Order>,
-        options: DestinationOptions,
+        mut options: DestinationOptions,
         events: EventSender<DestinationEvent>,
     ) -> Self {
+        let volatile = DestinationLedger::volatile();
+        let callback = std::mem::replace(&mut options.ledger, volatile).0;
+        let ledger = Ledger::new(callback, options.threads.clone());
         Self {
+            ledger,
             session,
             link,
             inbox,
@@ -143,9 +158,12 @@ impl Driver {
                 self.take(input);
                 self.act();
             }
+            // What lies in the socket is read before anybody judges how long the peer has been
+            // silent: this thread may have been kept from its work.
+            let looked = self.link.now();
             self.receive();
             self.send_acks();
-            self.session.tick(self.link.now());
+            self.session.tick(looked);
             while let Some((channel, epoch)) = self.link.data.due() {
                 self.dial_data(channel, epoch);
             }
@@ -170,11 +188,16 @@ impl Driver {
 
     fn take(&mut self, input: Input) {
         match input {
+            Input::Accepted(accepted) if self.link.is_paused() && !self.session.is_over() => {
+                refuse(&accepted.stream, is_paused_here());
+            }
             Input::Accepted(accepted) if accepted.hello.channel == Channel::Control => {
                 self.accept_control(&accepted);
             }
             Input::Accepted(Accepted { stream, hello }) => self.accept_data(stream, hello),
-            Input::Dialed(Dialed { hello, outcome }) => self.dialed(hello, outcome),
+            // It may have been under way when something else was wished for.
+            Input::Dialed(dialed) if !self.link.wants(&dialed) => {}
+            Input::Dialed(Dialed { hello, outcome, .. }) => self.dialed(hello, outcome),
             Input::DataEnded { channel, stamp } => self.data_ended(channel, stamp),
             Input::GivenBack(pages) => drop(self.faults.send(Order::Want(pages))),
             Input::AllComplete => self.all_complete(),
@@ -194,9 +217,12 @@ impl Driver {
                 )));
             }
             Input::Ready(reply) => {
-                // The caller may have given up.
-                let _ = reply.send(self.session.ready());
+                let result = self.session.ready().map_err(CallError::from);
+                // The caller may have given up; likewise below.
+                let _ = reply.send(result);
             }
+            Input::Pause(reply) => drop(reply.send(self.pause())),
+            Input::Recover(endpoint, reply) => drop(reply.send(self.recover(endpoint))),
             // Acknowledgements are sent after each round of news; who stops is not here.
             Input::ManyAcks | Input::Stop => {}
         }
@@ -213,6 +239,13 @@ impl Driver {
     fn accept_control(&mut self, accepted: &Accepted) {
         if let Err(refusal) = self.session.admits(&accepted.hello) {
             refuse(&accepted.stream, refusal);
+            return;
+        }
+        if self.options.reconnect == Reconnect::ByHand && self.arrivals.is_some() {
+            // The source has noticed first that the link is lost.
+            self.session.disconnected();
+            self.act();
+            refuse(&accepted.stream, is_paused_here());
             return;
         }
         let hello = self.session.open();
@@ -258,10 +291,16 @@ impl Driver {
         }
         let common = self.options.capabilities().common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
-        if let Err(error) = self.link.connected(stream, self.session.stamp(), checksums) {
+        let (stamp, silence) = (self.session.stamp(), self.silence());
+        if let Err(error) = self.link.connected(stream, stamp, checksums, silence) {
             tracing::warn!(%error, "a control connection cannot be used");
             self.session.disconnected();
         }
+    }
+
+    /// What the sides have agreed on, or what this side begins with.
+    fn silence(&self) -> Duration {
+        self.session.pulse().map_or(self.options.silence, Pulse::silence)
     }
 
     /// Carries out everything the session wants.
@@ -275,6 +314,7 @@ impl Driver {
                 DestinationAction::OpenData { stamp, streams, shards: _ } => {
                     self.open_channels(stamp, streams);
                 }
+                DestinationAction::Renew { channel, generation } => self.renew(channel, generation),
                 DestinationAction::ResetState => {
                     self.state.clear();
                     (self.state_bytes, self.is_section_open) = (0, false);
@@ -294,7 +334,17 @@ impl Driver {
     }
 
     fn persist(&mut self, record: DestinationRecord) {
-        let result = (self.options.ledger.0)(&record).map_err(|error| {
+        let mut beat = self.session.pulse().map(Beat::after);
+        let (ledger, link, arrived) = (&mut self.ledger, &mut self.link, &self.arrived);
+        // The source must not take its streams for dead meanwhile.
+        let acknowledges = self.arrivals.is_some();
+        let meanwhile = || {
+            if acknowledges {
+                push_acks(arrived, link);
+            }
+            link.stay_alive(&mut beat, acknowledges.then_some(ACK_PAUSE))
+        };
+        let result = ledger.record(&record, &self.outlet, meanwhile).map_err(|error| {
             tracing::error!(%error, "the ownership record could not be made durable");
             PersistFailed
         });
@@ -351,12 +401,7 @@ impl Driver {
             self.act();
             return;
         }
-        while self.arrived.has_acks() {
-            let runs = self.arrived.take_acks();
-            if !runs.is_empty() {
-                self.link.send(&ControlFrame::Ack(runs));
-            }
-        }
+        push_acks(&self.arrived, &mut self.link);
         if self.link.flush().is_err() {
             self.session.disconnected();
         }
@@ -388,9 +433,16 @@ impl Driver {
                 self.arrived.note_attached();
                 DestinationEvent::Attached(session)
             }
-            Said::Disconnected => DestinationEvent::Disconnected,
+            Said::Disconnected => {
+                self.events.send(DestinationEvent::Disconnected);
+                self.pause_if_by_hand();
+                return;
+            }
             Said::StateComplete => DestinationEvent::State(std::mem::take(&mut self.state)),
-            Said::Run => DestinationEvent::Run,
+            Said::Run => {
+                self.arrived.note_running();
+                DestinationEvent::Run
+            }
             Said::Refused => DestinationEvent::Refused,
             Said::Fenced => DestinationEvent::Fenced,
             Said::Ended(refusal) => DestinationEvent::Ended(refusal.reason),
@@ -408,5 +460,15 @@ impl Driver {
             }
         };
         self.events.send(event);
+    }
+}
+
+/// Says what has become complete.
+fn push_acks(arrived: &Arrived, link: &mut SessionLink) {
+    while arrived.has_acks() {
+        let runs = arrived.take_acks();
+        if !runs.is_empty() {
+            link.send(&ControlFrame::Ack(runs));
+        }
     }
 }

@@ -6,10 +6,13 @@
 //! asks for all of them again, and so does a timer, because an answer may have been lost
 //! with the channel that carried it (I4).
 
+mod silence;
+
 use super::arrivals::{Arrivals, Arrived};
 use super::driver::Input;
 use super::pages::{FaultAnswer, MissingPage, Urgent};
 use crate::inbox::{Inbox, Outlet};
+use crate::patience::Patience;
 use crate::polling::{AdaptivePolling, Idle};
 use crate::sys::socket::Wait;
 use crate::transport::Stream;
@@ -37,7 +40,9 @@ const EVENT_RETRY: Duration = Duration::from_micros(100);
 #[derive(Debug)]
 pub(super) enum Order {
     /// A new request channel takes the place of the old one.
-    Ask { stream: Stream, arrivals: Arrivals, generation: Generation },
+    Ask { stream: Stream, arrivals: Arrivals, generation: Generation, silence: Duration },
+    /// The source has given this connection up.
+    GiveUp(Generation),
     /// Nobody brings these pages any more, and perhaps nobody waits for them.
     Want(PageRange),
     /// There is no request channel any more.
@@ -55,6 +60,8 @@ struct Line {
     filled: usize,
     /// Whether the other side sends nothing more: the end is behind what can be read.
     has_end: bool,
+    /// Since when something was asked for and nothing has been received.
+    waits_since: Option<Instant>,
 }
 
 /// A page that was asked for.
@@ -62,7 +69,9 @@ struct Line {
 struct Asked {
     /// When the first fault was read; `None` if nobody waits.
     since: Option<Instant>,
-    asked: Instant,
+    last: Instant,
+    /// When it was asked for first on this request channel.
+    first: Instant,
 }
 
 /// A copy that could not be placed because an event is unread.
@@ -100,6 +109,7 @@ pub(super) struct FaultThread {
     faults: Vec<MissingPage>,
     outgoing: Vec<u8>,
     next_retry: Instant,
+    patience: Patience,
 }
 
 impl FaultThread {
@@ -126,6 +136,7 @@ impl FaultThread {
             faults: Vec::new(),
             outgoing: Vec::new(),
             next_retry: Instant::now() + RETRY_AFTER,
+            patience: Patience::new(Duration::ZERO),
         };
         Ok((thread, outlet))
     }
@@ -160,6 +171,7 @@ impl FaultThread {
                 again.answers = self.take_answers();
             }
             self.retry_if_due();
+            again.answers |= self.give_up_if_silent();
             if again.any() || !self.inbox.is_empty() {
                 // Who has more to read must not keep the other waiting.
                 look = if again.any() { Look::EVERYWHERE } else { Look::NOWHERE };
@@ -187,8 +199,14 @@ impl FaultThread {
         while let Some(order) = self.inbox.next() {
             self.polling.busy();
             match order {
-                Order::Ask { stream, arrivals, generation } => {
+                Order::Ask { stream, arrivals, generation, silence } => {
+                    self.patience.begin_with(silence);
                     self.take_line(stream, arrivals, generation);
+                }
+                Order::GiveUp(generation) => {
+                    if self.line.as_ref().is_some_and(|line| line.generation == generation) {
+                        self.lose_line(&io::Error::other("the source has given it up"));
+                    }
                 }
                 Order::Want(pages) => self.want(pages),
                 Order::Wait => self.drop_line(),
@@ -214,7 +232,8 @@ impl FaultThread {
     /// Waits for news, and says where it is.
     fn block(&mut self, events: &mut Events) -> io::Result<Look> {
         let timeout = (!self.asked.is_empty())
-            .then(|| self.next_retry.saturating_duration_since(Instant::now()));
+            .then(|| self.gives_up_at().map_or(self.next_retry, |at| at.min(self.next_retry)))
+            .map(|at| at.saturating_duration_since(Instant::now()));
         // mio tells of readiness once, at its edge. An edge that came while we polled is told
         // now; if what it told of has been read, the kernel does not tell it.
         match self.poll.poll(events, timeout) {
@@ -253,10 +272,11 @@ impl FaultThread {
 
     fn ask(&mut self, page: PageNumber) {
         let now = Instant::now();
+        self.waits_for_nothing_else();
         // Where another vCPU waits for the same page, it has been asked for already.
         match self.asked.entry(page) {
             Entry::Vacant(vacant) => {
-                vacant.insert(Asked { since: Some(now), asked: now });
+                vacant.insert(Asked { since: Some(now), last: now, first: now });
                 self.push_request(page);
             }
             Entry::Occupied(mut asked) => drop(asked.get_mut().since.get_or_insert(now)),
@@ -264,7 +284,9 @@ impl FaultThread {
     }
 
     fn want(&mut self, pages: PageRange) {
-        let asked = Asked { since: None, asked: Instant::now() };
+        let now = Instant::now();
+        self.waits_for_nothing_else();
+        let asked = Asked { since: None, last: now, first: now };
         for page in pages.iter() {
             if !self.arrived.pages.planes().is_complete(page) && !self.asked.contains_key(&page) {
                 self.asked.insert(page, asked);
@@ -281,6 +303,7 @@ impl FaultThread {
                 header = header.sealed([]);
             }
             self.outgoing.extend_from_slice(header.bytes());
+            self.waits_for_answer();
         }
     }
 
@@ -311,12 +334,21 @@ impl FaultThread {
         let largest = arrivals.pages.layout().regions().iter().map(|region| region.page_size);
         let page = largest.max().unwrap_or(PageSize::KIB_4).bytes() as usize;
         let incoming = vec![0; (page + HEADER_BYTES).max(128 << 10)];
-        self.line =
-            Some(Line { stream, arrivals, generation, incoming, filled: 0, has_end: false });
+        self.line = Some(Line {
+            stream,
+            arrivals,
+            generation,
+            incoming,
+            filled: 0,
+            has_end: false,
+            waits_since: None,
+        });
         if let Err(error) = registered {
             self.lose_line(&error);
             return;
         }
+        let now = Instant::now();
+        self.asked.values_mut().for_each(|asked| asked.first = now);
         let pages: Vec<_> = self.asked.keys().copied().collect();
         for page in pages {
             self.push_request(page);
@@ -349,6 +381,7 @@ impl FaultThread {
         let Some(mut line) = self.line.take() else { return false };
         let room = line.incoming.len() - line.filled;
         let received = line.stream.receive(&mut line.incoming[line.filled..], Wait::Never);
+        let has_heard = received.is_ok();
         let (may_be_more, result) = match received {
             Ok(got) => {
                 self.polling.busy();
@@ -361,6 +394,9 @@ impl FaultThread {
             Err(error) => (false, Err(error)),
         };
         self.line = Some(line);
+        if has_heard {
+            self.has_heard();
+        }
         if let Err(error) = result {
             self.lose_line(&error);
         }
@@ -454,37 +490,5 @@ impl FaultThread {
         if let Some(Asked { since: Some(since), .. }) = self.asked.remove(&page) {
             self.arrived.counters.waited(since.elapsed());
         }
-    }
-
-    fn retry_if_due(&mut self) {
-        if self.asked.is_empty() {
-            return;
-        }
-        let now = Instant::now();
-        if now < self.next_retry {
-            return;
-        }
-        self.next_retry = now + RETRY_AFTER;
-        if !self.outgoing.is_empty() {
-            // The source has not taken what it was asked already.
-            return;
-        }
-        let planes = self.arrived.pages.planes();
-        // A page that arrived in background while it was asked for.
-        self.asked.retain(|page, _| !planes.is_complete(*page));
-        let late: Vec<_> = self
-            .asked
-            .iter()
-            .filter(|(_, asked)| now.duration_since(asked.asked) >= RETRY_AFTER)
-            .map(|(page, _)| *page)
-            .collect();
-        for page in late {
-            if let Some(asked) = self.asked.get_mut(&page) {
-                asked.asked = now;
-            }
-            self.arrived.counters.retried.fetch_add(1, Ordering::Relaxed);
-            self.push_request(page);
-        }
-        self.flush();
     }
 }

@@ -5,6 +5,7 @@
 //! bring the pages and tell the source what has arrived.
 
 mod arrivals;
+mod by_hand;
 pub(crate) mod driver;
 mod faults;
 mod kept;
@@ -17,9 +18,11 @@ pub use memory::{DestinationMemory, DestinationRegion, DiscardNotice, MemoryErro
 
 use crate::events::{self, Events};
 use crate::inbox::{Inbox, Outlet};
+use crate::ledger::Record;
+use crate::reconnect::Reconnect;
 use crate::session_link::{INBOX, SessionLink};
 use crate::source::{
-    CallError, Checksums, Endpoint, Incarnation, Record, SessionId, StartError, StateSection,
+    CallError, Checksums, Endpoint, Incarnation, SessionId, StartError, StateSection,
 };
 use crate::stats::DestinationStats;
 use crate::threads::{self, ThreadHook, ThreadRole};
@@ -28,7 +31,7 @@ use afterimage_protocol::layout::{GuestAddress, RegisteredAddress};
 use afterimage_protocol::session::{DestinationConfig, DestinationSession};
 use afterimage_protocol::wire::{Capabilities, Epoch};
 use arrivals::Arrived;
-use driver::{Driver, Input};
+use driver::{Driver, Input, Reply};
 use faults::{FaultThread, Order};
 use mio::Poll;
 use pages::Pages;
@@ -37,8 +40,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Makes a destination's ownership record durable; called on the session thread, which
-/// waits.
+/// Makes a destination's ownership record durable; called on a thread of its own
+/// ([`ThreadRole::Ledger`]). The session waits for it and goes on sending heartbeats; faults
+/// are answered meanwhile.
 pub struct DestinationLedger(pub(crate) Record<DestinationRecord>);
 
 impl DestinationLedger {
@@ -47,14 +51,14 @@ impl DestinationLedger {
     pub fn new(
         function: impl FnMut(&DestinationRecord) -> io::Result<()> + Send + 'static,
     ) -> Self {
-        Self(Box::new(function))
+        Self(Some(Box::new(function)))
     }
 
     /// Remembers nothing. For a destination whose process takes the guest with it when it
     /// dies.
     #[must_use]
-    pub fn volatile() -> Self {
-        Self::new(|_| Ok(()))
+    pub const fn volatile() -> Self {
+        Self(None)
     }
 }
 
@@ -72,6 +76,8 @@ pub struct DestinationOptions {
     pub polling: Duration,
     /// How long the source may be silent before it has said how often it speaks.
     pub silence: Duration,
+    /// What happens when the link is lost.
+    pub reconnect: Reconnect,
     /// Whether frames carry checksums, if the source can do it too.
     pub checksums: Checksums,
     /// Whether memory may travel unencrypted beyond this machine.
@@ -88,7 +94,8 @@ impl Default for DestinationOptions {
     fn default() -> Self {
         Self {
             polling: Duration::from_micros(50),
-            silence: Duration::from_secs(5),
+            silence: Duration::from_millis(800),
+            reconnect: Reconnect::Automatic,
             checksums: Checksums::Off,
             plaintext: Plaintext::LoopbackOnly,
             record: DestinationRecord {
@@ -118,8 +125,12 @@ impl DestinationOptions {
 pub enum DestinationEvent {
     /// A source is connected.
     Attached(SessionId),
-    /// The connection is gone. What has arrived stays; whoever needs another page waits.
+    /// The connection is gone. What has arrived stays; whoever needs another page waits. It is
+    /// made again, unless [`Paused`](Self::Paused) follows.
     Disconnected,
+    /// There is no connection, and none is made or taken until [`Destination::recover`]: by
+    /// [`Destination::pause`], or because the link was lost under [`Reconnect::ByHand`].
+    Paused,
     /// All device state is there. Restore it, then call [`Destination::ready`].
     State(Vec<StateSection>),
     /// The guest may run from now on. Past the point of no return.
@@ -226,11 +237,15 @@ impl Destination {
     /// # Errors
     /// [`CallError`] before [`DestinationEvent::State`], or if the guest will not run here.
     pub fn ready(&self) -> Result<(), CallError> {
+        self.ask(Input::Ready)
+    }
+
+    fn ask(&self, call: impl FnOnce(Reply) -> Input) -> Result<(), CallError> {
         let (reply, answer) = crossbeam_channel::bounded(1);
-        if !self.outlet.send(Input::Ready(reply)) {
+        if !self.outlet.send(call(reply)) {
             return Err(CallError::ShutDown);
         }
-        Ok(answer.recv().map_err(|_| CallError::ShutDown)??)
+        answer.recv().map_err(|_| CallError::ShutDown)?
     }
 
     /// The guest gives up the whole pages in `length` bytes from `start` (balloon, free page

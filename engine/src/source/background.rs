@@ -118,6 +118,7 @@ impl<'s> Streamer<'s> {
             }
             let _sending = taking.sends(self.batch.content());
             self.serving.stand_back();
+            self.underway.leaves();
             let stamp = self.serving.stamp(self.generation);
             self.batch.send(&self.stream, stamp, self.serving.checksums)?;
         }

@@ -1,24 +1,31 @@
 //! The source's session thread: carries out what the session says; its data channels are in
 //! `channels`.
 
+mod by_hand;
 mod channels;
 mod releasing;
+mod stalled;
 
 use super::memory::SourceMemory;
 use super::serving::Serving;
-use super::{SourceEvent, SourceOptions, SourceShared, StateSection};
+use super::{
+    CallError, Endpoint, SourceEvent, SourceLedger, SourceOptions, SourceShared, StateSection,
+};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
-use crate::session_link::SessionLink;
+use crate::ledger::Ledger;
+use crate::patience::Patience;
+use crate::reconnect::{Reconnect, is_paused_here};
+use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
 use crate::steps;
 use crate::sys::words::LazyWords;
-use crate::transport::{Accepted, Dialed, Stream, answer_with, refuse};
+use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
-    Book, LostPages, NotNow, PersistFailed, SourceAction, SourceEvent as Said, SourceRecord,
-    SourceSession,
+    Book, LostPages, PersistFailed, SourceAction, SourceEvent as Said, SourceOwnership,
+    SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
     Capabilities, Channel, ControlFrame, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode, Stamp,
@@ -29,7 +36,7 @@ use releasing::Releasing;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a source that is done waits for the destination to have heard so.
 const LINGER: Duration = Duration::from_secs(1);
@@ -44,7 +51,7 @@ pub(crate) enum Input {
     /// A data channel is at its end.
     DataEnded { channel: Channel, stamp: Stamp },
     /// The VMM calls.
-    Call(Call, Sender<Result<(), NotNow>>),
+    Call(Call, Sender<Result<(), CallError>>),
     /// The end.
     Stop,
 }
@@ -55,6 +62,8 @@ pub(crate) enum Call {
     SwitchOver(Vec<StateSection>),
     Reclaim,
     Fence,
+    Pause,
+    Recover(Option<Endpoint>),
 }
 
 pub(super) struct Driver {
@@ -64,6 +73,7 @@ pub(super) struct Driver {
     outlet: Outlet<Input>,
     memory: Arc<SourceMemory>,
     options: SourceOptions,
+    ledger: Ledger<SourceRecord>,
     shared: Arc<SourceShared>,
     events: EventSender<SourceEvent>,
     /// An accepted control connection that waits for the epoch to be recorded.
@@ -75,7 +85,11 @@ pub(super) struct Driver {
     retired: Vec<(Channel, DataChannel)>,
     releasing: Option<Releasing>,
     state: Option<Arc<Vec<StateSection>>>,
+    /// The destination has said that the session is over for it.
+    is_dismissed: bool,
     attachments: u64,
+    /// How long nothing may come of each background channel.
+    patience: BTreeMap<Channel, Patience>,
     /// What a destination refused for last.
     refused: Option<Refusal>,
 }
@@ -88,11 +102,15 @@ impl Driver {
         inbox: Inbox<Input>,
         outlet: Outlet<Input>,
         memory: Arc<SourceMemory>,
-        options: SourceOptions,
+        mut options: SourceOptions,
         shared: Arc<SourceShared>,
         events: EventSender<SourceEvent>,
     ) -> Self {
+        let volatile = SourceLedger::volatile();
+        let callback = std::mem::replace(&mut options.ledger, volatile).0;
+        let ledger = Ledger::new(callback, options.threads.clone());
         Self {
+            ledger,
             session,
             link,
             inbox,
@@ -108,7 +126,9 @@ impl Driver {
             retired: Vec::new(),
             releasing: None,
             state: None,
+            is_dismissed: false,
             attachments: 0,
+            patience: BTreeMap::new(),
             refused: None,
         }
     }
@@ -132,16 +152,27 @@ impl Driver {
                 self.take(input);
                 self.act();
             }
+            // What lies in the socket is read before anybody judges how long the peer has been
+            // silent: this thread may have been kept from its work.
+            let (looked, looked_at) = (self.link.now(), Instant::now());
             self.receive();
-            self.session.tick(self.link.now());
+            self.give_up_stalled(looked_at);
+            self.session.tick(looked);
             while let Some((channel, epoch)) = self.link.data.due() {
                 self.dial_data(channel, epoch);
             }
-            if self.link.redial_is_due() && !self.session.is_over() {
+            if self.link.redial_is_due() && self.wants_link() {
                 self.session.open();
             }
         }
         self.stop();
+    }
+
+    /// Whether a connection is to be made. A bye may have been lost, and a destination that
+    /// listens cannot ask for it: who has finished comes back until he is told to stay away.
+    pub(super) fn wants_link(&self) -> bool {
+        let has_finished = self.session.record().ownership == SourceOwnership::Finished;
+        !self.session.is_over() || (has_finished && !self.is_dismissed)
     }
 
     fn stop(&mut self) {
@@ -153,11 +184,16 @@ impl Driver {
 
     fn take(&mut self, input: Input) {
         match input {
+            Input::Accepted(accepted) if self.link.is_paused() && !self.session.is_over() => {
+                refuse(&accepted.stream, is_paused_here());
+            }
             Input::Accepted(accepted) if accepted.hello.channel == Channel::Control => {
                 self.accept_control(accepted);
             }
             Input::Accepted(Accepted { stream, hello }) => self.accept_data(stream, hello),
-            Input::Dialed(Dialed { hello, outcome }) => self.dialed(hello, outcome),
+            // It may have been under way when something else was wished for.
+            Input::Dialed(dialed) if !self.link.wants(&dialed) => {}
+            Input::Dialed(Dialed { hello, outcome, .. }) => self.dialed(hello, outcome),
             Input::DataEnded { channel, stamp } => self.data_ended(channel, stamp),
             Input::Call(call, reply) => {
                 let result = self.call(call);
@@ -168,7 +204,7 @@ impl Driver {
         }
     }
 
-    fn call(&mut self, call: Call) -> Result<(), NotNow> {
+    fn call(&mut self, call: Call) -> Result<(), CallError> {
         match call {
             Call::SwitchOver(sections) => {
                 self.session.freeze()?;
@@ -178,14 +214,22 @@ impl Driver {
                 }
                 Ok(())
             }
-            Call::Reclaim => self.session.reclaim(),
-            Call::Fence => self.session.fence(),
+            Call::Reclaim => Ok(self.session.reclaim()?),
+            Call::Fence => Ok(self.session.fence()?),
+            Call::Pause => self.pause(),
+            Call::Recover(endpoint) => self.recover(endpoint),
         }
     }
 
     fn accept_control(&mut self, accepted: Accepted) {
         match self.session.admits(&accepted.hello) {
             Err(refusal) => refuse(&accepted.stream, refusal),
+            // The destination has noticed first that the link is lost.
+            Ok(()) if self.options.reconnect == Reconnect::ByHand && self.serving.is_some() => {
+                self.session.disconnected();
+                self.act();
+                refuse(&accepted.stream, is_paused_here());
+            }
             Ok(()) => {
                 self.arriving = Some(accepted);
                 self.session.open();
@@ -194,15 +238,14 @@ impl Driver {
         }
     }
 
-    fn dialed(
-        &mut self,
-        ours: Hello,
-        outcome: Result<(Stream, Hello), crate::transport::ConnectError>,
-    ) {
+    fn dialed(&mut self, ours: Hello, outcome: Result<(Stream, Hello), ConnectError>) {
         match (ours.channel, outcome) {
             (Channel::Control, Ok((stream, theirs))) => self.greeted(stream, &theirs),
             (Channel::Control, Err(error)) => {
                 self.session.disconnected();
+                if let ConnectError::Refused(refusal) = &error {
+                    self.is_dismissed = refusal.code == RefuseCode::Ended;
+                }
                 let error: &dyn std::error::Error = &error;
                 tracing::info!(error, "no connection to the destination yet");
                 self.link.redial_later();
@@ -226,7 +269,8 @@ impl Driver {
         }
         let common = self.options.capabilities().common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
-        let connected = self.link.connected(stream, self.session.stamp(), checksums);
+        let connected =
+            self.link.connected(stream, self.session.stamp(), checksums, self.options.silence);
         self.shared.set_away(connected.is_err());
         if let Err(error) = connected {
             tracing::warn!(%error, "a control connection cannot be used");
@@ -257,6 +301,7 @@ impl Driver {
                 SourceAction::CompareReleased => self.compare_released(),
                 SourceAction::Release => self.start_releasing(),
                 SourceAction::OpenData { stamp, layout } => self.open_channels(stamp, layout),
+                SourceAction::Renew { channel, generation } => self.renew(channel, generation),
                 SourceAction::DropState => self.state = None,
                 SourceAction::Event(event) => self.tell(event),
                 SourceAction::HangUp(refusal) => self.hang_up(refusal),
@@ -270,7 +315,10 @@ impl Driver {
     }
 
     fn persist(&mut self, record: SourceRecord) {
-        let result = (self.options.ledger.0)(&record).map_err(|error| {
+        let mut beat = self.session.pulse().map(Beat::after);
+        let (ledger, link) = (&mut self.ledger, &mut self.link);
+        let meanwhile = || link.stay_alive(&mut beat, None);
+        let result = ledger.record(&record, &self.outlet, meanwhile).map_err(|error| {
             tracing::error!(%error, "the ownership record could not be made durable");
             PersistFailed
         });
@@ -393,7 +441,11 @@ impl Driver {
                 }
                 SourceEvent::Attached(incarnation)
             }
-            Said::Disconnected => SourceEvent::Disconnected,
+            Said::Disconnected => {
+                self.events.send(SourceEvent::Disconnected);
+                self.pause_if_by_hand();
+                return;
+            }
             Said::Ready => SourceEvent::Ready,
             Said::Given => SourceEvent::Given,
             Said::Running => SourceEvent::Running,

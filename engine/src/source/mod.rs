@@ -1,6 +1,7 @@
 //! The side that has the memory: serves page requests and sends the rest in background.
 
 mod background;
+mod by_hand;
 pub(crate) mod driver;
 mod hands;
 mod memory;
@@ -17,6 +18,8 @@ pub use snapshot::{SnapshotServer, SnapshotStats};
 
 use crate::events::{self, Events};
 use crate::inbox::{Inbox, Outlet};
+use crate::ledger::Record;
+use crate::reconnect::Reconnect;
 use crate::session_link::{INBOX, Line, SessionLink, forward};
 use crate::stats::{SourceCounters, SourceStats};
 use crate::sys::words::LazyWords;
@@ -48,25 +51,24 @@ pub struct StateSection {
     pub bytes: Vec<u8>,
 }
 
-/// Makes a source's ownership record durable; called on the session thread, which waits.
+/// Makes a source's ownership record durable; called on a thread of its own
+/// ([`ThreadRole::Ledger`]). The session waits for it and goes on sending heartbeats; what the
+/// destination asks for is answered meanwhile.
 pub struct SourceLedger(pub(crate) Record<SourceRecord>);
-
-/// A callback that makes a record durable.
-pub(crate) type Record<R> = Box<dyn FnMut(&R) -> io::Result<()> + Send>;
 
 impl SourceLedger {
     /// A ledger that calls `function`, which must return only when the record would survive
     /// a power failure.
     pub fn new(function: impl FnMut(&SourceRecord) -> io::Result<()> + Send + 'static) -> Self {
-        Self(Box::new(function))
+        Self(Some(Box::new(function)))
     }
 
     /// Remembers nothing. For a source whose process takes the guest with it when it dies:
     /// a guest in private memory that has not been given away ends with the process, and
     /// one that has been must not be started from the same image again by anybody.
     #[must_use]
-    pub fn volatile() -> Self {
-        Self::new(|_| Ok(()))
+    pub const fn volatile() -> Self {
+        Self(None)
     }
 }
 
@@ -88,8 +90,12 @@ pub struct SourceOptions {
     pub polling: Duration,
     /// How often a side that has nothing to say says so.
     pub heartbeat: Duration,
-    /// How long a side may be silent before its connection is taken for dead.
+    /// How long a side may be silent before its connection is taken for dead. At the default,
+    /// 800 ms, a link that breaks without a word is noticed within a second; longer than the
+    /// longest time that either side may get no core.
     pub silence: Duration,
+    /// What happens when the link is lost. Sessions of a snapshot server are always automatic.
+    pub reconnect: Reconnect,
     /// Whether frames carry checksums, if the destination can do it too.
     pub checksums: Checksums,
     /// Whether memory may travel unencrypted beyond this machine.
@@ -122,7 +128,8 @@ impl Default for SourceOptions {
             background: Background::default(),
             polling: Duration::from_micros(50),
             heartbeat: Duration::from_millis(200),
-            silence: Duration::from_secs(1),
+            silence: Duration::from_millis(800),
+            reconnect: Reconnect::Automatic,
             checksums: Checksums::Off,
             plaintext: Plaintext::LoopbackOnly,
             record: SourceRecord::new(SessionId(crate::sys::random_id())),
@@ -213,8 +220,12 @@ pub enum StartError {
 pub enum SourceEvent {
     /// A destination is connected and has been accepted.
     Attached(Incarnation),
-    /// The connection is gone; nothing is lost, and it is made again.
+    /// The connection is gone; nothing is lost, and it is made again, unless
+    /// [`Paused`](Self::Paused) follows.
     Disconnected,
+    /// There is no connection, and none is made or taken until [`Source::recover`]: by
+    /// [`Source::pause`], or because the link was lost under [`Reconnect::ByHand`].
+    Paused,
     /// The destination has restored the device state.
     Ready,
     /// The guest was given away: from here this side may not run it.
@@ -253,9 +264,19 @@ pub enum CallError {
         /// Bytes in its name.
         length: usize,
     },
+    /// The endpoint to recover at cannot be used; the one before is as it was.
+    #[error("the new endpoint cannot be used ({0}): free descriptors or threads, then try again")]
+    Endpoint(io::ErrorKind),
     /// The session's thread has ended.
     #[error("the session has been shut down")]
     ShutDown,
+}
+
+impl CallError {
+    pub(crate) fn of_endpoint(error: &io::Error) -> Self {
+        tracing::error!(%error, "the new endpoint cannot be used");
+        Self::Endpoint(error.kind())
+    }
 }
 
 /// Where a session's connections come from.
@@ -483,7 +504,7 @@ impl Source {
         if !self.outlet.send(Input::Call(call, reply)) {
             return Err(CallError::ShutDown);
         }
-        Ok(answer.recv().map_err(|_| CallError::ShutDown)??)
+        answer.recv().map_err(|_| CallError::ShutDown)?
     }
 }
 

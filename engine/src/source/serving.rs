@@ -1,5 +1,9 @@
 //! What the threads of a source share while they serve one connection of a session.
 
+mod underway;
+
+pub(super) use underway::Underway;
+
 use super::SourceShared;
 use super::hands::Hands;
 use super::memory::SourceMemory;
@@ -9,8 +13,8 @@ use crate::source::driver::Input;
 use crate::stats::SourceCounters;
 use crate::sys::words::LazyWords;
 use crate::transport::Stream;
-use afterimage_protocol::layout::{GuestLayout, PageRange};
-use afterimage_protocol::session::{Book, InFlight};
+use afterimage_protocol::layout::GuestLayout;
+use afterimage_protocol::session::Book;
 use afterimage_protocol::wire::{Channel, Epoch, Generation, Stamp};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -212,31 +216,4 @@ impl Serving {
 pub(super) struct ServingOptions {
     pub(super) checksums: bool,
     pub(super) polling: Duration,
-}
-
-/// What one channel has under way, shared with the driver, which settles and requeues it.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Underway(Arc<Mutex<InFlight>>);
-
-impl Underway {
-    fn lock(&self) -> MutexGuard<'_, InFlight> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// These pages are about to be sent.
-    pub(super) fn push(&self, pages: PageRange) {
-        self.lock().push(pages);
-    }
-
-    pub(super) fn is_full(&self) -> bool {
-        self.lock().is_full()
-    }
-
-    pub(super) fn settle(&self, book: &Book<LazyWords>) {
-        self.lock().settle(book);
-    }
-
-    pub(super) fn requeue(&self, book: &Book<LazyWords>) {
-        self.lock().requeue(book);
-    }
 }

@@ -41,7 +41,7 @@ pub(crate) fn suit(role: ThreadRole) -> io::Result<()> {
         ThreadRole::Background | ThreadRole::Release => {
             attributes.policy = libc::SCHED_BATCH as u32;
         }
-        ThreadRole::Acceptor | ThreadRole::Control => return Ok(()),
+        ThreadRole::Acceptor | ThreadRole::Control | ThreadRole::Ledger => return Ok(()),
     }
     attributes.runtime = SHORT_SLICE_NS;
     attributes.flags = 0;

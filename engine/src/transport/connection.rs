@@ -8,6 +8,7 @@ use mio::{Interest, Registry, Token};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 /// What came of reading.
 #[derive(Debug)]
@@ -62,6 +63,11 @@ impl ControlConnection {
             interest: Interest::READABLE,
             is_mute: false,
         })
+    }
+
+    /// As [`Stream::watch`].
+    pub(crate) fn watch(&self, silence: Duration) -> io::Result<()> {
+        self.stream.watch(silence)
     }
 
     /// Queues a frame; [`flush`](Self::flush) sends it.

@@ -1,14 +1,20 @@
 //! Connecting, and the greetings on both ends.
 
+use super::attempt::Attempt;
 use super::{Address, Plaintext, Stream};
-use afterimage_protocol::wire::{GREETING_PREFIX, Greeting, Hello, Refusal, WireError};
+use crate::sys::socket::Wait;
+use afterimage_protocol::wire::{Channel, GREETING_PREFIX, Greeting, Hello, Refusal, WireError};
+use nix::poll::PollFlags;
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-/// How long a peer may take for its greeting, and a connection to come about.
+/// How long a peer may take for its greeting. Longer than a connection may take to come about:
+/// a source records its epoch before it says hello, and a disk may be slow. A peer that is out
+/// of reach is noticed sooner, because what is said to it is not acknowledged.
 pub(super) const GREETING_TIME: Duration = Duration::from_secs(5);
+/// The same for data channels, for which nothing is recorded.
+const DATA_GREETING_TIME: Duration = Duration::from_secs(2);
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -29,55 +35,55 @@ pub(crate) enum ConnectError {
 }
 
 /// Connects, says hello, and hears the peer's.
-pub(crate) fn connect(
+pub(super) fn connect(
     address: &Address,
     plaintext: Plaintext,
     hello: Hello,
+    attempt: Attempt<'_>,
 ) -> Result<(Stream, Hello), ConnectError> {
     let wrap = |source| ConnectError::Io { address: address.clone(), source };
-    let stream = dial(address, plaintext)?;
+    let stream = attempt.dial(address, plaintext)?;
     stream.send_all(&Greeting::Hello(hello).encode()).map_err(wrap)?;
-    match hear(&stream, Instant::now() + GREETING_TIME, wrap)? {
+    let time = match hello.channel {
+        Channel::Control => GREETING_TIME,
+        _ => DATA_GREETING_TIME,
+    };
+    match hear(&stream, attempt, Instant::now() + time, wrap)? {
         Greeting::Hello(theirs) => Ok((stream, theirs)),
         Greeting::Refuse(refusal) => Err(ConnectError::Refused(refusal)),
     }
 }
 
-fn dial(address: &Address, plaintext: Plaintext) -> Result<Stream, ConnectError> {
-    let wrap = |source| ConnectError::Io { address: address.clone(), source };
-    match address {
-        Address::Unix(path) => {
-            let socket = UnixStream::connect(path).map_err(wrap)?;
-            Stream::new(socket.into(), false).map_err(wrap)
-        }
-        Address::Descriptor(_) => Err(ConnectError::Descriptor { address: address.clone() }),
-        Address::Tcp(host) => {
-            let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-            for resolved in host.to_socket_addrs().map_err(wrap)? {
-                if plaintext == Plaintext::LoopbackOnly && !resolved.ip().is_loopback() {
-                    return Err(ConnectError::Plaintext { address: address.clone() });
-                }
-                match TcpStream::connect_timeout(&resolved, GREETING_TIME) {
-                    Ok(socket) => return Stream::new(socket.into(), true).map_err(wrap),
-                    Err(error) => last = error,
-                }
-            }
-            Err(wrap(last))
-        }
-    }
-}
-
 fn hear(
     stream: &Stream,
+    attempt: Attempt<'_>,
     deadline: Instant,
     wrap: impl Fn(io::Error) -> ConnectError,
 ) -> Result<Greeting, ConnectError> {
     let mut prefix = [0; GREETING_PREFIX];
-    stream.receive_until(&mut prefix, deadline).map_err(&wrap)?;
+    receive(stream, &mut prefix, attempt, deadline).map_err(&wrap)?;
     let announced = Greeting::announced(&prefix)?;
     let mut body = vec![0; announced.length()];
-    stream.receive_until(&mut body, deadline).map_err(&wrap)?;
+    receive(stream, &mut body, attempt, deadline).map_err(&wrap)?;
     Ok(Greeting::decode(announced, &body)?)
+}
+
+fn receive(
+    stream: &Stream,
+    into: &mut [u8],
+    attempt: Attempt<'_>,
+    deadline: Instant,
+) -> io::Result<()> {
+    let mut got = 0;
+    while got < into.len() {
+        attempt.wait(stream.as_fd(), PollFlags::POLLIN, deadline)?;
+        match stream.receive(&mut into[got..], Wait::Never) {
+            Ok(bytes) => got += bytes,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Answers a hello.

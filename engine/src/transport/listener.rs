@@ -1,5 +1,6 @@
 //! Listening: a thread that accepts, hears hellos and hands greeted connections on.
 
+use super::attempt::is_listened_at;
 use super::greet::{GREETING_TIME, refuse};
 use super::{Address, Plaintext, Stream};
 use crate::sys::socket::Wait;
@@ -11,7 +12,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,7 +32,23 @@ pub struct Listener {
     fd: OwnedFd,
     address: Address,
     is_tcp: bool,
-    path: Option<PathBuf>,
+    /// Of a Unix socket that was made here.
+    file: Option<SocketFile>,
+}
+
+/// The file of a Unix socket, by which it is known that it is still the same one.
+#[derive(Debug, PartialEq, Eq)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl SocketFile {
+    fn at(path: &Path) -> io::Result<Self> {
+        let found = std::fs::symlink_metadata(path)?;
+        Ok(Self { path: path.to_owned(), device: found.dev(), inode: found.ino() })
+    }
 }
 
 impl Listener {
@@ -55,12 +73,12 @@ impl Listener {
                     ));
                 }
                 let address = Address::Tcp(local.to_string());
-                Ok(Self { fd: socket.into(), address, is_tcp: true, path: None })
+                Ok(Self { fd: socket.into(), address, is_tcp: true, file: None })
             }
             Address::Unix(path) => {
                 let socket = bind_unix(path)?;
-                let path = Some(path.clone());
-                Ok(Self { fd: socket.into(), address: address.clone(), is_tcp: false, path })
+                let file = Some(SocketFile::at(path)?);
+                Ok(Self { fd: socket.into(), address: address.clone(), is_tcp: false, file })
             }
             Address::Descriptor(number) => {
                 // SAFETY: the descriptor is only duplicated; if the number is no open
@@ -68,7 +86,7 @@ impl Listener {
                 let inherited = unsafe { BorrowedFd::borrow_raw(*number) };
                 let fd = inherited.try_clone_to_owned()?;
                 let is_tcp = is_tcp_listener(&fd)?;
-                Ok(Self { fd, address: address.clone(), is_tcp, path: None })
+                Ok(Self { fd, address: address.clone(), is_tcp, file: None })
             }
         }
     }
@@ -82,9 +100,11 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // Somebody may have removed it already.
-            let _ = std::fs::remove_file(path);
+        // Somebody may have removed it, and listen there himself.
+        if let Some(file) = &self.file
+            && SocketFile::at(&file.path).is_ok_and(|present| present == *file)
+        {
+            let _ = std::fs::remove_file(&file.path);
         }
     }
 }
@@ -92,9 +112,7 @@ impl Drop for Listener {
 fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let is_dead = UnixStream::connect(path)
-                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-            if !is_dead {
+            if is_listened_at(path)? {
                 return Err(error);
             }
             std::fs::remove_file(path)?;

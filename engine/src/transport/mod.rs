@@ -6,6 +6,7 @@
 //! strangers, silent peers and crowds end here, in bounded time and memory.
 
 mod address;
+mod attempt;
 mod connection;
 mod dialer;
 mod greet;
@@ -16,7 +17,7 @@ mod stream;
 pub use address::{Address, AddressError, Plaintext};
 pub(crate) use connection::{ControlConnection, ControlError, Received};
 pub(crate) use dialer::{Dialed, Dialer};
-pub(crate) use greet::{ConnectError, answer_with, connect, refuse};
+pub(crate) use greet::{ConnectError, answer_with, refuse};
 pub use listener::Listener;
 pub(crate) use listener::{Accepted, Acceptor};
 pub(crate) use reader::Reader;

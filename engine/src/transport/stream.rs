@@ -1,16 +1,22 @@
 //! One connected socket. It blocks; calls that shall not wait say so.
 
+use super::attempt::CONNECT_TIME;
 use crate::sys::mapping::RawRun;
 use crate::sys::socket::{self, Piece, Wait};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Unsent bytes that a background socket may hold: what is in there cannot be overtaken.
 const NOT_SENT_LOW_WATER: i32 = 128 << 10;
 /// Socket buffers of a background connection.
 const BACKGROUND_BUFFER: i32 = 4 << 20;
+
+/// Unanswered probes after which an idle connection is dead.
+const KEEP_ALIVE_PROBES: i32 = 3;
+/// The longest time between probes that the kernel takes, in seconds.
+const LONGEST_KEEP_ALIVE: f64 = 32_767.0;
 
 /// A connected socket; clones share it.
 #[derive(Clone, Debug)]
@@ -20,22 +26,53 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    /// A connected socket. TCP gets `TCP_NODELAY`.
+    /// A connected socket. TCP gets `TCP_NODELAY`, and is watched as long as greetings are said.
     pub(crate) fn new(fd: OwnedFd, is_tcp: bool) -> io::Result<Self> {
         let stream = Self { fd: Arc::new(fd), is_tcp };
         if is_tcp {
             socket::set_option(stream.as_fd(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
         }
+        stream.watch(CONNECT_TIME)?;
         Ok(stream)
     }
 
-    /// Large buffers, little of it unsent.
-    pub(crate) fn prepare_background(&self) -> io::Result<()> {
+    /// Lets the kernel end the connection if what is sent is not acknowledged, or not taken,
+    /// for `silence`; if nothing is sent, if the peer's kernel is not heard for a few times
+    /// that, in whole seconds. Only TCP can lose its peer without a word.
+    pub(crate) fn watch(&self, silence: Duration) -> io::Result<()> {
+        let millis = i32::try_from(silence.as_millis()).unwrap_or(i32::MAX);
+        self.keep_alive(silence)?;
+        self.set_tcp(libc::TCP_USER_TIMEOUT, millis)
+    }
+
+    fn keep_alive(&self, silence: Duration) -> io::Result<()> {
+        if !self.is_tcp {
+            return Ok(());
+        }
+        let seconds = silence.as_secs_f64().ceil().clamp(1.0, LONGEST_KEEP_ALIVE) as i32;
+        socket::set_option(self.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+        self.set_tcp(libc::TCP_KEEPIDLE, seconds)?;
+        self.set_tcp(libc::TCP_KEEPINTVL, seconds)?;
+        self.set_tcp(libc::TCP_KEEPCNT, KEEP_ALIVE_PROBES)
+    }
+
+    fn set_tcp(&self, name: i32, value: i32) -> io::Result<()> {
+        if !self.is_tcp {
+            return Ok(());
+        }
+        socket::set_option(self.as_fd(), libc::IPPROTO_TCP, name, value)
+    }
+
+    /// Large buffers, little of it unsent. `TCP_USER_TIMEOUT` would end a connection whose
+    /// receiver has no room for so long, and a background stream may well be kept waiting: it
+    /// is watched by its acknowledgements instead.
+    pub(crate) fn prepare_background(&self, silence: Duration) -> io::Result<()> {
         let fd = self.as_fd();
+        self.keep_alive(silence)?;
+        self.set_tcp(libc::TCP_USER_TIMEOUT, 0)?;
         socket::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, BACKGROUND_BUFFER)?;
         if self.is_tcp {
-            let (level, name) = (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT);
-            socket::set_option(fd, level, name, NOT_SENT_LOW_WATER)?;
+            self.set_tcp(libc::TCP_NOTSENT_LOWAT, NOT_SENT_LOW_WATER)?;
         } else {
             // Everything a Unix socket holds is at the receiver already.
             socket::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, NOT_SENT_LOW_WATER * 2)?;
@@ -94,31 +131,6 @@ impl Stream {
             let most = bin.len().min(bytes as usize);
             bytes -= self.receive(&mut bin[..most], Wait::Block)? as u64;
         }
-        Ok(())
-    }
-
-    /// Fills `into`, but only until `deadline`.
-    pub(crate) fn receive_until(&self, into: &mut [u8], deadline: Instant) -> io::Result<()> {
-        let mut got = 0;
-        while got < into.len() {
-            self.wait_readable(deadline.saturating_duration_since(Instant::now()))?;
-            match self.receive(&mut into[got..], Wait::Never) {
-                Ok(bytes) => got += bytes,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    fn wait_readable(&self, timeout: Duration) -> io::Result<()> {
-        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        let millis = timeout.as_millis().min(60_000) as u16;
-        if millis == 0 {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::from(millis))?;
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use super::{Pair, Random, Setup};
 use afterimage::Address;
 use afterimage_protocol::wire::{Channel, GREETING_PREFIX, Greeting};
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -21,6 +22,16 @@ pub enum Cut {
     HalfClose = 2,
     /// What is sent vanishes for a while, then both ends get a reset.
     BlackHole = 3,
+    /// What is sent vanishes for good, and nobody is told.
+    Vanish = 4,
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From whoever connected.
+    Forth,
+    Back,
 }
 
 impl Cut {
@@ -29,10 +40,15 @@ impl Cut {
     }
 }
 
+/// Bytes of a hello, which have passed before a connection is carried.
+pub const GREETING_BYTES: u64 = 72;
+
 struct Link {
     channel: Channel,
     cut: AtomicU8,
     is_over: AtomicBool,
+    /// It is reset once so many bytes have passed this way.
+    allowance: Option<(Way, u64)>,
 }
 
 struct Shared {
@@ -40,6 +56,10 @@ struct Shared {
     links: Mutex<Vec<Arc<Link>>>,
     stop: AtomicBool,
     bytes: AtomicU64,
+    resets: AtomicU64,
+    seen: Mutex<Vec<Channel>>,
+    /// For the next control connections.
+    allowances: Mutex<VecDeque<(Way, u64)>>,
     /// Background streams stand still once so many bytes have passed.
     limit: AtomicU64,
 }
@@ -61,6 +81,9 @@ impl Proxy {
             links: Mutex::default(),
             stop: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
+            resets: AtomicU64::new(0),
+            seen: Mutex::default(),
+            allowances: Mutex::default(),
             limit: AtomicU64::new(u64::MAX),
         });
         let for_thread = Arc::clone(&shared);
@@ -118,6 +141,22 @@ impl Proxy {
         cut.all(|link| link.is_over.load(Ordering::Acquire))
     }
 
+    /// The next control connection is reset once so many bytes have passed one way.
+    pub fn reset_next(&self, way: Way, bytes: u64) {
+        self.shared.allowances.lock().expect("not poisoned").push_back((way, bytes));
+    }
+
+    /// How many connections [`reset_next`](Self::reset_next) has reset.
+    pub fn resets(&self) -> u64 {
+        self.shared.resets.load(Ordering::Acquire)
+    }
+
+    /// How many connections there have been of these channels.
+    pub fn seen(&self, is_wanted: impl Fn(Channel) -> bool) -> usize {
+        let seen = self.shared.seen.lock().expect("not poisoned");
+        seen.iter().filter(|channel| is_wanted(**channel)).count()
+    }
+
     /// How many connections are open.
     pub fn open(&self, is_wanted: impl Fn(Channel) -> bool) -> usize {
         let links = self.shared.links.lock().expect("not poisoned");
@@ -147,6 +186,11 @@ impl Shared {
         let greeting = Greeting::decode(announced, &body).map_err(std::io::Error::other)?;
         let Greeting::Hello(hello) = greeting else { return Ok(()) };
         let mut server = TcpStream::connect(&self.target)?;
+        self.seen.lock().expect("not poisoned").push(hello.channel);
+        let mut allowance = None;
+        if hello.channel == Channel::Control {
+            allowance = self.allowances.lock().expect("not poisoned").pop_front();
+        }
         server.write_all(&prefix)?;
         server.write_all(&body)?;
         for socket in [&client, &server] {
@@ -159,14 +203,15 @@ impl Shared {
             channel: hello.channel,
             cut: AtomicU8::new(0),
             is_over: AtomicBool::new(false),
+            allowance,
         });
         self.links.lock().expect("not poisoned").push(Arc::clone(&link));
         let back = {
             let (shared, link) = (Arc::clone(self), Arc::clone(&link));
             let (from, to) = (server.try_clone()?, client.try_clone()?);
-            thread::spawn(move || shared.pump(&link, from, to, true))
+            thread::spawn(move || shared.pump(&link, from, to, Way::Back))
         };
-        self.pump(&link, client.try_clone()?, server.try_clone()?, false);
+        self.pump(&link, client.try_clone()?, server.try_clone()?, Way::Forth);
         // The other half ends at its next look.
         let _ = back.join();
         link.is_over.store(true, Ordering::Release);
@@ -180,20 +225,23 @@ impl Shared {
         Ok(())
     }
 
-    fn pump(&self, link: &Link, mut from: TcpStream, mut to: TcpStream, is_back: bool) {
+    fn pump(&self, link: &Link, mut from: TcpStream, mut to: TcpStream, way: Way) {
         let mut buffer = vec![0; 64 << 10];
         let mut grace = 20;
+        let greeted = if way == Way::Forth { GREETING_BYTES } else { 0 };
+        let mut left = link.allowance.filter(|(at, _)| *at == way).map(|(_, all)| all - greeted);
         loop {
             match link.cut.load(Ordering::Acquire) {
                 0 => {}
                 cut if cut == Cut::HalfClose as u8 => {
-                    if is_back {
+                    if way == Way::Back {
                         let _ = to.shutdown(Shutdown::Write);
                         return;
                     }
                     grace -= 1;
                 }
                 cut if cut == Cut::BlackHole as u8 => grace -= 1,
+                cut if cut == Cut::Vanish as u8 => {}
                 _ => return,
             }
             if grace == 0 || link.is_over.load(Ordering::Acquire) {
@@ -217,10 +265,13 @@ impl Shared {
                     return;
                 }
             };
-            if link.cut.load(Ordering::Acquire) == Cut::BlackHole as u8 {
+            let cut = link.cut.load(Ordering::Acquire);
+            if cut == Cut::BlackHole as u8 || cut == Cut::Vanish as u8 {
                 continue;
             }
-            let mut rest = &buffer[..got];
+            let passing = left.map_or(got, |left| got.min(left as usize));
+            left = left.map(|left| left - passing as u64);
+            let mut rest = &buffer[..passing];
             while !rest.is_empty() {
                 match to.write(rest) {
                     Ok(sent) => {
@@ -237,6 +288,11 @@ impl Shared {
                         return;
                     }
                 }
+            }
+            if left == Some(0) {
+                self.resets.fetch_add(1, Ordering::AcqRel);
+                link.cut.store(Cut::Reset as u8, Ordering::Release);
+                return;
             }
         }
     }

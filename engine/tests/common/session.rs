@@ -137,6 +137,7 @@ pub fn source_options(setup: &Setup) -> SourceOptions {
 pub fn destination_options(setup: &Setup) -> DestinationOptions {
     let mut options = DestinationOptions::default();
     options.checksums = setup.checksums;
+    options.silence = std::time::Duration::from_secs(4);
     options
 }
 

@@ -24,7 +24,7 @@ const RETRY: u64 = 150;
 #[derive(Debug)]
 pub(crate) struct DestinationChannel {
     connection: usize,
-    stamp: Stamp,
+    pub(crate) stamp: Stamp,
     piece: Option<Piece>,
 }
 
@@ -37,7 +37,7 @@ pub(crate) struct DestinationHost {
     pub(crate) control: Option<usize>,
     /// The data channels' epoch, and how many of each kind.
     serving: Option<(Stamp, u16, u16)>,
-    channels: BTreeMap<Channel, DestinationChannel>,
+    pub(crate) channels: BTreeMap<Channel, DestinationChannel>,
     generations: BTreeMap<Channel, u32>,
     /// The guest has been told to run by this process.
     pub(crate) runs: bool,
@@ -145,6 +145,9 @@ impl World {
             DestinationAction::Event(DestinationEvent::Fenced | DestinationEvent::Ended(_)) => {
                 self.destination.runs = false;
             }
+            DestinationAction::Renew { channel, generation } => {
+                self.renew(Side::Destination, channel, generation);
+            }
             DestinationAction::HangUp(refusal) => {
                 if let Some(refusal) = refusal {
                     self.send_control_from_destination(ControlFrame::Refuse(refusal));
@@ -165,7 +168,7 @@ impl World {
         }
     }
 
-    fn send_control_from_destination(&mut self, frame: ControlFrame) {
+    pub(crate) fn send_control_from_destination(&mut self, frame: ControlFrame) {
         if let Some(id) = self.destination.control {
             let stamp = self.destination.session.stamp();
             self.network.send(id, Side::Source, stamp, Body::Control(frame));
@@ -223,7 +226,7 @@ impl World {
         }
     }
 
-    fn lose_destination_channel(&mut self, channel: Channel) {
+    pub(crate) fn lose_destination_channel(&mut self, channel: Channel) {
         if let Some(data) = self.destination.channels.remove(&channel) {
             self.network.close(data.connection, Side::Destination);
             if let Some(piece) = data.piece {

@@ -44,6 +44,7 @@ mod mutant;
 mod network;
 mod random;
 mod release;
+mod renew;
 mod source;
 mod world;
 

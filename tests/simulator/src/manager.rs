@@ -192,6 +192,9 @@ impl World {
                 }
             }
         }
+        if self.random.chance(self.plan.breaks_per_mille) {
+            self.give_up_a_channel();
+        }
         if self.random.chance(self.plan.crashes_per_mille) {
             if self.random.chance(500) && self.source.is_alive {
                 self.power_off(Side::Source);

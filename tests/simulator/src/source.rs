@@ -26,7 +26,7 @@ pub(crate) const PIECE: u64 = 6;
 #[derive(Debug)]
 pub(crate) struct SourceChannel {
     connection: usize,
-    stamp: Stamp,
+    pub(crate) stamp: Stamp,
     pub(crate) in_flight: InFlight,
     /// The same, for the checks.
     shadow: BTreeSet<PageNumber>,
@@ -217,6 +217,9 @@ impl World {
             SourceAction::Event(SourceEvent::Running) => self.source.destination_runs = true,
             SourceAction::CompareReleased => self.compare_released(),
             SourceAction::Release => self.source.may_release = true,
+            SourceAction::Renew { channel, generation } => {
+                self.renew(Side::Source, channel, generation);
+            }
             SourceAction::HangUp(refusal) => {
                 self.source.may_release = false;
                 if let Some(refusal) = refusal {
@@ -237,7 +240,7 @@ impl World {
         }
     }
 
-    fn send_control_from_source(&mut self, frame: ControlFrame) {
+    pub(crate) fn send_control_from_source(&mut self, frame: ControlFrame) {
         if let Some(id) = self.source.control {
             let stamp = self.source.session.stamp();
             self.network.send(id, Side::Destination, stamp, Body::Control(frame));
@@ -354,7 +357,7 @@ impl World {
         self.source.channels.insert(channel, data);
     }
 
-    fn lose_source_channel(&mut self, channel: Channel) {
+    pub(crate) fn lose_source_channel(&mut self, channel: Channel) {
         if let Some(mut data) = self.source.channels.remove(&channel) {
             self.network.close(data.connection, Side::Source);
             if !self.breaks(Mutant::RequeueForgotten) {

@@ -145,7 +145,7 @@ pub struct Options {
     pub heartbeat: Duration,
 
     /// After how much silence a connection is taken for dead, and made again
-    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "800ms", value_parser = parse_time)]
     pub silence: Duration,
 
     /// Print one JSON object to the standard output at the end

@@ -197,6 +197,12 @@ impl InFlight {
         self.runs.len()
     }
 
+    /// The first page that is under way.
+    #[must_use]
+    pub fn first(&self) -> Option<PageNumber> {
+        self.runs.front().map(|run| run.start)
+    }
+
     /// Whether nothing is under way.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -18,8 +18,10 @@
 //! A destination also records, before it attaches, whose session its memory belongs to and
 //! in which epoch; a source, before each hello, its epoch, and that it has the guest back
 //! before the guest may run, even if it was never given. While a record is being written a
-//! session says nothing, not even heartbeats: the silence agreed on must be longer than the
-//! slowest write.
+//! session says nothing and is not called. A driver sends heartbeats of its own meanwhile, or a
+//! write that takes longer than the silence agreed on would cost the connection; and it calls
+//! [`tick`](SourceSession::tick) with the time at which it last began to read, so that what lies
+//! in the socket counts before the silence does.
 //!
 //! A source that is to free what has arrived ([`Releasing::AfterRunning`]) records
 //! [`SourcePages::Released`] before the first page is freed, and only once the destination is

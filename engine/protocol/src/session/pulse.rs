@@ -50,6 +50,18 @@ impl Pulse {
         Due::Nothing
     }
 
+    /// How often this side speaks if it has nothing to say.
+    #[must_use]
+    pub const fn interval(&self) -> Duration {
+        self.interval
+    }
+
+    /// How long the other side may say nothing.
+    #[must_use]
+    pub const fn silence(&self) -> Duration {
+        self.silence
+    }
+
     /// When something will be due next, if nothing is heard until then.
     #[must_use]
     pub fn next(&self) -> Duration {

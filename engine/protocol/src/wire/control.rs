@@ -1,11 +1,14 @@
 //! Frames on the control channel.
 
 use super::payload::{
-    bad_length, check_ack, check_layout, check_offer, check_received, check_section, decode_ack,
-    decode_attach, decode_offer, decode_received, decode_section, encode_layout, encode_offer,
-    misplaced, payload_limit,
+    bad_length, check_ack, check_layout, check_offer, check_received, check_renew, check_section,
+    decode_ack, decode_attach, decode_offer, decode_received, decode_renew, decode_section,
+    encode_layout, encode_offer, misplaced, payload_limit,
 };
-use super::{FLAG_LAST, Header, Kind, MAX_CONTROL_PAYLOAD, Refusal, Stamp, WireError};
+use super::{
+    Channel, FLAG_LAST, FLAG_OPTIONAL, Generation, Header, Kind, MAX_CONTROL_PAYLOAD, Refusal,
+    Stamp, WireError,
+};
 use crate::bitmap::Segment;
 use crate::layout::{GuestLayout, PageRange};
 
@@ -153,6 +156,14 @@ pub enum ControlFrame {
     TakeBackDenied,
     /// Either way: it hangs up, and why.
     Refuse(Refusal),
+    /// Either way: the sender has given this connection up, which the peer may not have
+    /// noticed. Whoever connects makes the next one.
+    Renew {
+        /// Not the control channel.
+        channel: Channel,
+        /// The connection's.
+        generation: Generation,
+    },
 }
 
 impl ControlFrame {
@@ -178,6 +189,7 @@ impl ControlFrame {
             Self::TakeBackAgreed => Kind::TakeBackAgreed,
             Self::TakeBackDenied => Kind::TakeBackDenied,
             Self::Refuse(_) => Kind::Refuse,
+            Self::Renew { .. } => Kind::Renew,
         }
     }
 
@@ -194,6 +206,7 @@ impl ControlFrame {
             Self::Received { range, segment, .. } => check_received(*range, segment),
             Self::Section { name, bytes, .. } => check_section(name, bytes),
             Self::Ack(runs) => check_ack(runs),
+            Self::Renew { channel, .. } => check_renew(*channel),
             _ => Ok(()),
         }
     }
@@ -245,6 +258,11 @@ impl ControlFrame {
             }
             Self::Heartbeat { token } | Self::HeartbeatReply { token } => page = *token,
             Self::Refuse(refusal) => refusal.encode(&mut payload),
+            Self::Renew { channel, generation } => {
+                let (number, slot) = channel.numbers();
+                (page, count) = (u64::from(slot) << 8 | u64::from(number), generation.0);
+                flags = FLAG_OPTIONAL;
+            }
             _ => {}
         }
         let mut header = Header::new(self.kind(), stamp, page, count)
@@ -308,6 +326,7 @@ impl ControlFrame {
             Kind::TakeBack => Self::TakeBack,
             Kind::TakeBackAgreed => Self::TakeBackAgreed,
             Kind::TakeBackDenied => Self::TakeBackDenied,
+            Kind::Renew => decode_renew(header)?,
             Kind::PageRequest | Kind::PageContent | Kind::PageZero | Kind::PageUnreadable => {
                 return Err(misplaced(kind));
             }

@@ -90,7 +90,7 @@ impl Channel {
         }
     }
 
-    const fn numbers(self) -> (u8, u16) {
+    pub(super) const fn numbers(self) -> (u8, u16) {
         match self {
             Self::Control => (1, 0),
             Self::Request(slot) => (2, slot),
@@ -98,7 +98,7 @@ impl Channel {
         }
     }
 
-    const fn from_numbers(kind: u8, slot: u16) -> Option<Self> {
+    pub(super) const fn from_numbers(kind: u8, slot: u16) -> Option<Self> {
         match (kind, slot) {
             (1, 0) => Some(Self::Control),
             (2, slot) if slot < MAX_SHARDS => Some(Self::Request(slot)),

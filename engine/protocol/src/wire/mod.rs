@@ -84,10 +84,11 @@ pub enum Kind {
     TakeBackAgreed = 31,
     TakeBackDenied = 32,
     Refuse = 33,
+    Renew = 34,
 }
 
 impl Kind {
-    const ALL: [Self; 22] = [
+    const ALL: [Self; 23] = [
         Self::PageRequest,
         Self::PageContent,
         Self::PageZero,
@@ -110,6 +111,7 @@ impl Kind {
         Self::TakeBackAgreed,
         Self::TakeBackDenied,
         Self::Refuse,
+        Self::Renew,
     ];
 
     /// The kind with this number, if there is one.

@@ -4,7 +4,7 @@ use super::control::{
     Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTION_NAME,
     MAX_SHARDS, MAX_STREAMS, Offer, Phase, SessionKind,
 };
-use super::{Header, Kind, Refusal, WireError};
+use super::{Channel, Generation, Header, Kind, Refusal, WireError};
 use crate::bitmap::{MAX_SEGMENT_PAGES, Segment};
 use crate::layout::{Backing, GuestAddress, GuestLayout, PageNumber, PageRange, PageSize, Region};
 
@@ -116,6 +116,26 @@ pub(super) fn bad_length(kind: Kind, payload: &[u8], expected: usize) -> WireErr
         length: payload.len() as u64,
         expected: expected as u64,
     }
+}
+
+pub(super) fn check_renew(channel: Channel) -> Result<(), WireError> {
+    let (number, slot) = channel.numbers();
+    match Channel::from_numbers(number, slot) {
+        Some(Channel::Request(_) | Channel::Background(_)) => Ok(()),
+        _ => Err(bad_value(Kind::Renew, "channel", renewed(number, slot))),
+    }
+}
+
+fn renewed(number: u8, slot: u16) -> u64 {
+    u64::from(slot) << 8 | u64::from(number)
+}
+
+pub(super) fn decode_renew(header: &Header) -> Result<ControlFrame, WireError> {
+    let page = header.page();
+    let bad = || bad_value(Kind::Renew, "channel", page);
+    let slot = u16::try_from(page >> 8).map_err(|_| bad())?;
+    let channel = Channel::from_numbers(page as u8, slot).ok_or_else(bad)?;
+    Ok(ControlFrame::Renew { channel, generation: Generation(header.count()) })
 }
 
 fn bad_value(kind: Kind, field: &'static str, value: impl Into<u64>) -> WireError {

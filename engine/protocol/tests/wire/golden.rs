@@ -179,6 +179,10 @@ fn control_frames() -> Vec<(&'static str, ControlFrame)> {
             "refuse_released",
             ControlFrame::Refuse(Refusal::new(RefuseCode::Released, "3 pages are lost")),
         ),
+        (
+            "renew",
+            ControlFrame::Renew { channel: Channel::Background(15), generation: Generation(9) },
+        ),
     ]
 }
 

@@ -259,6 +259,10 @@ fn frame() -> impl Strategy<Value = ControlFrame> {
         any::<u64>().prop_map(|token| ControlFrame::Heartbeat { token }),
         any::<u64>().prop_map(|token| ControlFrame::HeartbeatReply { token }),
         refusal().prop_map(ControlFrame::Refuse),
+        (0..16_u16, any::<bool>(), any::<u32>()).prop_map(|(slot, asks, generation)| {
+            let channel = if asks { Channel::Request(slot) } else { Channel::Background(slot) };
+            ControlFrame::Renew { channel, generation: Generation(generation) }
+        }),
         plain,
     ]
 }

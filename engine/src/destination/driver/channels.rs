@@ -24,6 +24,7 @@ pub(super) struct Background {
 impl Driver {
     pub(super) fn open_channels(&mut self, stamp: Stamp, streams: u16) {
         self.arrivals = Some(self.arrived.on(stamp.epoch, self.link.checksums()));
+        self.link.watch(self.silence());
         let background = (0..streams).map(Channel::Background);
         self.slots.open(stamp.epoch, std::iter::once(Channel::Request(0)).chain(background));
         if self.link.dials() {
@@ -75,9 +76,13 @@ impl Driver {
             return;
         };
         self.link.data.opened(channel);
+        if let Err(error) = stream.watch(self.silence()) {
+            tracing::debug!(%error, %channel, "a data channel cannot be watched");
+        }
         let generation = stamp.generation;
         if matches!(channel, Channel::Request(_)) {
-            self.faults.send(Order::Ask { stream, arrivals, generation });
+            let silence = self.silence();
+            self.faults.send(Order::Ask { stream, arrivals, generation, silence });
             return;
         }
         if let Some(old) = self.background.remove(&channel) {
@@ -92,6 +97,7 @@ impl Driver {
             Err(error) => {
                 tracing::error!(%error, %channel, "a data channel cannot be received");
                 stream.shut_down();
+                self.replace(channel, stamp);
             }
         }
     }
@@ -104,7 +110,7 @@ impl Driver {
         generation: Generation,
     ) -> io::Result<JoinHandle<()>> {
         let stream = stream.clone();
-        stream.prepare_background()?;
+        stream.prepare_background(self.silence())?;
         let driver = self.outlet.clone();
         let slot = match channel {
             Channel::Background(slot) => usize::from(slot),
@@ -135,8 +141,31 @@ impl Driver {
         } else if !self.slots.is_newest(channel, stamp) {
             return;
         }
-        if self.link.dials() && !self.session.is_over() {
+        if !self.session.is_over() {
+            self.replace(channel, stamp);
+        }
+    }
+
+    /// A channel has ended, or could not be used: another one is made.
+    fn replace(&mut self, channel: Channel, stamp: Stamp) {
+        if self.link.dials() {
             self.link.data.ended(channel, stamp.epoch);
+        } else {
+            // The source may not have noticed.
+            let generation = stamp.generation;
+            self.link.send(&ControlFrame::Renew { channel, generation });
+        }
+    }
+
+    /// The source has given a channel up.
+    pub(super) fn renew(&self, channel: Channel, generation: Generation) {
+        if matches!(channel, Channel::Request(_)) {
+            self.faults.send(Order::GiveUp(generation));
+        } else if let Some(background) = self.background.get(&channel)
+            && background.generation == generation
+        {
+            tracing::info!(%channel, "the source has given a data channel up");
+            background.stream.shut_down();
         }
     }
 

@@ -18,10 +18,12 @@ use std::thread::JoinHandle;
 
 /// One data channel of the present epoch.
 pub(super) struct DataChannel {
-    generation: Generation,
-    stream: Stream,
+    pub(super) generation: Generation,
+    pub(super) stream: Stream,
     pub(super) underway: Underway,
     thread: JoinHandle<()>,
+    /// It was shut down because nothing came of it; its thread has not ended yet.
+    pub(super) is_given_up: bool,
 }
 
 impl Driver {
@@ -103,11 +105,14 @@ impl Driver {
         match started {
             Ok(thread) => {
                 let generation = stamp.generation;
-                self.data.insert(channel, DataChannel { generation, stream, underway, thread });
+                let is_given_up = false;
+                let data = DataChannel { generation, stream, underway, thread, is_given_up };
+                self.data.insert(channel, data);
             }
             Err(error) => {
                 tracing::error!(%error, %channel, "a data channel cannot be served");
                 stream.shut_down();
+                self.replace(channel, stamp);
             }
         }
     }
@@ -124,10 +129,13 @@ impl Driver {
         let streams = self.options.streams;
         let (role, slot) = match channel {
             Channel::Background(slot) => {
-                stream.prepare_background()?;
+                stream.prepare_background(self.options.silence)?;
                 (ThreadRole::Background, slot)
             }
-            Channel::Request(slot) => (ThreadRole::Request, slot),
+            Channel::Request(slot) => {
+                stream.watch(self.options.silence)?;
+                (ThreadRole::Request, slot)
+            }
             Channel::Control => {
                 return Err(io::Error::other("a control channel is no data channel"));
             }
@@ -169,8 +177,8 @@ impl Driver {
         if let Some(serving) = &self.serving {
             serving.signal.look_again();
         }
-        if is_present && self.link.dials() {
-            self.link.data.ended(channel, stamp.epoch);
+        if is_present {
+            self.replace(channel, stamp);
         }
     }
 
@@ -192,7 +200,7 @@ impl Driver {
             channel.stream.shut_down();
             threads::join(channel.thread);
         }
-        if !self.session.is_over() {
+        if self.wants_link() {
             self.link.redial_later();
         }
     }

@@ -2,7 +2,7 @@
 
 use super::super::DestinationRecord;
 use crate::layout::GuestLayout;
-use crate::wire::{Capabilities, ControlFrame, Refusal, SessionId, Stamp};
+use crate::wire::{Capabilities, Channel, ControlFrame, Generation, Refusal, SessionId, Stamp};
 use std::time::Duration;
 
 /// What a destination brings to a session.
@@ -47,6 +47,14 @@ pub enum DestinationAction {
         last: bool,
         /// The piece.
         bytes: Vec<u8>,
+    },
+    /// The peer has given this connection up: close it, if it is the newest of its channel.
+    /// Whoever makes connections makes the next.
+    Renew {
+        /// Which channel.
+        channel: Channel,
+        /// The connection's.
+        generation: Generation,
     },
     /// Tell the VMM.
     Event(DestinationEvent),

@@ -195,6 +195,12 @@ impl DestinationSession {
         }
     }
 
+    /// The pulse of the control connection, once it has been greeted.
+    #[must_use]
+    pub const fn pulse(&self) -> Option<&Pulse> {
+        self.pulse.as_ref()
+    }
+
     /// When [`tick`](Self::tick) should be called at the latest.
     #[must_use]
     pub fn next_tick(&self) -> Option<Duration> {
@@ -224,6 +230,9 @@ impl DestinationSession {
                 self.send(ControlFrame::HeartbeatReply { token });
             }
             (ControlFrame::HeartbeatReply { .. }, _) => {}
+            (ControlFrame::Renew { channel, generation }, Link::Up) => {
+                self.actions.push_back(DestinationAction::Renew { channel, generation });
+            }
             (ControlFrame::Refuse(refusal), _) => self.refused(refusal),
             (ControlFrame::Offer(offer), Link::Greeted) => {
                 offer

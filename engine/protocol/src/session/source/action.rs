@@ -4,7 +4,8 @@ use super::super::{LostPages, SourceRecord};
 use crate::bitmap::Segment;
 use crate::layout::{GuestLayout, PageRange};
 use crate::wire::{
-    Capabilities, ControlFrame, Hello, Incarnation, Offer, Refusal, SessionKind, Stamp,
+    Capabilities, Channel, ControlFrame, Generation, Hello, Incarnation, Offer, Refusal,
+    SessionKind, Stamp,
 };
 use std::time::Duration;
 
@@ -97,6 +98,14 @@ pub enum SourceAction {
     },
     /// Device state is not needed any more.
     DropState,
+    /// The peer has given this connection up: close it, if it is the newest of its channel.
+    /// Whoever makes connections makes the next.
+    Renew {
+        /// Which channel.
+        channel: Channel,
+        /// The connection's.
+        generation: Generation,
+    },
     /// Tell the VMM.
     Event(SourceEvent),
     /// Close every connection of the session; what was sent on the data channels and not

@@ -248,6 +248,12 @@ impl SourceSession {
         }
     }
 
+    /// The pulse of the control connection, once it has been greeted.
+    #[must_use]
+    pub const fn pulse(&self) -> Option<&Pulse> {
+        self.pulse.as_ref()
+    }
+
     /// When [`tick`](Self::tick) should be called at the latest.
     #[must_use]
     pub fn next_tick(&self) -> Option<Duration> {
@@ -274,6 +280,9 @@ impl SourceSession {
                 self.send(ControlFrame::HeartbeatReply { token });
             }
             (ControlFrame::HeartbeatReply { .. }, _) => {}
+            (ControlFrame::Renew { channel, generation }, Link::Up) => {
+                self.actions.push_back(SourceAction::Renew { channel, generation });
+            }
             (ControlFrame::Refuse(refusal), _) => {
                 // They hang up; nothing is sent back.
                 let _ = refusal;

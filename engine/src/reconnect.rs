@@ -1,0 +1,21 @@
+//! What a session does when its link is lost.
+
+use afterimage_protocol::wire::{Refusal, RefuseCode};
+
+/// What a session does when its link is lost. Before the first connection it tries, or
+/// listens, in either case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Reconnect {
+    /// The side that connects does so again, with pauses that grow to a second, without end;
+    /// the side that listens goes on listening.
+    #[default]
+    Automatic,
+    /// It pauses, as if `pause` had been called, until `recover` is.
+    ByHand,
+}
+
+/// What a paused side says to whoever connects. The code makes it try again.
+pub(crate) fn is_paused_here() -> Refusal {
+    Refusal::new(RefuseCode::Failed, "the session is paused here by its operator: try later")
+}

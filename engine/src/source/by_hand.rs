@@ -1,0 +1,31 @@
+//! Pausing and recovering a source by hand.
+
+use super::driver::Call;
+use super::{CallError, Endpoint, Source};
+
+impl Source {
+    /// Hangs up, and neither connects nor accepts anything until [`recover`](Self::recover):
+    /// whoever connects is told to try later. A guest that runs at the destination goes on as
+    /// long as it needs no missing page. [`SourceEvent::Paused`](super::SourceEvent::Paused)
+    /// follows. Pausing what is paused changes nothing.
+    ///
+    /// # Errors
+    /// [`CallError`] if the session is over.
+    pub fn pause(&self) -> Result<(), CallError> {
+        self.call(Call::Pause)
+    }
+
+    /// Goes on after a [`pause`](Self::pause), or at once where a lost link is waiting to be
+    /// made again: at another endpoint, or with `None` at the same. An endpoint that was
+    /// replaced is given up: its listener stops listening. (A listening socket that this
+    /// process inherited as a descriptor is left open to whoever else holds it.)
+    ///
+    /// Returns before anybody is found: [`SourceEvent::Attached`](super::SourceEvent::Attached)
+    /// follows then. Until then it goes on trying, and may be called again.
+    ///
+    /// # Errors
+    /// [`CallError`] if nothing is paused because the session is connected, or if it is over.
+    pub fn recover(&self, endpoint: Option<Endpoint>) -> Result<(), CallError> {
+        self.call(Call::Recover(endpoint))
+    }
+}
