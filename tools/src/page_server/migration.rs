@@ -14,6 +14,10 @@ use super::wait::Waiter;
 /// back within a second if it lives.
 const FAREWELL: Duration = Duration::from_secs(10);
 
+/// How long a destination that has everything can come back to hear so, if its connection was
+/// lost in the meantime, for instance while a record was flushed to a slow disk.
+const GRACE: Duration = Duration::from_millis(1200);
+
 /// Where the guest came from, and so what stopping early would lose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
@@ -174,7 +178,16 @@ impl Migration {
 
     fn close(self, outcome: Outcome) -> Report {
         let pages = self.pages();
-        let Self { source, journal, mut survival, progress, .. } = self;
+        let Self { source, events, mut waiter, journal, mut survival, progress, .. } = self;
+        let until = Instant::now() + GRACE;
+        // Where nothing is recorded, nothing is flushed.
+        let mut is_waiting = outcome == Outcome::Finished && survival.state_file().is_some();
+        while is_waiting && Instant::now() < until {
+            let left = until.saturating_duration_since(Instant::now());
+            // A signal ends it, and so does what makes waiting impossible.
+            is_waiting = waiter.wait(left).is_ok_and(|signals| signals == 0);
+            while events.try_next().is_some() {}
+        }
         // Waits until the destination has heard that it is over.
         drop(source);
         if outcome == Outcome::Finished {
