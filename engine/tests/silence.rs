@@ -102,6 +102,7 @@ fn a_silent_request_channel_is_replaced_alone() {
         for round in 1..=2 {
             let open = || proxy.open(is_wanted) == 1;
             common::wait_until("the request channel", || pair.dump(), open);
+            let seen = proxy.seen(is_wanted);
             assert_eq!(proxy.cut(Cut::Vanish, is_wanted), 1);
             let new = Arc::clone(&pair.new);
             let page = 300 * round;
@@ -111,13 +112,8 @@ fn a_silent_request_channel_is_replaced_alone() {
             let found = waiting.finish("a page", || pair.dump());
             let wanted = pair.old.word(page, 1).load(std::sync::atomic::Ordering::Relaxed);
             assert_eq!(found, wanted);
+            assert!(proxy.seen(is_wanted) > seen, "it came on another connection");
         }
-        assert_eq!(
-            proxy.seen(is_wanted),
-            3,
-            "each was replaced once: {listening:?} {}",
-            pair.dump()
-        );
         pair.source.set_background(Background::Unlimited);
         pair.finish();
         assert_undisturbed(&pair);
