@@ -2,4 +2,5 @@
 
 mod command;
 mod deaths;
+mod steps;
 mod support;

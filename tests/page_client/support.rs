@@ -36,8 +36,20 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     pub(crate) fn start<S: AsRef<std::ffi::OsStr>>(program: &str, arguments: &[S]) -> Self {
+        Self::start_with(program, arguments, None)
+    }
+
+    /// One that ends itself at a step.
+    pub(crate) fn start_with<S: AsRef<std::ffi::OsStr>>(
+        program: &str,
+        arguments: &[S],
+        dies_at: Option<&str>,
+    ) -> Self {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null());
+        if let Some(step) = dies_at {
+            command.env("AFTERIMAGE_KILL_AT", step);
+        }
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the command starts");
         let errors = child.stderr.take().unwrap();
@@ -70,6 +82,11 @@ impl Daemon {
         }
     }
 
+    pub(crate) fn lines_so_far(&mut self) -> Vec<String> {
+        self.seen.extend(self.lines.try_iter());
+        self.seen.clone()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
@@ -93,11 +110,31 @@ impl Drop for Daemon {
 }
 
 pub(crate) const CLIENT: &str = env!("CARGO_BIN_EXE_page-client");
+pub(crate) const SERVER: &str = env!("CARGO_BIN_EXE_page-server");
 pub(crate) const KEEPER: &str = env!("CARGO_BIN_EXE_afterimage-keeper");
 
 /// What word `word` of page `page` holds at the source.
 const fn word_of(page: u64, word: u64) -> u64 {
     if page % 7 == 3 { 0 } else { (page << 16 | word).wrapping_mul(0x5851_f42d_4c95_7f2d) | 1 }
+}
+
+/// The same in a file.
+pub(crate) fn write_image(path: &Path, pages: u64) {
+    let words = (0..pages).flat_map(|page| (0..PAGE / 8).map(move |word| word_of(page, word)));
+    std::fs::write(path, words.flat_map(u64::to_le_bytes).collect::<Vec<_>>()).unwrap();
+}
+
+/// The guest gives a page up: it is zero from here on.
+pub(crate) fn discard(map: &MmapRaw, page: u64) {
+    let start = map.as_mut_ptr().wrapping_add((page * PAGE) as usize);
+    // What has a file keeps its content with the one, what has none knows not the other.
+    for advice in [nix::libc::MADV_REMOVE, nix::libc::MADV_DONTNEED] {
+        // SAFETY: a page of our own mapping, of which there are no references but atomics.
+        if unsafe { nix::libc::madvise(start.cast(), PAGE as usize, advice) } == 0 {
+            return;
+        }
+    }
+    panic!("a page cannot be given up: {}", std::io::Error::last_os_error());
 }
 
 /// A source of `pages` pages, in this process.
@@ -153,7 +190,7 @@ pub(crate) fn memfd(length: u64) -> OwnedFd {
     file.into()
 }
 
-fn at(map: &MmapRaw, page: u64, word: u64) -> &AtomicU64 {
+pub(crate) fn at(map: &MmapRaw, page: u64, word: u64) -> &AtomicU64 {
     let offset = (page * PAGE + word * 8) as usize;
     assert!(offset < map.len());
     // SAFETY: inside the mapping, aligned, and reached by atomics only.
@@ -224,7 +261,7 @@ impl Vmm {
     }
 }
 
-fn check(map: &MmapRaw, page: u64) {
+pub(crate) fn check(map: &MmapRaw, page: u64) {
     for word in [0, 1, 255, 511] {
         let found = at(map, page, word).load(Ordering::Relaxed);
         assert_eq!(found, word_of(page, word), "page {page}, word {word}");
