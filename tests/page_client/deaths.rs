@@ -11,7 +11,7 @@ use crate::support::{CLIENT, Daemon, KEEPER, Origin, Vcpu, Vmm};
 /// A directory with a keeper, and how page-client is started in it.
 struct Host {
     directory: tempfile::TempDir,
-    _keeper: Daemon,
+    keeper: Daemon,
     arguments: Vec<String>,
 }
 
@@ -36,7 +36,17 @@ impl Host {
             "--json",
         ];
         let arguments = arguments.map(str::to_owned).to_vec();
-        Self { directory, _keeper: keeper, arguments }
+        Self { directory, keeper, arguments }
+    }
+
+    /// The keeper dies, and another begins, which holds nothing.
+    fn replaces_keeper(&mut self) {
+        self.keeper.signal(Signal::SIGKILL);
+        self.keeper.child.wait().unwrap();
+        let address = format!("unix:{}", self.directory.path().join("keeper").display());
+        let mut next = Daemon::start(KEEPER, &["--listen", &address]);
+        next.line("listening on");
+        self.keeper = next;
     }
 
     fn client(&self) -> Daemon {
@@ -127,5 +137,33 @@ fn a_guest_that_has_not_run_yet_is_not_lost() {
     vmm.check();
     vmm.until(|event| *event == AttachmentEvent::Finished);
     assert_eq!(client.end().0, 0);
+    vmm.memory.all_arrived();
+}
+
+#[test]
+fn the_keeper_may_die_and_page_client_after_it() {
+    const PAGES: u64 = 1024;
+    let origin = Origin::start(PAGES);
+    let mut host = Host::new(&origin.address);
+    let mut client = host.client();
+    client.line("a VMM can have its memory served");
+    let vmm = Vmm::attach(&host.attach_path(), "guest", PAGES, true);
+    origin.source.switch_over(state()).unwrap();
+    vmm.run();
+    let vcpu = Vcpu::start(&vmm, 3);
+    vcpu.may_go_on(100);
+    vcpu.has_gone_on();
+    host.replaces_keeper();
+    client.line("the keeper holds the guest again");
+    vcpu.may_go_on(100);
+    client.signal(Signal::SIGKILL);
+    client.end();
+    client = host.client();
+    vcpu.has_gone_on();
+    origin.hurry();
+    vmm.until(|event| *event == AttachmentEvent::Finished);
+    assert_eq!(client.end().0, 0);
+    vcpu.stop();
+    vmm.check();
     vmm.memory.all_arrived();
 }

@@ -13,14 +13,15 @@ mod client;
 mod guest;
 mod options;
 mod packet;
+mod place;
 mod server;
 mod shelf;
 mod words;
 
 pub use client::{Keeper, KeeperError, NamedFile};
-pub(crate) use guest::borrowed;
 pub use guest::{KeptGuest, KeptGuestError};
 pub use options::{Command, Options};
+pub(crate) use place::{Place, path_of as place_path};
 pub use words::{Listed, MAX_CLIENTS, MAX_FILES_OF_GUEST, MAX_GUESTS, MAX_NAME, Why};
 
 use std::error::Error;

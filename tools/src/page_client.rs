@@ -26,7 +26,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::attachment::{Arrival, Offer, Word};
 use crate::handoff::framing;
-use crate::keeper::{Keeper, Why};
+use crate::keeper::{Place, place_path};
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
 use crate::page_server::{Failure, check_connect, listen_privately};
@@ -68,12 +68,12 @@ fn serve(options: &Options) -> Result<Report, Failure> {
         progress.say(&format!("nothing is left to do: the state file says {how:?}"));
         return Ok(journal.close(Outcome::Finished, None));
     }
-    let mut shelf = Shelf::open(options)?;
+    let mut place = place(options)?;
     let endpoint = endpoint(options, &progress)?;
     let door = Door::new(waiter.waker());
     let listener = listen_privately(&options.attach, "--attach")?;
     door.open(listener).map_err(Failure::of("start a thread"))?;
-    let (served, offer) = match shelf.as_mut().map(Shelf::fetch).transpose()?.flatten() {
+    let (served, offer) = match place.as_mut().map(fetch).transpose()?.flatten() {
         Some(served) => (served, None),
         None => {
             check_no_record(state.as_ref())?;
@@ -84,12 +84,20 @@ fn serve(options: &Options) -> Result<Report, Failure> {
             }
         }
     };
-    let begun = begin(options, &served, offer.as_ref(), shelf.as_mut(), state.as_ref(), endpoint);
+    let begun = begin(
+        options,
+        &served,
+        offer.as_ref(),
+        place.as_mut(),
+        state.as_ref(),
+        endpoint,
+        &progress,
+    );
     let (destination, events) = match begun {
         Ok(begun) => begun,
         Err(failure) => {
             if let Some(offer) = offer {
-                turn_down(&offer, &failure, shelf.as_mut());
+                turn_down(&offer, &failure, place.as_mut(), &progress);
             }
             return Err(failure);
         }
@@ -101,7 +109,8 @@ fn serve(options: &Options) -> Result<Report, Failure> {
     } else {
         format!("taking over {who}")
     });
-    door.watch(served.vmm).map_err(Failure::of("watch the VMM"))?;
+    let vmm = served.vmm.try_clone().map_err(Failure::of("watch the VMM"))?;
+    door.watch(vmm).map_err(Failure::of("watch the VMM"))?;
     let mut serving = Serving {
         destination,
         events,
@@ -109,7 +118,8 @@ fn serve(options: &Options) -> Result<Report, Failure> {
         waiter,
         progress,
         journal,
-        name: served.name,
+        served,
+        place,
         vmm: None,
         connection: 0,
         state: None,
@@ -124,51 +134,27 @@ fn serve(options: &Options) -> Result<Report, Failure> {
     }
     let outcome = serving.run()?;
     let done = serving.destination.stats();
-    let Serving { journal, progress, .. } = serving;
-    finish(outcome, shelf.as_mut(), state.as_ref(), &progress);
+    let Serving { journal, progress, mut place, .. } = serving;
+    finish(outcome, place.as_mut(), state.as_ref(), &progress);
     Ok(journal.close(outcome, Some(&done)))
 }
 
-/// The guest's place at a keeper.
-struct Shelf {
-    keeper: Keeper,
-    guest: String,
+/// The guest's place at a keeper, if there is to be one.
+fn place(options: &Options) -> Result<Option<Place>, Failure> {
+    let (Some(address), Some(guest)) = (&options.keeper, &options.guest) else { return Ok(None) };
+    let path = place_path(address).map_err(Failure::usage)?;
+    let place = Place::connect(path, guest, "page-client");
+    place.map(Some).map_err(Failure::of("use the keeper"))
 }
 
-impl Shelf {
-    fn open(options: &Options) -> Result<Option<Self>, Failure> {
-        let (Some(address), Some(guest)) = (&options.keeper, &options.guest) else {
-            return Ok(None);
-        };
-        let afterimage::Address::Unix(path) = address else {
-            return Err(Failure::usage(format!(
-                "--keeper {address}: descriptors only travel over Unix sockets; give unix:PATH"
-            )));
-        };
-        let keeper = Keeper::connect(path, "page-client").map_err(Failure::of("use the keeper"))?;
-        Ok(Some(Self { keeper, guest: guest.clone() }))
-    }
-
-    /// What a process before this one has left; `None` if there was none.
-    fn fetch(&mut self) -> Result<Option<Served>, Failure> {
-        match self.keeper.claim(&self.guest) {
-            Ok(()) => {}
-            Err(error) if error.is(Why::NotThere) => return Ok(None),
-            Err(error) => return Err(Failure::of("take the guest over")(error)),
-        }
-        let set = self.keeper.fetch(&self.guest).map_err(Failure::of("take the guest over"))?;
-        Served::kept(set).map(Some)
-    }
-
-    fn store(&mut self, served: &Served) -> Result<(), Failure> {
-        served.store(&mut self.keeper, &self.guest)
-    }
-
-    fn remove(&mut self) {
-        if let Err(error) = self.keeper.remove(&self.guest) {
-            tracing::warn!(%error, "the keeper still holds the guest; remove it there");
-        }
-    }
+/// What a process before this one has left; `None` if there was none.
+fn fetch(place: &mut Place) -> Result<Option<Served>, Failure> {
+    let Some(set) = place.fetch().map_err(Failure::of("take the guest over"))? else {
+        return Ok(None);
+    };
+    let served = Served::kept(&set)?;
+    place.holds_this(set);
+    Ok(Some(served))
 }
 
 /// A record without a guest is of memory that is gone.
@@ -240,12 +226,15 @@ fn begin(
     options: &Options,
     served: &Served,
     offer: Option<&Offer>,
-    shelf: Option<&mut Shelf>,
+    place: Option<&mut Place>,
     state: Option<&DestinationStateFile>,
     endpoint: Endpoint,
+    progress: &Progress,
 ) -> Result<Begun, Failure> {
-    if let (Some(shelf), Some(_)) = (shelf, offer) {
-        shelf.store(served)?;
+    if let (Some(place), Some(_)) = (place, offer) {
+        let set = served.set().map_err(Failure::of("describe the guest"))?;
+        let stored = place.store(set, &[], |line| progress.say(line));
+        stored.map_err(|why| Failure::new(format!("could not store the guest: {why}")))?;
     }
     let memory = served.attach()?;
     let options = destination_options(options, state, &memory)?;
@@ -271,18 +260,18 @@ fn destination_options(
 }
 
 /// The VMM keeps its memory, of which nothing has arrived.
-fn turn_down(offer: &Offer, failure: &Failure, shelf: Option<&mut Shelf>) {
+fn turn_down(offer: &Offer, failure: &Failure, place: Option<&mut Place>, progress: &Progress) {
     // It may have gone.
     let _ = framing::send(&offer.socket, &Word::Refused { reason: failure.to_string() });
-    if let Some(shelf) = shelf {
-        shelf.remove();
+    if let Some(place) = place {
+        place.remove(|line| progress.say(line));
     }
 }
 
 /// Leaves nothing behind that nobody needs.
 fn finish(
     outcome: Outcome,
-    shelf: Option<&mut Shelf>,
+    place: Option<&mut Place>,
     state: Option<&DestinationStateFile>,
     progress: &Progress,
 ) {
@@ -296,7 +285,7 @@ fn finish(
     if let Some(Err(error)) = state.map(|state| state.note(ENDED, how)) {
         progress.say(&format!("the end could not be recorded: {error}"));
     }
-    if let Some(shelf) = shelf {
-        shelf.remove();
+    if let Some(place) = place {
+        place.remove(|line| progress.say(line));
     }
 }

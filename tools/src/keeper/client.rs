@@ -276,6 +276,11 @@ impl AsFd for Keeper {
     }
 }
 
+/// A set as it is stored.
+pub(super) fn borrowed(set: &[NamedFile]) -> Vec<(&str, BorrowedFd<'_>)> {
+    set.iter().map(|it| (it.name.as_str(), it.file.as_fd())).collect()
+}
+
 fn split<'f>(batch: &[(&str, BorrowedFd<'f>)]) -> (Vec<String>, Vec<BorrowedFd<'f>>) {
     batch.iter().map(|(name, file)| ((*name).to_owned(), *file)).unzip()
 }

@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use afterimage::{SessionId, StateSection};
@@ -17,7 +17,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
-use super::client::{Keeper, KeeperError, NamedFile};
+use super::client::{Keeper, KeeperError, NamedFile, borrowed};
 use crate::handoff::{
     GiveError, Giver, Header, MAX_STATE_BYTES, OfferedRegion, Piece, assemble, check_header,
     header_of,
@@ -166,12 +166,6 @@ impl KeptGuest {
         Ok(Self { session, giver: header.giver, regions, sections })
     }
 }
-
-/// A set as it is stored.
-pub(crate) fn borrowed(set: &[NamedFile]) -> Vec<(&str, BorrowedFd<'_>)> {
-    set.iter().map(|it| (it.name.as_str(), it.file.as_fd())).collect()
-}
-
 fn describe(description: &Description, sections: &[StateSection]) -> io::Result<File> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let mut file = File::from(memfd_create(c"afterimage-guest", flags)?);

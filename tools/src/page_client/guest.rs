@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Failure;
 use crate::attachment::{Offer, RegionOfVmm, regions_of};
-use crate::keeper::{Keeper, NamedFile};
+use crate::keeper::NamedFile;
 use crate::processes;
 
 /// Grows when the description changes.
@@ -63,55 +63,59 @@ impl Served {
         })
     }
 
-    /// Stores it at the keeper.
-    pub(super) fn store(&self, keeper: &mut Keeper, guest: &str) -> Result<(), Failure> {
+    /// As a keeper holds it.
+    pub(super) fn set(&self) -> io::Result<Vec<NamedFile>> {
         let description = Description {
             version: VERSION,
             name: self.name.clone(),
             pid: self.pid,
             regions: self.regions.clone(),
         };
-        let described = describe(&description).map_err(Failure::of("describe the guest"))?;
-        let names: Vec<_> = (0..self.files.len()).map(|index| format!("{FILE}{index}")).collect();
-        let mut set = vec![
-            (DESCRIPTION, described.as_fd()),
-            (UFFD, self.uffd.as_fd()),
-            (PLANES, self.planes.as_fd()),
-            (VMM, self.vmm.as_fd()),
-        ];
-        let files = names.iter().zip(&self.files);
-        set.extend(files.map(|(name, file)| (name.as_str(), file.as_fd())));
-        keeper.store(guest, &set).map_err(Failure::of("store the guest at the keeper"))
+        let mut set =
+            vec![NamedFile { name: DESCRIPTION.to_owned(), file: describe(&description)? }];
+        for (name, file) in [(UFFD, &self.uffd), (PLANES, &self.planes), (VMM, &self.vmm)] {
+            set.push(NamedFile { name: name.to_owned(), file: file.try_clone()? });
+        }
+        for (index, file) in self.files.iter().enumerate() {
+            set.push(NamedFile { name: format!("{FILE}{index}"), file: file.try_clone()? });
+        }
+        Ok(set)
     }
 
     /// A guest that a process before this one has served.
-    pub(super) fn kept(set: Vec<NamedFile>) -> Result<Self, Failure> {
+    pub(super) fn kept(set: &[NamedFile]) -> Result<Self, Failure> {
         let wrong = |what: &str| {
             Failure::new(format!("what the keeper holds is no guest of a page-client: {what}"))
         };
-        let (mut files, mut named) = (Vec::new(), std::collections::BTreeMap::new());
-        for NamedFile { name, file } in set {
-            match name.strip_prefix(FILE).and_then(|index| index.parse::<usize>().ok()) {
-                Some(index) => files.push((index, file)),
-                None => drop(named.insert(name, file)),
-            }
-        }
-        files.sort_by_key(|(index, _)| *index);
-        let mut take = |name: &str| named.remove(name).ok_or_else(|| wrong(&format!("no {name}")));
+        let take = |name: &str| {
+            let found = set.iter().find(|it| it.name == name);
+            let file = found.ok_or_else(|| wrong(&format!("no {name}")))?;
+            file.file.try_clone().map_err(Failure::of("duplicate what the keeper holds"))
+        };
         let description = read(take(DESCRIPTION)?).map_err(|error| wrong(&error.to_string()))?;
         if description.version != VERSION {
             let theirs = description.version;
             return Err(wrong(&format!("its description has version {theirs}, not {VERSION}")));
         }
+        let count = set.iter().filter(|it| it.name.starts_with(FILE)).count();
+        let files = (0..count).map(|index| take(&format!("{FILE}{index}")));
+        let files = files.collect::<Result<_, _>>()?;
         Ok(Self {
             name: description.name,
             pid: description.pid,
             vmm: take(VMM)?,
             uffd: take(UFFD)?,
             planes: take(PLANES)?,
-            files: files.into_iter().map(|(_, file)| file).collect(),
+            files,
             regions: description.regions,
         })
+    }
+
+    /// Whether a VMM offers this very guest: it has not heard that it was taken.
+    pub(super) fn is_offered_again(&self, offer: &Offer) -> bool {
+        let peer = processes::peer(offer.socket.as_fd()).map(|(pid, _)| pid);
+        let is_the_vmm = peer.is_ok_and(|pid| pid == self.pid);
+        is_the_vmm && offer.name == self.name && offer.regions == self.regions
     }
 
     /// Its memory in the engine's terms. Not before whoever served it has ended.
@@ -124,10 +128,10 @@ impl Served {
     }
 }
 
-fn describe(description: &Description) -> io::Result<File> {
+fn describe(description: &Description) -> io::Result<OwnedFd> {
     let mut file = File::from(memfd_create(c"afterimage-client", MFdFlags::MFD_CLOEXEC)?);
     file.write_all(&serde_json::to_vec(description)?)?;
-    Ok(file)
+    Ok(file.into())
 }
 
 fn read(file: OwnedFd) -> io::Result<Description> {

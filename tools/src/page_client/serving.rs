@@ -7,9 +7,11 @@ use afterimage::{Destination, DestinationEvent, Events, StateSection};
 
 use super::Failure;
 use super::door::{Door, News};
+use super::guest::Served;
 use super::report::{Journal, Outcome};
 use crate::attachment::{Arrival, Word, send_state};
 use crate::handoff::framing;
+use crate::keeper::Place;
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
 
@@ -32,7 +34,8 @@ pub(super) struct Serving {
     pub(super) waiter: Waiter,
     pub(super) progress: Progress,
     pub(super) journal: Journal,
-    pub(super) name: String,
+    pub(super) served: Served,
+    pub(super) place: Option<Place>,
     pub(super) vmm: Option<UnixStream>,
     /// Grows with each connection of the VMM.
     pub(super) connection: u64,
@@ -60,6 +63,9 @@ impl Serving {
             }
             if let Some(outcome) = self.ended() {
                 return Ok(outcome);
+            }
+            if let Some(place) = &mut self.place {
+                place.look(|line| self.progress.say(line));
             }
             let stats = self.destination.stats();
             self.progress.update(stats.pages_complete, stats.pages_total);
@@ -183,11 +189,14 @@ impl Serving {
 
     fn take_news(&mut self, news: News) -> Result<Option<Outcome>, Failure> {
         match news {
-            News::Arrived(Arrival::Return { name, socket }) if name == self.name => {
+            News::Arrived(Arrival::Return { name, socket }) if name == self.served.name => {
                 self.greet(socket)?;
             }
             News::Arrived(Arrival::Return { name, socket }) => {
                 self.refuse(&socket, &name);
+            }
+            News::Arrived(Arrival::Offer(offer)) if self.served.is_offered_again(&offer) => {
+                self.greet(offer.socket)?;
             }
             News::Arrived(Arrival::Offer(offer)) => self.refuse(&offer.socket, &offer.name),
             News::Turned(line) => self.progress.say(&line),
@@ -214,7 +223,7 @@ impl Serving {
     fn refuse(&self, socket: &UnixStream, name: &str) {
         let reason = format!(
             "this page-client serves the guest {:?}, not {name:?}: start another",
-            self.name
+            self.served.name
         );
         self.progress.say(&format!("a VMM was turned away: {reason}"));
         // It may have gone.
