@@ -128,6 +128,7 @@ pub use afterimage_protocol::layout::{
 pub use destination::{
     Destination, DestinationEvent, DestinationLedger, DestinationMemory, DestinationOptions,
     DestinationOwnership, DestinationRecord, DestinationRegion, DiscardNotice, MemoryError,
+    UnreadablePages,
 };
 pub use events::{Events, NoEvent};
 pub use probe::{Finding, FindingState, Need, Probe, probe};

@@ -120,6 +120,10 @@ pub struct DestinationStats {
     pub pages_duplicate: u64,
     /// Pages that the source could not read; whoever touches one waits.
     pub pages_unreadable: u64,
+    /// Those of them that fail for whoever touches them ([`UnreadablePages::Poison`]).
+    ///
+    /// [`UnreadablePages::Poison`]: crate::UnreadablePages::Poison
+    pub pages_poisoned: u64,
     /// Bytes of page content received.
     pub bytes_received: u64,
     /// Frames of older connections, dropped.

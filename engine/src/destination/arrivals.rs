@@ -154,10 +154,11 @@ impl Arrived {
     /// The source cannot read these pages: whoever touches one waits.
     pub(super) fn unreadable(&self, pages: PageRange) {
         // Told once, however often it is said: the VMM keeps what it is told.
-        let count = self.pages.unreadable().set(pages, |newly| {
+        self.pages.unreadable().set(pages, |newly| {
+            // Before anything follows from it.
+            self.counters.unreadable.fetch_add(newly.count, Ordering::Relaxed);
             self.driver.send(Input::Unreadable(newly));
         });
-        self.counters.unreadable.fetch_add(count, Ordering::Relaxed);
     }
 
     /// A page could not be put in place: the channel ends, and the VMM is told why.
@@ -196,6 +197,7 @@ impl Arrived {
             pages_discarded: of(&pages.discarded),
             pages_duplicate: of(&pages.duplicate),
             pages_unreadable: of(&self.counters.unreadable),
+            pages_poisoned: of(&pages.poisoned),
             bytes_received: of(&self.counters.bytes),
             frames_stale: of(&self.counters.stale),
             requests_retried: of(&self.counters.retried),

@@ -7,7 +7,7 @@ mod channels;
 use super::arrivals::{Arrivals, Arrived};
 use super::faults::Order;
 use super::pages::InstallError;
-use super::{DestinationEvent, DestinationLedger, DestinationOptions};
+use super::{DestinationEvent, DestinationLedger, DestinationOptions, UnreadablePages};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Ledger;
@@ -202,6 +202,9 @@ impl Driver {
             Input::GivenBack(pages) => drop(self.faults.send(Order::Want(pages))),
             Input::AllComplete => self.all_complete(),
             Input::Unreadable(pages) => {
+                if self.options.unreadable == UnreadablePages::Poison {
+                    self.faults.send(Order::Poison(pages));
+                }
                 self.events.send(DestinationEvent::Unreadable {
                     first_page: pages.start.0,
                     pages: pages.count,

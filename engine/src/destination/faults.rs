@@ -7,6 +7,7 @@
 //! with the channel that carried it (I4).
 
 mod silence;
+mod waiting;
 
 use super::arrivals::{Arrivals, Arrived};
 use super::driver::Input;
@@ -28,6 +29,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use waiting::Held;
+
 const INBOX: Token = Token(0);
 const FAULTS: Token = Token(1);
 const ANSWERS: Token = Token(2);
@@ -45,6 +48,8 @@ pub(super) enum Order {
     GiveUp(Generation),
     /// Nobody brings these pages any more, and perhaps nobody waits for them.
     Want(PageRange),
+    /// The source cannot read these pages, and the VMM handles memory that fails.
+    Poison(PageRange),
     /// There is no request channel any more.
     Wait,
     /// The end.
@@ -74,12 +79,6 @@ struct Asked {
     first: Instant,
 }
 
-/// A copy that could not be placed because an event is unread.
-struct Held {
-    page: PageNumber,
-    content: Vec<u8>,
-}
-
 /// Where there may be something to read.
 #[derive(Clone, Copy, Debug)]
 struct Look {
@@ -105,6 +104,8 @@ pub(super) struct FaultThread {
     line: Option<Line>,
     asked: HashMap<PageNumber, Asked>,
     held: Vec<Held>,
+    /// Pages that are to fail.
+    poisoned: Vec<PageRange>,
     again: Vec<MissingPage>,
     faults: Vec<MissingPage>,
     outgoing: Vec<u8>,
@@ -132,6 +133,7 @@ impl FaultThread {
             line: None,
             asked: HashMap::new(),
             held: Vec::new(),
+            poisoned: Vec::new(),
             again: Vec::new(),
             faults: Vec::new(),
             outgoing: Vec::new(),
@@ -164,7 +166,7 @@ impl FaultThread {
                 again.faults = self.read_faults()?;
             }
             self.answer_faults();
-            self.place_held();
+            self.try_again();
             // Sent before answers are looked for: they take longer than anything here.
             self.flush();
             if look.answers {
@@ -177,7 +179,7 @@ impl FaultThread {
                 look = if again.any() { Look::EVERYWHERE } else { Look::NOWHERE };
                 continue;
             }
-            if !self.held.is_empty() || !self.again.is_empty() {
+            if self.waits_for_events() {
                 // An event must be read first, and whoever caused it go on; no edge tells
                 // of that. A poll would wait for a whole millisecond.
                 std::thread::sleep(EVENT_RETRY);
@@ -209,6 +211,7 @@ impl FaultThread {
                     }
                 }
                 Order::Want(pages) => self.want(pages),
+                Order::Poison(pages) => self.poisoned.push(pages),
                 Order::Wait => self.drop_line(),
                 Order::Stop => return true,
             }
@@ -476,14 +479,6 @@ impl FaultThread {
             Err(error) => return Err(self.arrived.failed(error)),
         }
         Ok(())
-    }
-
-    fn place_held(&mut self) {
-        for Held { page, content } in std::mem::take(&mut self.held) {
-            if let Err(error) = self.place(page, &content) {
-                self.lose_line(&error);
-            }
-        }
     }
 
     fn waited(&mut self, page: PageNumber) {

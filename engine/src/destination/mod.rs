@@ -68,6 +68,20 @@ impl std::fmt::Debug for DestinationLedger {
     }
 }
 
+/// What becomes of pages that the source cannot read (a file cut short, poisoned memory).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum UnreadablePages {
+    /// Whoever touches one waits. The migration does not end, and the source can still be made
+    /// to read them.
+    #[default]
+    Wait,
+    /// They become memory that has failed (`UFFDIO_POISON`, Linux 6.6): whoever touches one
+    /// gets SIGBUS, a system call EFAULT, and the migration ends without them. Only for a VMM
+    /// that handles this: one that does not know it may let its guest on KVM read zeros.
+    Poison,
+}
+
 /// How a destination gets its memory.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -86,6 +100,8 @@ pub struct DestinationOptions {
     pub record: DestinationRecord,
     /// Where the ownership record goes.
     pub ledger: DestinationLedger,
+    /// What becomes of pages that the source cannot read.
+    pub unreadable: UnreadablePages,
     /// Called on every thread of the engine.
     pub threads: ThreadHook,
 }
@@ -105,6 +121,7 @@ impl Default for DestinationOptions {
                 ownership: DestinationOwnership::Waiting,
             },
             ledger: DestinationLedger::volatile(),
+            unreadable: UnreadablePages::default(),
             threads: ThreadHook::default(),
         }
     }
@@ -151,7 +168,7 @@ pub enum DestinationEvent {
     /// The source knows that every page is in place: the session is over.
     Finished,
     /// The source cannot read these pages (a file cut short, poisoned memory). Whoever
-    /// touches one waits.
+    /// touches one waits, or as [`DestinationOptions::unreadable`] says.
     Unreadable {
         /// The first, by its number in the layout.
         first_page: u64,

@@ -16,6 +16,7 @@ mod claim;
 mod discarded;
 mod fault;
 mod hold;
+mod poison;
 mod takeover;
 #[cfg(test)]
 mod tests;
@@ -113,6 +114,7 @@ pub(crate) struct PageCounters {
     pub(crate) background: AtomicU64,
     pub(crate) zero: AtomicU64,
     pub(crate) discarded: AtomicU64,
+    pub(crate) poisoned: AtomicU64,
     pub(crate) duplicate: AtomicU64,
 }
 

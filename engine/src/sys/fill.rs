@@ -1,5 +1,5 @@
-//! Putting pages in place (`UFFDIO_COPY`, `UFFDIO_ZEROPAGE`, `UFFDIO_CONTINUE`) over runs,
-//! with exact results.
+//! Putting pages in place (`UFFDIO_COPY`, `UFFDIO_ZEROPAGE`, `UFFDIO_CONTINUE`,
+//! `UFFDIO_POISON`) over runs, with exact results.
 //!
 //! The kernel stops a run at the first page it cannot place and says how far it came;
 //! [`run`] steps over pages that are there already, and over borders of mappings, which the
@@ -21,6 +21,8 @@ pub(crate) enum Fill<'a> {
     Zero,
     /// From the page cache, where the content already is.
     Continue,
+    /// As memory that has failed: whoever touches it gets SIGBUS. Since Linux 6.6.
+    Poison,
 }
 
 /// What became of a run.
@@ -65,7 +67,7 @@ struct CopyArgument {
     copy: i64,
 }
 
-/// The argument of ZEROPAGE and of CONTINUE, which agree in layout.
+/// The argument of ZEROPAGE, CONTINUE and POISON, which agree in layout.
 #[repr(C)]
 struct RangeArgument {
     start: u64,
@@ -79,6 +81,7 @@ const _: () = assert!(size_of::<CopyArgument>() == 40 && size_of::<RangeArgument
 nix::ioctl_readwrite!(uffdio_copy, 0xAA, 0x03, CopyArgument);
 nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, RangeArgument);
 nix::ioctl_readwrite!(uffdio_continue, 0xAA, 0x07, RangeArgument);
+nix::ioctl_readwrite!(uffdio_poison, 0xAA, 0x08, RangeArgument);
 
 /// Places `length` bytes from `start`, whole pages of `page_size` bytes, and wakes whoever
 /// waits for a page that this call placed. Who waits for a page that was there already is
@@ -111,6 +114,8 @@ pub(crate) fn run(
             Err(errno) => {
                 filled.stopped = Some(match errno {
                     Errno::EAGAIN => Stopped::EventPending,
+                    // An older kernel.
+                    Errno::EINVAL if matches!(fill, Fill::Poison) => Stopped::Failed(errno),
                     Errno::ENOENT | Errno::EINVAL => Stopped::NotRegistered,
                     Errno::ESRCH => Stopped::ProcessGone,
                     other => Stopped::Failed(other),
@@ -146,6 +151,11 @@ fn once(uffd: &Uffd, fill: Fill<'_>, start: u64, at: u64, len: u64) -> (u64, Res
         Fill::Continue => {
             // SAFETY: as above; no memory of ours is read.
             let result = unsafe { uffdio_continue(fd, &raw mut range) };
+            (range.done, result)
+        }
+        Fill::Poison => {
+            // SAFETY: as above; no memory of ours is read.
+            let result = unsafe { uffdio_poison(fd, &raw mut range) };
             (range.done, result)
         }
     };

@@ -1,0 +1,74 @@
+//! Pages that the source cannot read.
+
+mod common;
+
+use afterimage::{
+    Destination, DestinationEvent, DiscardNotice, Endpoint, GuestAddress, Source, SourceEvent,
+    SourceMemory, SourceRegion, UnreadablePages,
+};
+use common::{EventLog, Kind, Memory, Setup};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+const MIB: u64 = 1 << 20;
+const PAGES: u64 = 256;
+/// The first page that is cut off.
+const CUT: u64 = 200;
+
+/// The system takes one byte from a page; what it says otherwise.
+fn take_byte(memory: &Memory, page: u64) -> Result<(), Option<i32>> {
+    let (_reader, writer) = std::io::pipe().expect("a pipe");
+    let start = std::ptr::from_ref(memory.word(page, 3));
+    // SAFETY: the address is mapped; whether it can be read is what the call says.
+    let written = unsafe { libc::write(writer.as_raw_fd(), start.cast(), 1) };
+    if written == 1 { Ok(()) } else { Err(std::io::Error::last_os_error().raw_os_error()) }
+}
+
+fn fails_where_the_file_was_cut(kind: Kind) {
+    let file = tempfile::tempfile().expect("a file");
+    file.write_all_at(&vec![7; MIB as usize], 0).expect("written");
+    let same = file.try_clone().expect("a descriptor").into();
+    let region = SourceRegion::file(GuestAddress(0), same, 0, MIB).expect("a region");
+    let memory = Arc::new(SourceMemory::new(vec![region]).expect("a layout"));
+    file.set_len(CUT * 4096).expect("cut");
+
+    let listener = common::session::listen();
+    let address = listener.address().clone();
+    let setup = Setup::default();
+    let options = common::session::source_options(&setup);
+    let (source, at_source) =
+        Source::start(memory, Endpoint::Listen(listener), options).expect("a source");
+    source.switch_over(Vec::new()).expect("may switch over");
+
+    let new = Memory::new(&[(kind, MIB)]);
+    let registered = new.register(DiscardNotice::Called).expect("registered");
+    let mut options = common::session::destination_options(&setup);
+    options.unreadable = UnreadablePages::Poison;
+    let (destination, events) =
+        Destination::start(registered, Endpoint::Connect(address), options).expect("started");
+    let (events, at_source) = (EventLog::new(events), EventLog::new(at_source));
+    let dump = || format!("{:?}", destination.stats());
+    events.wait("state", dump, |event| matches!(event, DestinationEvent::State(_)));
+    destination.ready().expect("may be ready");
+    // It ends, though nobody has ever read these pages.
+    events.wait("the end", dump, |event| *event == DestinationEvent::Finished);
+    at_source.wait("the end", dump, |event| *event == SourceEvent::Finished);
+    let stats = destination.stats();
+    assert_eq!((stats.pages_poisoned, stats.pages_unreadable), (PAGES - CUT, PAGES - CUT));
+    for page in 0..PAGES {
+        let expected = if page < CUT { Ok(()) } else { Err(Some(libc::EFAULT)) };
+        assert_eq!(take_byte(&new, page), expected, "page {page} of {kind:?}");
+    }
+    for page in 0..CUT {
+        let found = new.word(page, 9).load(std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(found, u64::from_ne_bytes([7; 8]), "page {page} of {kind:?}");
+    }
+}
+
+#[test]
+fn who_has_declared_to_handle_it_gets_an_error_instead_of_a_wait() {
+    prologue!("who_has_declared_to_handle_it");
+    fails_where_the_file_was_cut(Kind::Anonymous);
+    fails_where_the_file_was_cut(Kind::Memfd);
+}
