@@ -31,6 +31,7 @@ pub(crate) struct DestinationChannel {
     pub(crate) moved: u64,
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
 pub(crate) struct DestinationHost {
     pub(crate) is_alive: bool,
     pub(crate) session: DestinationSession,

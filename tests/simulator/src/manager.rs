@@ -102,10 +102,9 @@ impl World {
                 self.destination_opens();
             }
         } else {
-            let may = !self.is_idle(Side::Source)
-                && !self.is_paused(Side::Source)
-                // Nobody dials a destination that has everything, or was told that it is over.
-                && !(self.destination.is_alive && self.destination.session.is_over());
+            // Nobody dials a destination that has everything, or was told that it is over.
+            let is_wanted = !self.destination.is_alive || !self.destination.session.is_over();
+            let may = is_wanted && !self.is_idle(Side::Source) && !self.is_paused(Side::Source);
             if may && (!self.source.is_connecting() || gives_up) {
                 self.with_source("open", |session, _| session.open());
             }

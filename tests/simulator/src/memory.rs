@@ -236,7 +236,7 @@ impl Memory {
         self.given_back.extend(&self.interrupted);
         for run in &piece.won {
             if self.is_alias(run.start) {
-                self.give_back_alias(*run);
+                self.empty(*run, Mutant::ZeroWithoutEmptying);
             }
             self.planes.give_back(*run);
             if !self.breaks(Mutant::NoWakeOnGiveBack) {
@@ -245,12 +245,14 @@ impl Memory {
         }
     }
 
-    fn give_back_alias(&mut self, pages: PageRange) {
+    /// Half pages behind the alias are emptied, unless that is the rule that is broken; what
+    /// was discarded meanwhile is complete.
+    fn empty(&mut self, pages: PageRange, unless: Mutant) {
         for page in pages.iter() {
             if self.planes.is_complete(page) {
                 continue;
             }
-            if !self.breaks(Mutant::ZeroWithoutEmptying) {
+            if !self.breaks(unless) {
                 self.content[page.0 as usize] = None;
             }
             if self.discarded_in_flight.remove(&page) {
@@ -341,11 +343,10 @@ impl Memory {
         if self.breaks(Mutant::DiscardsForgotten) {
             self.discarded_in_flight.clear();
         }
-        if !self.breaks(Mutant::TakeoverWithoutEmptying) {
-            for number in self.first_alias..self.planes.pages() {
-                if self.planes.state(PageNumber(number)) == PageState::Claimed {
-                    self.give_back_alias(PageRange::one(PageNumber(number)));
-                }
+        for number in self.first_alias..self.planes.pages() {
+            if self.planes.state(PageNumber(number)) == PageState::Claimed {
+                let page = PageRange::one(PageNumber(number));
+                self.empty(page, Mutant::TakeoverWithoutEmptying);
             }
         }
         // Those that were complete already, and not taken off the list yet.

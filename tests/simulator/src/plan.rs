@@ -91,7 +91,7 @@ impl Plan {
             breaks_per_mille: random.below(most_breaks),
             crashes_per_mille: if spares_control { 0 } else { random.below(most_crashes) },
             latency,
-            channels_get_stuck: !spares_control && random.chance(400),
+            channels_get_stuck: random.chance(400),
             chaos: 200 + random.below(1800),
         }
     }

@@ -135,7 +135,7 @@ pub fn all_caught(limit: u64, jobs: NonZeroUsize) -> BTreeMap<&'static str, Opti
     };
     thread::scope(|scope| {
         let threads: Vec<_> = (0..jobs.get()).map(|_| scope.spawn(work)).collect();
-        let joined = threads.into_iter().map(|thread| thread.join());
+        let joined = threads.into_iter().map(thread::ScopedJoinHandle::join);
         joined.flat_map(|caught| caught.expect("a run does not panic")).collect()
     })
 }

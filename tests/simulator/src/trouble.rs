@@ -112,7 +112,7 @@ impl World {
     fn break_network(&mut self) {
         let Some(id) = self.one_connection() else { return };
         let side = self.one_side();
-        if self.plan.channels_get_stuck && self.random.chance(200) {
+        if self.plan.channels_get_stuck && self.random.chance(300) {
             if self.network.get_stuck(id, side) {
                 self.situation("a data channel got stuck");
             }

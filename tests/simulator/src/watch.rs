@@ -2,7 +2,7 @@
 //! that nobody answers, and data channels over which nothing moves.
 
 use crate::mutant::Mutant;
-use crate::network::Side;
+use crate::network::{Connection, Side};
 use crate::world::World;
 use afterimage_protocol::session::{DestinationSession, SourceSession};
 use afterimage_protocol::wire::Channel;
@@ -38,7 +38,7 @@ impl World {
     }
 
     fn is_half_open(&self, control: Option<usize>) -> bool {
-        control.and_then(|id| self.network.get(id)).is_some_and(|it| it.is_half_open())
+        control.and_then(|id| self.network.get(id)).is_some_and(Connection::is_half_open)
     }
 
     fn note_silence(&mut self, was_half_open: bool, link: &str) {
