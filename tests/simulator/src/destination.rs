@@ -8,7 +8,9 @@ use crate::coverage::{Happening, State};
 use crate::memory::{Memory, Piece};
 use crate::mutant::Mutant;
 use crate::network::{Body, Packet, Side};
+use crate::patience::Patience;
 use crate::plan::{Plan, layout};
+use crate::slots::Slots;
 use crate::world::World;
 use afterimage_protocol::bitmap::{Bitmap, Segment};
 use afterimage_protocol::layout::{PageNumber, PageRange};
@@ -27,8 +29,14 @@ pub(crate) struct DestinationChannel {
     connection: usize,
     pub(crate) stamp: Stamp,
     pub(crate) piece: Option<Piece>,
-    /// When something came over it last.
-    pub(crate) moved: u64,
+    /// Since when something was asked for and nothing has come.
+    pub(crate) waits_since: Option<u64>,
+}
+
+impl DestinationChannel {
+    pub(crate) const fn new(connection: usize, stamp: Stamp) -> Self {
+        Self { connection, stamp, piece: None, waits_since: None }
+    }
 }
 
 #[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
@@ -41,10 +49,10 @@ pub(crate) struct DestinationHost {
     pub(crate) control: Option<usize>,
     /// Since when it has tried to be greeted.
     pub(crate) since: u64,
-    /// The data channels' epoch, and how many of each kind.
-    pub(crate) serving: Option<(Stamp, u16, u16)>,
+    pub(crate) slots: Slots,
     pub(crate) channels: BTreeMap<Channel, DestinationChannel>,
-    generations: BTreeMap<Channel, u32>,
+    /// With the request channel.
+    pub(crate) patience: Patience,
     /// The VMM runs the guest.
     pub(crate) runs: bool,
     /// The VMM has died.
@@ -82,9 +90,9 @@ impl DestinationHost {
             memory: Memory::new(plan.pages, plan.first_alias, mutant),
             control: None,
             since: 0,
-            serving: None,
+            slots: Slots::default(),
             channels: BTreeMap::new(),
-            generations: BTreeMap::new(),
+            patience: Patience::default(),
             runs: false,
             has_lost_memory: false,
             knows_it_is_complete: false,
@@ -133,11 +141,7 @@ impl World {
             DestinationAction::Send(frame) => self.send_control_from_destination(frame),
             DestinationAction::SendReceived => self.send_received(),
             DestinationAction::OpenData { stamp, streams, shards } => {
-                self.destination.serving = Some((stamp, streams, shards));
-                self.destination.generations.clear();
-                for channel in self.wanted_channels() {
-                    self.open_data(channel);
-                }
+                self.open_slots(Side::Destination, stamp.epoch, streams, shards);
             }
             DestinationAction::Event(DestinationEvent::Run) => {
                 if self.source.is_fenced() {
@@ -167,7 +171,9 @@ impl World {
         if let Some(id) = self.destination.control.take() {
             self.network.close(id, Side::Destination);
         }
-        self.destination.serving = None;
+        for id in self.destination.slots.close() {
+            self.network.close(id, Side::Destination);
+        }
         for channel in self.destination.channels.keys().copied().collect::<Vec<_>>() {
             self.lose_destination_channel(channel);
         }
@@ -197,7 +203,10 @@ impl World {
         let is_control = self.destination.control == Some(id);
         match packet.body {
             Body::Hello(hello) if is_control => self.destination_is_greeted(id, &hello),
-            Body::Hello(hello) => self.destination_accepts(id, &hello),
+            Body::Hello(hello) if channel == Channel::Control => {
+                self.destination_accepts(id, &hello);
+            }
+            Body::Hello(hello) => self.data_hello(Side::Destination, id, channel, &hello),
             Body::Refused(refusal) if is_control => {
                 let (before, code) = (self.destination_state(), refusal.code as u16);
                 self.destination.session.refused(refusal);
@@ -214,9 +223,12 @@ impl World {
                 }
             }
             Body::Content(..) | Body::Zero(..) => {
-                let Some(data) = self.destination.channels.get(&channel) else { return };
-                let stamp = data.stamp;
-                self.note_moved(channel);
+                let data = self.destination.channels.get(&channel);
+                let Some(stamp) = data.filter(|data| data.connection == id).map(|data| data.stamp)
+                else {
+                    return;
+                };
+                self.has_heard(channel);
                 if self.counts(Side::Destination, stamp, packet.stamp, packet.is_stale) {
                     self.take_pages(channel, packet.body);
                 }
@@ -282,8 +294,9 @@ impl World {
         if self.destination.control == Some(id) {
             self.with_destination("disconnected", |session, _| session.disconnected());
         } else if data.is_some_and(|data| data.connection == id) {
-            self.lose_destination_channel(channel);
+            self.end_data(Side::Destination, channel);
         } else {
+            self.destination.slots.forget(id);
             self.network.close(id, Side::Destination);
         }
     }

@@ -13,7 +13,8 @@
 //! | `memory.rs` | `destination/pages.rs` and `pages/claim.rs`: region 0 is copied, region 1 written through an alias; what outlives a handler, as with a keeper |
 //! | `guest.rs` | vCPUs, and for each page what it must read |
 //! | `network.rs` | connections: ordered, cut, dead in one direction, late, stuck, parted; frames and hellos of passed connections that come again |
-//! | `watch.rs`, `renew.rs` | what both hosts watch on a clock; channels given up, and telling so |
+//! | `slots.rs`, `renew.rs` | both sides' data channels: made, accepted, given up, replaced |
+//! | `watch.rs`, `patience.rs` | what both hosts watch on a clock |
 //! | `manager.rs` | VMMs and operators |
 //! | `trouble.rs` | crashes of each party before or after its record is on disk, processes that are stopped or paused, disks that are full or lie |
 //!
@@ -48,10 +49,12 @@ mod manager;
 mod memory;
 mod mutant;
 mod network;
+mod patience;
 mod plan;
 mod random;
 mod release;
 mod renew;
+mod slots;
 mod source;
 mod sweep;
 mod trouble;

@@ -85,7 +85,7 @@ impl World {
             2 => self.switch_over(),
             3 => self.say_ready(),
             4 => self.say_complete(),
-            5 => self.reopen_if_alive(),
+            5 => self.dial_again(),
             6 => self.take_back_or_fence(),
             _ => self.start_again(),
         }
@@ -135,9 +135,11 @@ impl World {
         }
     }
 
-    fn reopen_if_alive(&mut self) {
-        if !self.is_idle(Side::Destination) {
-            self.reopen_data();
+    fn dial_again(&mut self) {
+        for side in [Side::Source, Side::Destination] {
+            if !self.is_idle(side) {
+                self.dial_missing(side);
+            }
         }
     }
 

@@ -83,6 +83,8 @@ mutants! {
     SilenceIgnored = "silence-ignored",
     /// A data channel over which nothing moves is never given up.
     StallIgnored = "stall-ignored",
+    /// Who gives a data channel up, and does not make the next, does not say so.
+    RenewNotSaid = "renew-not-said",
     /// A connection attempt without an answer is never given up.
     AttemptWithoutEnd = "attempt-without-end",
 }

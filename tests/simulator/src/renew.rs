@@ -1,59 +1,58 @@
-//! Data channels that a side gives up because nothing comes of them, and tells the other so.
+//! Data channels that end or are given up, and how the other side hears of it: whoever makes
+//! the connections of the session makes the next one, who does not says `Renew`, because the
+//! other may not have noticed.
 
+use crate::mutant::Mutant;
 use crate::network::Side;
 use crate::world::World;
-use afterimage_protocol::wire::{Channel, ControlFrame, Generation};
+use afterimage_protocol::wire::{Channel, ControlFrame, Generation, Stamp};
 
 impl World {
-    /// A side has lost its patience with one of its channels, rightly or not.
-    pub(crate) fn lose_patience(&mut self) {
-        if self.random.chance(500) {
-            let of_source = self.source.channels.keys();
-            let is_background = |channel: &&Channel| matches!(channel, Channel::Background(_));
-            let channels: Vec<_> = of_source.filter(is_background).copied().collect();
-            if let Some(&channel) = self.random.pick(&channels)
-                && !self.is_idle(Side::Source)
-            {
-                self.source_gives_up(channel);
-            }
-        } else {
-            let channels: Vec<_> = self.destination.channels.keys().copied().collect();
-            if let Some(&channel) = self.random.pick(&channels)
-                && !self.is_idle(Side::Destination)
-            {
-                self.destination_gives_up(channel);
-            }
+    /// A side gives up one of its channels that may be as good as any: it was slow, or failed
+    /// in another way.
+    pub(crate) fn lose_patience(&mut self, side: Side) {
+        let channels: Vec<_> = match side {
+            Side::Source => self.source.channels.keys().copied().collect(),
+            Side::Destination => self.destination.channels.keys().copied().collect(),
+        };
+        if let Some(&channel) = self.random.pick(&channels)
+            && !self.is_idle(side)
+        {
+            self.note(|| format!("the {side:?} gives {channel} up"));
+            self.end_data(side, channel);
         }
     }
 
-    pub(crate) fn source_gives_up(&mut self, channel: Channel) {
-        let Some(data) = self.source.channels.get(&channel) else { return };
-        let generation = data.stamp.generation;
-        self.note(|| format!("source gives {channel} up"));
-        self.lose_source_channel(channel);
-        self.send_control_from_source(ControlFrame::Renew { channel, generation });
+    fn data_stamp(&self, side: Side, channel: Channel) -> Option<Stamp> {
+        match side {
+            Side::Source => self.source.channels.get(&channel).map(|data| data.stamp),
+            Side::Destination => self.destination.channels.get(&channel).map(|data| data.stamp),
+        }
     }
 
-    pub(crate) fn destination_gives_up(&mut self, channel: Channel) {
-        let Some(data) = self.destination.channels.get(&channel) else { return };
-        let generation = data.stamp.generation;
-        self.note(|| format!("destination gives {channel} up"));
-        self.lose_destination_channel(channel);
-        self.send_control_from_destination(ControlFrame::Renew { channel, generation });
+    /// A side's channel has ended, or is given up.
+    pub(crate) fn end_data(&mut self, side: Side, channel: Channel) {
+        let Some(stamp) = self.data_stamp(side, channel) else { return };
+        match side {
+            Side::Source => self.lose_source_channel(channel),
+            Side::Destination => self.lose_destination_channel(channel),
+        }
+        let may_not_know = !self.dials(side) && !self.breaks(Mutant::RenewNotSaid);
+        if may_not_know {
+            let frame = ControlFrame::Renew { channel, generation: stamp.generation };
+            match side {
+                Side::Source => self.send_control_from_source(frame),
+                Side::Destination => self.send_control_from_destination(frame),
+            }
+        }
     }
 
     /// The other side has given a channel up: it is closed, unless it is a newer one.
     pub(crate) fn renew(&mut self, side: Side, channel: Channel, generation: Generation) {
-        let stamp = match side {
-            Side::Source => self.source.channels.get(&channel).map(|data| data.stamp),
-            Side::Destination => self.destination.channels.get(&channel).map(|data| data.stamp),
-        };
-        if stamp.is_none_or(|stamp| stamp.generation != generation) {
-            return;
-        }
-        match side {
-            Side::Source => self.lose_source_channel(channel),
-            Side::Destination => self.lose_destination_channel(channel),
+        let present = self.data_stamp(side, channel);
+        if present.is_some_and(|stamp| stamp.generation == generation) {
+            self.situation("a channel was closed because the other side had given it up");
+            self.end_data(side, channel);
         }
     }
 }

@@ -5,8 +5,10 @@ mod sending;
 use crate::coverage::{Happening, State};
 use crate::mutant::Mutant;
 use crate::network::{Body, Packet, Side};
+use crate::patience::Patience;
 use crate::plan::{Plan, layout};
 use crate::random::Random;
+use crate::slots::Slots;
 use crate::world::World;
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
@@ -15,7 +17,7 @@ use afterimage_protocol::session::{
     SourcePages, SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Epoch, Hello, Incarnation, SessionId, Stamp,
+    Capabilities, Channel, ControlFrame, Hello, Incarnation, SessionId, Stamp,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
@@ -37,6 +39,13 @@ pub(crate) struct SourceChannel {
     pub(crate) moved: u64,
 }
 
+impl SourceChannel {
+    pub(crate) fn new(connection: usize, stamp: Stamp, moved: u64) -> Self {
+        let (in_flight, shadow) = (InFlight::default(), BTreeSet::new());
+        Self { connection, stamp, in_flight, shadow, moved }
+    }
+}
+
 #[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
 pub(crate) struct SourceHost {
     pub(crate) is_alive: bool,
@@ -56,11 +65,11 @@ pub(crate) struct SourceHost {
     pub(crate) since: u64,
     /// A connection accepted, and its hello, until ours is on record.
     accepting: Option<(usize, Hello)>,
-    serving: Option<Epoch>,
+    pub(crate) slots: Slots,
     /// The memory that said hello last.
     peer: Option<Incarnation>,
     pub(crate) channels: BTreeMap<Channel, SourceChannel>,
-    generations: BTreeMap<Channel, u32>,
+    pub(crate) patience: BTreeMap<Channel, Patience>,
     pub(crate) destination_runs: bool,
     /// The session lets pages be freed.
     pub(crate) may_release: bool,
@@ -108,10 +117,10 @@ impl SourceHost {
             control: None,
             since: 0,
             accepting: None,
-            serving: None,
+            slots: Slots::default(),
             peer: None,
             channels: BTreeMap::new(),
-            generations: BTreeMap::new(),
+            patience: BTreeMap::new(),
             destination_runs: false,
             may_release: false,
             known_memory: None,
@@ -141,15 +150,13 @@ impl SourceHost {
     }
 
     fn close_all(&mut self, forgets: bool) -> Vec<usize> {
-        let mut closed = Vec::new();
+        let mut closed = self.slots.close();
         for (_, mut data) in std::mem::take(&mut self.channels) {
             if !forgets {
                 data.in_flight.requeue(&self.book);
             }
             closed.push(data.connection);
         }
-        self.serving = None;
-        self.generations.clear();
         closed
     }
 
@@ -158,11 +165,12 @@ impl SourceHost {
             self.book.acknowledge(*run);
             self.ever_acked.extend(run.iter());
         }
-        for data in self.channels.values_mut() {
+        for (channel, data) in &mut self.channels {
             data.in_flight.settle(&self.book);
             let (book, before) = (&self.book, data.shadow.len());
             data.shadow.retain(|page| !book.is_acked(*page));
             if data.shadow.len() < before {
+                self.patience.entry(*channel).or_default().rewarded(step - data.moved);
                 data.moved = step;
             }
         }
@@ -230,7 +238,9 @@ impl World {
                 }
             }
             SourceAction::Acknowledge(runs) => self.source.acknowledge(&runs, self.steps),
-            SourceAction::OpenData { stamp, .. } => self.source.serving = Some(stamp.epoch),
+            SourceAction::OpenData { stamp, .. } => {
+                self.open_slots(Side::Source, stamp.epoch, self.plan.streams, 1);
+            }
             SourceAction::Event(SourceEvent::Running) => self.source.destination_runs = true,
             SourceAction::Event(SourceEvent::Reclaimed) => self.source.vmm_runs = true,
             SourceAction::CompareReleased => self.compare_released(),
@@ -308,7 +318,7 @@ impl World {
                     self.source_accepts(id, hello);
                 }
             }
-            (Body::Hello(hello), channel) => self.source_accepts_data(id, channel, &hello),
+            (Body::Hello(hello), channel) => self.data_hello(Side::Source, id, channel, &hello),
             (Body::Refused(_), _) if self.source.control == Some(id) => {
                 self.with_source("refused", |session, _| session.disconnected());
             }
@@ -322,7 +332,9 @@ impl World {
                 }
             }
             (Body::Request(pages), _) => {
-                let Some(stamp) = self.source.channels.get(&channel).map(|data| data.stamp) else {
+                let data = self.source.channels.get(&channel);
+                let Some(stamp) = data.filter(|data| data.connection == id).map(|data| data.stamp)
+                else {
                     return;
                 };
                 if self.counts(Side::Source, stamp, packet.stamp, packet.is_stale) {
@@ -373,8 +385,9 @@ impl World {
         if self.source.control == Some(id) {
             self.with_source("disconnected", |session, _| session.disconnected());
         } else if self.source.channels.get(&channel).is_some_and(|data| data.connection == id) {
-            self.lose_source_channel(channel);
+            self.end_data(Side::Source, channel);
         } else if self.source.accepting.as_ref().is_none_or(|(accepted, _)| *accepted != id) {
+            self.source.slots.forget(id);
             self.network.close(id, Side::Source);
         }
     }
@@ -401,6 +414,7 @@ impl World {
         self.source.known_memory = None;
         (self.source.destination_runs, self.source.may_release) = (false, false);
         self.source.gave_state = false;
+        self.source.patience.clear();
         self.source.is_alive = true;
         // The VMM may not have heard that it has its guest back.
         let is_back =

@@ -73,7 +73,8 @@ impl World {
             self.break_network();
         }
         if self.random.chance(self.plan.breaks_per_mille / 2) {
-            self.lose_patience();
+            let side = self.one_side();
+            self.lose_patience(side);
         }
         if self.random.chance(self.plan.crashes_per_mille) {
             match self.random.below(16) {

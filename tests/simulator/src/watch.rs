@@ -3,6 +3,7 @@
 
 use crate::mutant::Mutant;
 use crate::network::{Connection, Side};
+use crate::source::SourceChannel;
 use crate::world::World;
 use afterimage_protocol::session::{DestinationSession, SourceSession};
 use afterimage_protocol::wire::Channel;
@@ -10,12 +11,6 @@ use std::time::Duration;
 
 /// An attempt that has not been answered after so many steps is given up.
 const ATTEMPT_LIMIT: u64 = 250;
-/// A request, a piece or a run that nothing becomes of for so many steps: its channel is
-/// given up.
-const STALL_LIMIT: u64 = 500;
-/// A channel over which nothing comes may have nothing to bring.
-const QUIET_LIMIT: u64 = 4 * STALL_LIMIT;
-
 impl World {
     /// Time passes for both sessions.
     pub(crate) fn tick(&mut self) {
@@ -56,13 +51,18 @@ impl World {
         if !self.breaks(Mutant::AttemptWithoutEnd) {
             self.watch_attempts();
         }
-        if self.plan.channels_get_stuck && !self.breaks(Mutant::StallIgnored) {
+        if !self.breaks(Mutant::StallIgnored) {
             self.watch_channels_of_source();
             self.watch_channels_of_destination();
         }
     }
 
     fn watch_attempts(&mut self) {
+        for side in [Side::Source, Side::Destination] {
+            if !self.is_idle(side) {
+                self.watch_data_attempts(side, ATTEMPT_LIMIT);
+            }
+        }
         let is_late = |since: u64| self.steps >= since + ATTEMPT_LIMIT;
         let source = &self.source;
         let source_waits = source.control.is_some() && source.session.link_name() == "greeting";
@@ -80,37 +80,39 @@ impl World {
         }
     }
 
+    /// A background channel on which something is under way and nothing is acknowledged.
     fn watch_channels_of_source(&mut self) {
         if self.is_idle(Side::Source) {
             return;
         }
-        let late =
-            self.source.channels.iter().find(|(_, data)| {
-                !data.in_flight.is_empty() && self.steps >= data.moved + STALL_LIMIT
-            });
+        let (step, source) = (self.steps, &self.source);
+        let is_late = |channel: &Channel, data: &SourceChannel| {
+            let patience = source.patience.get(channel).copied().unwrap_or_default();
+            matches!(channel, Channel::Background(_))
+                && !data.in_flight.is_empty()
+                && step >= data.moved + patience.lasts()
+        };
+        let late = source.channels.iter().find(|(channel, data)| is_late(channel, data));
         if let Some((&channel, _)) = late {
             self.situation("the source gave up a channel over which nothing moved");
-            self.source_gives_up(channel);
+            self.source.patience.entry(channel).or_default().exhausted();
+            self.end_data(Side::Source, channel);
         }
     }
 
+    /// The request channel, when something was asked for that nobody brings.
     fn watch_channels_of_destination(&mut self) {
-        let is_complete = self.destination.memory.planes.complete_count() == self.plan.pages;
-        if self.is_idle(Side::Destination) || is_complete {
+        // Before it runs the source may be waiting for its own switchover.
+        if self.is_idle(Side::Destination) || !self.destination.runs || !self.asks() {
             return;
         }
-        let asks = !self.destination.faults.is_empty() || !self.destination.wanted.is_empty();
-        let late = self.destination.channels.iter().find(|(channel, data)| {
-            let owes = match channel {
-                Channel::Request(_) => asks,
-                _ => data.piece.is_some(),
-            };
-            let limit = if owes { STALL_LIMIT } else { QUIET_LIMIT };
-            self.steps >= data.moved + limit
-        });
-        if let Some((&channel, _)) = late {
+        let channel = Channel::Request(0);
+        let data = self.destination.channels.get(&channel);
+        let Some(since) = data.and_then(|data| data.waits_since) else { return };
+        if self.steps >= since + self.destination.patience.lasts() {
             self.situation("the destination gave up a channel over which nothing moved");
-            self.destination_gives_up(channel);
+            self.destination.patience.exhausted();
+            self.end_data(Side::Destination, channel);
         }
     }
 }

@@ -19,12 +19,14 @@ fn assert_nothing_violated(summary: &Summary) {
 }
 
 /// Situations that the simulator is there for: each has to come about.
-const SITUATIONS: [&str; 23] = [
+const SITUATIONS: [&str; 25] = [
     "a VMM died whose guest ran",
     "a channel broke in the middle of a piece",
+    "a channel was closed because the other side had given it up",
     "a connection attempt came twice",
     "a copy came whose page is being received",
     "a data channel got stuck",
+    "a data connection that nobody greeted was given up",
     "a data hello that is out of date was turned away",
     "a fence was refused because pages were freed",
     "a fenced destination came back and stays stopped",
@@ -127,7 +129,7 @@ caught! {
     half_a_page_left_by_the_dead_is_caught: TakeoverWithoutEmptying
         by "i1_once_and_i8_gone" within 1500;
     claims_of_the_dead_are_caught: ClaimsKeptAtTakeover
-        by "i4_nobody_forgotten" | "i4_progress" within 500;
+        by "i4_nobody_forgotten" | "i4_progress" | "i7_bounded" within 500;
     waiters_of_the_dead_are_caught: NoWakeAtTakeover by "i4_nobody_forgotten" within 300;
     pages_given_back_and_not_asked_for_are_caught: GivenBackNotAsked
         by "i4_given_back_is_asked_for" within 100;
@@ -141,5 +143,6 @@ caught! {
         by "i3_one_owner" | "i3_given_to_whom" | "i1_once_and_i8_gone" within 1500;
     silence_that_ends_nothing_is_caught: SilenceIgnored by "i4_progress" within 500;
     a_stall_that_nobody_notices_is_caught: StallIgnored by "i4_progress" within 1500;
+    a_channel_given_up_in_silence_is_caught: RenewNotSaid by "i4_progress" within 1500;
     an_attempt_that_waits_for_ever_is_caught: AttemptWithoutEnd by "i4_progress" within 500;
 }

@@ -6,6 +6,7 @@ use crate::guest::{VCPUS, Vcpu};
 use crate::memory::Stage;
 use crate::mutant::Mutant;
 use crate::network::{Body, Side};
+use crate::patience::Patience;
 use crate::world::World;
 use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{PageNumber, PageRange};
@@ -60,6 +61,7 @@ impl World {
     fn ask(&mut self, page: PageNumber) {
         let Some(data) = self.destination.channels.get(&Channel::Request(0)) else { return };
         let (id, stamp, step) = (data.connection, data.stamp, self.steps);
+        let waits = self.asks();
         let host = &mut self.destination;
         let lists = [host.faults.get_mut(&page), host.wanted.get_mut(&page)];
         let mut is_asked = false;
@@ -70,6 +72,10 @@ impl World {
             }
         }
         if !is_asked {
+            if let Some(data) = host.channels.get_mut(&Channel::Request(0)) {
+                // What was waited for before may have come in another way.
+                data.waits_since = data.waits_since.filter(|_| waits).or(Some(step));
+            }
             self.network.send(id, Side::Source, stamp, Body::Request(PageRange::one(page)));
         }
     }
@@ -80,7 +86,9 @@ impl World {
         if let Some(id) = self.destination.control.take() {
             self.network.close(id, Side::Destination);
         }
-        self.destination.serving = None;
+        for id in self.destination.slots.close() {
+            self.network.close(id, Side::Destination);
+        }
         for (_, data) in std::mem::take(&mut self.destination.channels) {
             self.network.close(data.connection, Side::Destination);
             if let Some(piece) = data.piece {
@@ -140,6 +148,7 @@ impl World {
         self.destination.session = DestinationSession::new(config(&plan), record);
         self.destination.memory.take_over();
         self.destination.knows_it_is_complete = false;
+        self.destination.patience = Patience::default();
         self.destination.is_alive = true;
         if !self.breaks(Mutant::NoWakeAtTakeover) {
             self.guest.wake_all();

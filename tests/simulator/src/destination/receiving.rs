@@ -1,16 +1,14 @@
-//! The data channels of the destination: opened, what arrives on them taken in, given up, and
-//! the pages given back then asked for.
+//! The data channels of the destination: what arrives on them is taken in, and what one that
+//! ends gives back is asked for.
 
-use super::{DestinationChannel, DestinationHost};
+use super::DestinationHost;
 use crate::memory::{Piece, Stage};
 use crate::mutant::Mutant;
 use crate::network::{Body, Side};
 use crate::world::World;
 use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{PageNumber, PageRange};
-use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Generation, Hello, Role, Stamp,
-};
+use afterimage_protocol::wire::{Channel, ControlFrame};
 
 impl DestinationHost {
     fn pieces(&self) -> impl Iterator<Item = &Piece> {
@@ -31,46 +29,6 @@ impl DestinationHost {
 }
 
 impl World {
-    pub(super) fn wanted_channels(&self) -> Vec<Channel> {
-        let Some((_, streams, shards)) = self.destination.serving else { return Vec::new() };
-        let requests = (0..shards).map(Channel::Request);
-        requests.chain((0..streams).map(Channel::Background)).collect()
-    }
-
-    /// The next generation of a data channel.
-    pub(super) fn open_data(&mut self, channel: Channel) {
-        let Some((stamp, _, _)) = self.destination.serving else { return };
-        let generation = self.destination.generations.entry(channel).or_insert(0);
-        *generation += 1;
-        let stamp = Stamp { epoch: stamp.epoch, generation: Generation(*generation) };
-        let connection = self.network.connect(channel, Some(stamp));
-        let record = self.destination.session.record();
-        let hello = Hello {
-            role: Role::Destination,
-            channel,
-            stamp,
-            capabilities: Capabilities::CHECKSUMS,
-            session: record.session,
-            incarnation: record.incarnation,
-        };
-        self.network.send(connection, Side::Source, stamp, Body::Hello(hello));
-        let data = DestinationChannel { connection, stamp, piece: None, moved: self.steps };
-        self.destination.channels.insert(channel, data);
-        if matches!(channel, Channel::Request(_)) {
-            // What was asked for on the one before may be lost.
-            self.destination.faults.values_mut().for_each(|asked| *asked = None);
-            self.destination.wanted.values_mut().for_each(|asked| *asked = None);
-        }
-    }
-
-    pub(crate) fn reopen_data(&mut self) {
-        for channel in self.wanted_channels() {
-            if !self.destination.channels.contains_key(&channel) {
-                self.open_data(channel);
-            }
-        }
-    }
-
     pub(crate) fn lose_destination_channel(&mut self, channel: Channel) {
         let Some(data) = self.destination.channels.remove(&channel) else { return };
         self.network.close(data.connection, Side::Destination);
@@ -94,11 +52,22 @@ impl World {
             .extend(pages.filter(|page| !planes.is_complete(*page)).map(|page| (page, None)));
     }
 
-    /// What has come over a channel is something that moves.
-    pub(super) fn note_moved(&mut self, channel: Channel) {
-        let step = self.steps;
-        if let Some(data) = self.destination.channels.get_mut(&channel) {
-            data.moved = step;
+    /// Whether a page was asked for and has not come.
+    pub(crate) fn asks(&self) -> bool {
+        let host = &self.destination;
+        let mut pages = host.faults.iter().chain(&host.wanted);
+        pages.any(|(page, asked)| asked.is_some() && !host.memory.planes.is_complete(*page))
+    }
+
+    /// Something has come over a channel.
+    pub(super) fn has_heard(&mut self, channel: Channel) {
+        let (step, asks) = (self.steps, self.asks());
+        let host = &mut self.destination;
+        if let Some(data) = host.channels.get_mut(&channel)
+            && let Some(since) = data.waits_since.take()
+        {
+            host.patience.rewarded(step - since);
+            data.waits_since = asks.then_some(step);
         }
     }
 
@@ -165,14 +134,13 @@ impl World {
         };
         let is_placed = self.destination.memory.advance(&mut piece);
         data.piece = Some(piece).filter(|_| !is_placed);
-        self.note_moved(channel);
     }
 
     /// What has become complete is acknowledged.
     pub(crate) fn acknowledge(&mut self) {
         let is_idle = self.is_idle(Side::Destination);
         let runs = &mut self.destination.memory.to_acknowledge;
-        if is_idle || self.destination.serving.is_none() || runs.is_empty() {
+        if is_idle || !self.destination.slots.is_open() || runs.is_empty() {
             return;
         }
         let runs = std::mem::take(runs);

@@ -1,41 +1,14 @@
-//! The data channels of the source: accepted, served, given up, and what was under way on
-//! them handed out again.
+//! The data channels of the source: served, and what was under way on one that ended handed
+//! out again.
 
-use super::{PIECE, SESSION, SourceChannel};
+use super::PIECE;
 use crate::mutant::Mutant;
 use crate::network::{Body, Side};
 use crate::world::World;
 use afterimage_protocol::layout::{PageNumber, PageRange};
-use afterimage_protocol::session::InFlight;
-use afterimage_protocol::wire::{Channel, Hello};
-use std::collections::BTreeSet;
+use afterimage_protocol::wire::Channel;
 
 impl World {
-    pub(super) fn source_accepts_data(&mut self, id: usize, channel: Channel, hello: &Hello) {
-        let is_newer =
-            hello.stamp.generation.0 > self.source.generations.get(&channel).copied().unwrap_or(0);
-        let is_ours = self.source.serving == Some(hello.stamp.epoch)
-            && hello.session == SESSION
-            && self.source.known_memory == Some(hello.incarnation);
-        let is_let_in = is_newer || self.breaks(Mutant::OlderGenerationAccepted);
-        if !is_let_in || !is_ours {
-            self.situation("a data hello that is out of date was turned away");
-            self.network.close(id, Side::Source);
-            return;
-        }
-        crate::checks::i5_newer(self, Side::Source, is_newer);
-        self.lose_source_channel(channel);
-        self.source.generations.insert(channel, hello.stamp.generation.0);
-        let data = SourceChannel {
-            connection: id,
-            stamp: hello.stamp,
-            in_flight: InFlight::default(),
-            shadow: BTreeSet::new(),
-            moved: self.steps,
-        };
-        self.source.channels.insert(channel, data);
-    }
-
     pub(crate) fn lose_source_channel(&mut self, channel: Channel) {
         if let Some(mut data) = self.source.channels.remove(&channel) {
             self.network.close(data.connection, Side::Source);
