@@ -29,12 +29,13 @@ impl fmt::Display for Violation {
 
 type Check = (&'static str, fn(&World) -> Result<(), String>);
 
-const EACH_STEP: [Check; 8] = [
+const EACH_STEP: [Check; 9] = [
     ("i1_once_and_i8_gone", i1_once_and_i8_gone),
     ("i2_kept", i2_kept),
     ("i3_one_owner", i3_one_owner),
     ("i3_given_to_whom", i3_given_to_whom),
     ("i4_nobody_forgotten", i4_nobody_forgotten),
+    ("i4_given_back_is_asked_for", i4_given_back_is_asked_for),
     ("i4_in_flight_remembered", i4_in_flight_remembered),
     ("i6_rebuilt", i6_rebuilt),
     ("i7_bounded", i7_bounded),
@@ -94,9 +95,9 @@ fn i3_one_owner(world: &World) -> Result<(), String> {
     if world.plan.kind == SessionKind::Snapshot {
         return Ok(());
     }
-    let source_may = world.source.is_alive && world.source.session.may_run();
-    let destination_runs = world.destination.is_alive && world.destination.runs;
-    let destination_may = destination_runs
+    let session_may = world.source.is_alive && world.source.session.may_run();
+    let source_may = session_may || world.source.vmm_runs;
+    let destination_may = world.destination.runs
         || (world.destination.is_alive
             && !world.destination.session.is_over()
             && !world.source.is_fenced()
@@ -135,12 +136,29 @@ fn i4_nobody_forgotten(world: &World) -> Result<(), String> {
     }
     let memory = &world.destination.memory;
     for page in world.guest.waited_for() {
-        let is_known = world.destination.faults.contains_key(&page);
+        let is_known = world.destination.faults.contains_key(&page)
+            || world.destination.unread_faults.contains(&page);
         let is_written = memory.is_alias(page)
             && memory.planes.state(page) == PageState::Claimed
             && world.destination.is_receiving(page);
         if !is_known && !is_written {
             return Err(format!("page {page} is waited for and nobody knows"));
+        }
+    }
+    Ok(())
+}
+
+/// A page that was given back is asked for until it is complete, or somebody brings it: the
+/// source may hold it for under way on a channel that lives.
+fn i4_given_back_is_asked_for(world: &World) -> Result<(), String> {
+    let host = &world.destination;
+    if !host.is_alive {
+        return Ok(());
+    }
+    let free = |page: &&PageNumber| host.memory.planes.state(**page) == PageState::Free;
+    for page in host.memory.given_back.iter().filter(free) {
+        if !host.wanted.contains_key(page) && !host.faults.contains_key(page) {
+            return Err(format!("page {page} was given back and nobody asks for it"));
         }
     }
     Ok(())
@@ -185,13 +203,19 @@ fn i7_bounded(world: &World) -> Result<(), String> {
             return Err(format!("{channel} has {} runs in flight", data.in_flight.runs()));
         }
     }
-    let set = world.destination.memory.discarded_in_flight.len();
+    let memory = &world.destination.memory;
+    let set = memory.discarded_in_flight.len();
     if world.destination.is_alive && set > world.destination.pages_being_received() {
         return Err(format!("{set} pages are noted as discarded in flight, fewer are in flight"));
     }
-    let faults = world.destination.faults.len();
-    if faults > world.guest.vcpus.len() {
-        return Err(format!("{faults} faults are kept for {} vCPUs", world.guest.vcpus.len()));
+    let faults = world.destination.faults.len() + world.destination.unread_faults.len();
+    let events = memory.unread.len() + faults;
+    if events > world.guest.vcpus.len() {
+        return Err(format!("{events} events are kept for {} vCPUs", world.guest.vcpus.len()));
+    }
+    let wanted = world.destination.wanted.len() as u64;
+    if wanted > world.plan.pages {
+        return Err(format!("{wanted} pages are asked for of {}", world.plan.pages));
     }
     Ok(())
 }
@@ -200,6 +224,13 @@ fn i7_bounded(world: &World) -> Result<(), String> {
 pub(crate) fn i5_fenced(world: &mut World, side: Side, is_stale: bool) {
     if is_stale {
         world.violated("i5_fenced", format!("the {side:?} took a frame of a passed connection"));
+    }
+}
+
+/// I5: a connection of an epoch or generation that has passed is turned away.
+pub(crate) fn i5_newer(world: &mut World, side: Side, is_newer: bool) {
+    if !is_newer {
+        world.violated("i5_fenced", format!("the {side:?} let a passed connection in"));
     }
 }
 
@@ -225,7 +256,13 @@ pub(crate) fn at_the_end(world: &mut World) {
             }
         }
         SourceOwnership::Given => world.violated("i4_progress", "over, and given still"),
+        // A guest that has everything dies as on any machine.
+        SourceOwnership::Finished
+            if world.guest.lost_whole == Some(world.source.disk.incarnation) => {}
         SourceOwnership::Finished | SourceOwnership::Owner => {
+            if world.plan.guest_rests {
+                world.situation("background alone brought what was missing");
+            }
             for page in world.all_pages() {
                 check_last_read(world, page);
             }

@@ -1,7 +1,7 @@
-//! Which transitions of the two machines a run has seen.
+//! Which states and transitions of the two machines a run has seen, and which situations.
 
 use crate::network::Side;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What happened to a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -13,42 +13,89 @@ pub(crate) enum Happening {
     NotRecorded,
 }
 
-/// (side, link, ownership, kind of session, what happened)
-type Transition = (Side, &'static str, u8, u8, Happening);
+/// Where a machine stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct State {
+    pub(crate) link: &'static str,
+    pub(crate) ownership: u8,
+}
 
-/// A set of transitions.
+/// From where, by what, to where; and in which kind of session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Transition {
+    pub(crate) side: Side,
+    pub(crate) kind: u8,
+    pub(crate) from: State,
+    pub(crate) happening: Happening,
+    pub(crate) to: State,
+}
+
+/// Sets of states, transitions and situations.
 #[derive(Clone, Debug, Default)]
 pub struct Coverage {
     seen: BTreeSet<Transition>,
+    situations: BTreeMap<&'static str, u64>,
 }
 
 impl Coverage {
-    pub(crate) fn note(
-        &mut self,
-        side: Side,
-        link: &'static str,
-        ownership: u8,
-        kind: u8,
-        happening: Happening,
-    ) {
-        self.seen.insert((side, link, ownership, kind, happening));
+    pub(crate) fn note(&mut self, transition: Transition) {
+        self.seen.insert(transition);
+    }
+
+    pub(crate) fn note_situation(&mut self, situation: &'static str) {
+        *self.situations.entry(situation).or_default() += 1;
     }
 
     /// Adds those of another run.
     pub fn merge(&mut self, other: &Self) {
         self.seen.extend(&other.seen);
+        for (situation, count) in &other.situations {
+            *self.situations.entry(situation).or_default() += count;
+        }
     }
 
-    /// How many different ones.
+    /// How many different transitions.
     #[must_use]
-    pub fn count(&self) -> usize {
+    pub fn transitions(&self) -> usize {
         self.seen.len()
     }
 
-    /// One line each, sorted.
+    /// How many different states of both machines, by side and kind of session.
+    #[must_use]
+    pub fn states(&self) -> usize {
+        self.all_states().len()
+    }
+
+    fn all_states(&self) -> BTreeSet<(Side, u8, State)> {
+        let ends = |it: &Transition| [(it.side, it.kind, it.from), (it.side, it.kind, it.to)];
+        self.seen.iter().flat_map(ends).collect()
+    }
+
+    /// How often each situation came about that is worth seeing.
+    #[must_use]
+    pub const fn situations(&self) -> &BTreeMap<&'static str, u64> {
+        &self.situations
+    }
+
+    /// One line each, sorted: states, transitions, situations.
     pub fn lines(&self) -> impl Iterator<Item = String> + '_ {
-        self.seen.iter().map(|(side, link, ownership, kind, happening)| {
-            format!("{side:?} {link} ownership {ownership} kind {kind}: {happening:?}")
-        })
+        let kind = |kind: u8| if kind == 1 { "migration" } else { "snapshot" };
+        let states = self.all_states().into_iter().map(move |(side, of, state)| {
+            format!("state {side:?} {} {} ownership {}", kind(of), state.link, state.ownership)
+        });
+        let transitions = self.seen.iter().map(move |it| {
+            let Transition { side, from, happening, to, .. } = it;
+            format!(
+                "transition {side:?} {} {} ownership {}: {happening:?}: {} ownership {}",
+                kind(it.kind),
+                from.link,
+                from.ownership,
+                to.link,
+                to.ownership
+            )
+        });
+        let situations =
+            self.situations.iter().map(|(name, count)| format!("situation {name}: {count}"));
+        states.chain(transitions).chain(situations)
     }
 }

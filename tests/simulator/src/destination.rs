@@ -1,33 +1,45 @@
-//! The destination's host: its driver, its memory, its disk, and the faults it answers.
+//! The destination's host: its driver, its disk, and the VMM that it tells. Its data channels
+//! are in `receiving`, the faults it answers and its deaths in `handler`.
 
-use crate::coverage::Happening;
+mod handler;
+mod receiving;
+
+use crate::coverage::{Happening, State};
 use crate::memory::{Memory, Piece};
 use crate::mutant::Mutant;
 use crate::network::{Body, Packet, Side};
-use crate::world::{Plan, World, layout};
-use afterimage_protocol::bitmap::{Bitmap, PageState, Segment};
+use crate::patience::Patience;
+use crate::plan::{Plan, layout};
+use crate::slots::Slots;
+use crate::world::World;
+use afterimage_protocol::bitmap::{Bitmap, Segment};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
     DestinationAction, DestinationConfig, DestinationEvent, DestinationOwnership,
     DestinationRecord, DestinationSession, PersistFailed,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Epoch, Generation, Hello, Incarnation, Role, SessionId,
-    SessionKind, Stamp,
+    Capabilities, Channel, ControlFrame, Epoch, Hello, Incarnation, SessionId, SessionKind, Stamp,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
-
-/// After so many steps a page is asked for again.
-const RETRY: u64 = 150;
 
 #[derive(Debug)]
 pub(crate) struct DestinationChannel {
     connection: usize,
     pub(crate) stamp: Stamp,
-    piece: Option<Piece>,
+    pub(crate) piece: Option<Piece>,
+    /// Since when something was asked for and nothing has come.
+    pub(crate) waits_since: Option<u64>,
 }
 
+impl DestinationChannel {
+    pub(crate) const fn new(connection: usize, stamp: Stamp) -> Self {
+        Self { connection, stamp, piece: None, waits_since: None }
+    }
+}
+
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
 pub(crate) struct DestinationHost {
     pub(crate) is_alive: bool,
     pub(crate) session: DestinationSession,
@@ -35,15 +47,23 @@ pub(crate) struct DestinationHost {
     pub(crate) disk: DestinationRecord,
     pub(crate) memory: Memory,
     pub(crate) control: Option<usize>,
-    /// The data channels' epoch, and how many of each kind.
-    serving: Option<(Stamp, u16, u16)>,
+    /// Since when it has tried to be greeted.
+    pub(crate) since: u64,
+    pub(crate) slots: Slots,
     pub(crate) channels: BTreeMap<Channel, DestinationChannel>,
-    generations: BTreeMap<Channel, u32>,
-    /// The guest has been told to run by this process.
+    /// With the request channel.
+    pub(crate) patience: Patience,
+    /// The VMM runs the guest.
     pub(crate) runs: bool,
+    /// The VMM has died.
+    pub(crate) has_lost_memory: bool,
     pub(crate) knows_it_is_complete: bool,
+    /// Faults that wait in the kernel to be read.
+    pub(crate) unread_faults: BTreeSet<PageNumber>,
     /// Pages waited for, and when they were asked for.
     pub(crate) faults: BTreeMap<PageNumber, Option<u64>>,
+    /// Pages that were given back, and when they were asked for.
+    pub(crate) wanted: BTreeMap<PageNumber, Option<u64>>,
 }
 
 fn config(plan: &Plan) -> DestinationConfig {
@@ -69,38 +89,24 @@ impl DestinationHost {
             disk,
             memory: Memory::new(plan.pages, plan.first_alias, mutant),
             control: None,
-            serving: None,
+            since: 0,
+            slots: Slots::default(),
             channels: BTreeMap::new(),
-            generations: BTreeMap::new(),
+            patience: Patience::default(),
             runs: false,
+            has_lost_memory: false,
             knows_it_is_complete: false,
+            unread_faults: BTreeSet::new(),
             faults: BTreeMap::new(),
+            wanted: BTreeMap::new(),
         }
-    }
-
-    fn pieces(&self) -> impl Iterator<Item = &Piece> {
-        self.channels.values().filter_map(|data| data.piece.as_ref())
-    }
-
-    pub(crate) fn is_receiving(&self, page: PageNumber) -> bool {
-        self.pieces().flat_map(|piece| &piece.won).any(|run| run.contains(page))
-    }
-
-    pub(crate) fn one_being_received(&self) -> Option<PageNumber> {
-        self.pieces().flat_map(|piece| &piece.won).map(|run| run.start).next()
-    }
-
-    pub(crate) fn pages_being_received(&self) -> usize {
-        self.pieces().flat_map(|piece| &piece.won).map(|run| run.count as usize).sum()
     }
 }
 
 impl World {
-    fn cover_destination(&mut self, happening: Happening) {
+    pub(crate) fn destination_state(&self) -> State {
         let session = &self.destination.session;
-        let ownership = session.record().ownership as u8;
-        let kind = self.plan.kind as u8;
-        self.coverage.note(Side::Destination, session.link_name(), ownership, kind, happening);
+        State { link: session.link_name(), ownership: session.record().ownership as u8 }
     }
 
     /// A call of the session, and what follows from it.
@@ -109,9 +115,9 @@ impl World {
         call: &'static str,
         does: impl FnOnce(&mut DestinationSession, Duration) -> T,
     ) -> T {
-        self.cover_destination(Happening::Call(call));
-        let now = self.now;
+        let (now, before) = (self.now, self.destination_state());
         let result = does(&mut self.destination.session, now);
+        self.cover(Side::Destination, before, Happening::Call(call));
         self.drain_destination();
         result
     }
@@ -126,15 +132,16 @@ impl World {
 
     fn destination_action(&mut self, action: DestinationAction) {
         match action {
-            DestinationAction::Persist(record) => self.destination.pending = Some(record),
+            DestinationAction::Persist(record) => {
+                self.destination.pending = Some(record);
+                let begins = record.ownership == DestinationOwnership::Running
+                    && self.destination.disk.ownership != DestinationOwnership::Running;
+                self.destination.runs |= begins && self.breaks(Mutant::RunBeforeRecorded);
+            }
             DestinationAction::Send(frame) => self.send_control_from_destination(frame),
             DestinationAction::SendReceived => self.send_received(),
             DestinationAction::OpenData { stamp, streams, shards } => {
-                self.destination.serving = Some((stamp, streams, shards));
-                self.destination.generations.clear();
-                for channel in self.wanted_channels() {
-                    self.open_data(channel);
-                }
+                self.open_slots(Side::Destination, stamp.epoch, streams, shards);
             }
             DestinationAction::Event(DestinationEvent::Run) => {
                 if self.source.is_fenced() {
@@ -142,9 +149,11 @@ impl World {
                 }
                 self.destination.runs = true;
             }
-            DestinationAction::Event(DestinationEvent::Fenced | DestinationEvent::Ended(_)) => {
+            DestinationAction::Event(DestinationEvent::Fenced) => {
+                self.situation("a fenced destination came back and stays stopped");
                 self.destination.runs = false;
             }
+            DestinationAction::Event(DestinationEvent::Ended(_)) => self.destination.runs = false,
             DestinationAction::Renew { channel, generation } => {
                 self.renew(Side::Destination, channel, generation);
             }
@@ -162,7 +171,9 @@ impl World {
         if let Some(id) = self.destination.control.take() {
             self.network.close(id, Side::Destination);
         }
-        self.destination.serving = None;
+        for id in self.destination.slots.close() {
+            self.network.close(id, Side::Destination);
+        }
         for channel in self.destination.channels.keys().copied().collect::<Vec<_>>() {
             self.lose_destination_channel(channel);
         }
@@ -187,78 +198,37 @@ impl World {
         self.send_control_from_destination(ControlFrame::Received { range, segment, last: true });
     }
 
-    fn wanted_channels(&self) -> Vec<Channel> {
-        let Some((_, streams, shards)) = self.destination.serving else { return Vec::new() };
-        let requests = (0..shards).map(Channel::Request);
-        requests.chain((0..streams).map(Channel::Background)).collect()
-    }
-
-    /// The next generation of a data channel.
-    fn open_data(&mut self, channel: Channel) {
-        let Some((stamp, _, _)) = self.destination.serving else { return };
-        let generation = self.destination.generations.entry(channel).or_insert(0);
-        *generation += 1;
-        let stamp = Stamp { epoch: stamp.epoch, generation: Generation(*generation) };
-        let connection = self.network.connect(channel, Some(stamp));
-        let record = self.destination.session.record();
-        let hello = Hello {
-            role: Role::Destination,
-            channel,
-            stamp,
-            capabilities: Capabilities::CHECKSUMS,
-            session: record.session,
-            incarnation: record.incarnation,
-        };
-        self.network.send(connection, Side::Source, stamp, Body::Hello(hello));
-        let data = DestinationChannel { connection, stamp, piece: None };
-        self.destination.channels.insert(channel, data);
-        if matches!(channel, Channel::Request(_)) {
-            // What was asked for on the one before may be lost.
-            self.destination.faults.values_mut().for_each(|asked| *asked = None);
-        }
-    }
-
-    pub(crate) fn reopen_data(&mut self) {
-        for channel in self.wanted_channels() {
-            if !self.destination.channels.contains_key(&channel) {
-                self.open_data(channel);
-            }
-        }
-    }
-
-    pub(crate) fn lose_destination_channel(&mut self, channel: Channel) {
-        if let Some(data) = self.destination.channels.remove(&channel) {
-            self.network.close(data.connection, Side::Destination);
-            if let Some(piece) = data.piece {
-                self.note(|| format!("destination gives {:?} back", piece.won));
-                self.destination.memory.give_back(&piece);
-            }
-        }
-    }
-
     /// A frame has arrived at the destination. `false` if it cannot be taken now.
     pub(crate) fn destination_receives(&mut self, id: usize, channel: Channel, packet: Packet) {
         let is_control = self.destination.control == Some(id);
         match packet.body {
             Body::Hello(hello) if is_control => self.destination_is_greeted(id, &hello),
-            Body::Hello(hello) => self.destination_accepts(id, &hello),
+            Body::Hello(hello) if channel == Channel::Control => {
+                self.destination_accepts(id, &hello);
+            }
+            Body::Hello(hello) => self.data_hello(Side::Destination, id, channel, &hello),
             Body::Refused(refusal) if is_control => {
-                self.cover_destination(Happening::Refused(refusal.code as u16));
+                let (before, code) = (self.destination_state(), refusal.code as u16);
                 self.destination.session.refused(refusal);
+                self.cover(Side::Destination, before, Happening::Refused(code));
                 self.drain_destination();
             }
             Body::Control(frame) if is_control => {
                 let stamp = self.destination.session.stamp();
                 if self.counts(Side::Destination, stamp, packet.stamp, packet.is_stale) {
-                    self.cover_destination(Happening::Frame(frame.kind() as u16));
-                    let now = self.now;
-                    self.destination.session.frame(frame, now);
+                    let (before, kind) = (self.destination_state(), frame.kind() as u16);
+                    self.destination.session.frame(frame, self.now);
+                    self.cover(Side::Destination, before, Happening::Frame(kind));
                     self.drain_destination();
                 }
             }
             Body::Content(..) | Body::Zero(..) => {
-                let Some(data) = self.destination.channels.get(&channel) else { return };
-                let stamp = data.stamp;
+                let data = self.destination.channels.get(&channel);
+                let Some(stamp) = data.filter(|data| data.connection == id).map(|data| data.stamp)
+                else {
+                    return;
+                };
+                self.has_heard(channel);
                 if self.counts(Side::Destination, stamp, packet.stamp, packet.is_stale) {
                     self.take_pages(channel, packet.body);
                 }
@@ -267,46 +237,37 @@ impl World {
         }
     }
 
-    fn take_pages(&mut self, channel: Channel, body: Body) {
-        self.note(|| format!("destination takes {body:?} on {channel}"));
-        let is_urgent = matches!(channel, Channel::Request(_));
-        let memory = &mut self.destination.memory;
-        match body {
-            Body::Content(pages, values) if is_urgent => {
-                for (page, value) in pages.iter().zip(values) {
-                    memory.urgent(page, value);
-                }
-            }
-            Body::Content(pages, values) => {
-                let piece = memory.begin(pages, values);
-                if let Some(data) = self.destination.channels.get_mut(&channel) {
-                    data.piece = Some(piece);
-                }
-            }
-            Body::Zero(pages) => {
-                memory.zero(pages);
-                if is_urgent {
-                    memory.woken.extend(pages.iter());
-                }
-            }
-            _ => {}
-        }
-    }
-
     fn destination_is_greeted(&mut self, id: usize, hello: &Hello) {
-        let result = self.with_destination("greeted", |session, now| session.greeted(hello, now));
+        let is_newer = hello.stamp.epoch > self.destination.session.record().epoch;
+        let hello = self.believed(*hello);
+        let result = self.with_destination("greeted", |session, now| session.greeted(&hello, now));
         if let Err(refusal) = result {
             let stamp = self.destination.session.stamp();
             self.network.send(id, Side::Source, stamp, Body::Refused(refusal));
             self.destination.control = None;
             self.network.close(id, Side::Destination);
+            return;
         }
+        crate::checks::i5_newer(self, Side::Destination, is_newer);
+    }
+
+    /// Only with [`Mutant::OlderEpochAccepted`] another than what was said.
+    fn believed(&self, mut hello: Hello) -> Hello {
+        let seen = self.destination.session.record().epoch;
+        if self.breaks(Mutant::OlderEpochAccepted) && hello.stamp.epoch <= seen {
+            hello.stamp.epoch = seen.next();
+        }
+        hello
     }
 
     /// The source has connected.
     fn destination_accepts(&mut self, id: usize, hello: &Hello) {
-        if let Err(refusal) = self.destination.session.admits(hello) {
-            self.cover_destination(Happening::Refused(refusal.code as u16));
+        if self.refuses_by_hand(Side::Destination, id) {
+            return;
+        }
+        if let Err(refusal) = self.destination.session.admits(&self.believed(*hello)) {
+            let state = self.destination_state();
+            self.cover(Side::Destination, state, Happening::Refused(refusal.code as u16));
             let stamp = self.destination.session.stamp();
             self.network.send(id, Side::Source, stamp, Body::Refused(refusal));
             self.network.close(id, Side::Destination);
@@ -323,6 +284,7 @@ impl World {
         let ours = self.with_destination("open", |session, _| session.open());
         let id = self.network.connect(Channel::Control, None);
         self.destination.control = Some(id);
+        self.destination.since = self.steps;
         self.network.send(id, Side::Source, ours.stamp, Body::Hello(ours));
     }
 
@@ -332,113 +294,11 @@ impl World {
         if self.destination.control == Some(id) {
             self.with_destination("disconnected", |session, _| session.disconnected());
         } else if data.is_some_and(|data| data.connection == id) {
-            self.lose_destination_channel(channel);
+            self.end_data(Side::Destination, channel);
         } else {
+            self.destination.slots.forget(id);
             self.network.close(id, Side::Destination);
         }
-    }
-
-    /// Whether a channel still works at a piece, so that its next frame has to wait.
-    pub(crate) fn is_busy(&self, id: usize) -> bool {
-        let mut channels = self.destination.channels.values();
-        channels.any(|data| data.connection == id && data.piece.is_some())
-    }
-
-    /// More of a background piece arrives.
-    pub(crate) fn advance_piece(&mut self) {
-        if !self.destination.is_alive || self.destination.pending.is_some() {
-            return;
-        }
-        let slot = self.random.below(u64::from(self.plan.streams)) as u16;
-        let Some(data) = self.destination.channels.get_mut(&Channel::Background(slot)) else {
-            return;
-        };
-        if let Some(mut piece) = data.piece.take()
-            && !self.destination.memory.advance(&mut piece)
-        {
-            data.piece = Some(piece);
-        }
-    }
-
-    /// What has become complete is acknowledged.
-    pub(crate) fn acknowledge(&mut self) {
-        let is_idle = !self.destination.is_alive || self.destination.pending.is_some();
-        let runs = &mut self.destination.memory.to_acknowledge;
-        if is_idle || self.destination.serving.is_none() || runs.is_empty() {
-            return;
-        }
-        let runs = std::mem::take(runs);
-        self.send_control_from_destination(ControlFrame::Ack(runs));
-    }
-
-    /// The fault thread looks at one fault.
-    pub(crate) fn answer_fault(&mut self) {
-        let pages: Vec<PageNumber> = self.destination.faults.keys().copied().collect();
-        let Some(&page) = self.random.pick(&pages) else { return };
-        if !self.destination.is_alive || self.destination.pending.is_some() {
-            return;
-        }
-        match self.destination.memory.planes.state(page) {
-            PageState::Complete => {
-                self.destination.memory.answer(page);
-                self.destination.faults.remove(&page);
-            }
-            PageState::Claimed if self.destination.memory.is_alias(page) => {
-                self.destination.faults.remove(&page);
-            }
-            PageState::Claimed | PageState::Free => self.ask(page),
-        }
-    }
-
-    fn ask(&mut self, page: PageNumber) {
-        let Some(data) = self.destination.channels.get(&Channel::Request(0)) else { return };
-        let asked = self.destination.faults.get(&page).copied().flatten();
-        if asked.is_some_and(|step| self.steps < step + RETRY) {
-            return;
-        }
-        let (id, stamp) = (data.connection, data.stamp);
-        self.network.send(id, Side::Source, stamp, Body::Request(PageRange::one(page)));
-        self.destination.faults.insert(page, Some(self.steps));
-    }
-
-    /// The destination's process dies. Memory, planes and the vCPUs that wait stay.
-    pub(crate) fn crash_destination(&mut self) {
-        self.note(|| "the destination dies".to_owned());
-        if let Some(id) = self.destination.control.take() {
-            self.network.close(id, Side::Destination);
-        }
-        self.destination.serving = None;
-        for (_, data) in std::mem::take(&mut self.destination.channels) {
-            self.network.close(data.connection, Side::Destination);
-        }
-        self.destination.faults.clear();
-        self.destination.runs = false;
-        self.destination.is_alive = false;
-        self.destination.pending = None;
-    }
-
-    /// Another process takes over memory and record.
-    pub(crate) fn restart_destination(&mut self) {
-        let plan = self.plan;
-        let record = self.destination.disk;
-        self.note(|| format!("the destination begins again with {record:?}"));
-        self.destination.session = DestinationSession::new(config(&plan), record);
-        self.destination.memory.take_over();
-        self.destination.knows_it_is_complete = false;
-        self.destination.is_alive = true;
-        self.guest.wake_all();
-    }
-
-    /// Memory is gone with the process; another begins with none.
-    pub(crate) fn replace_destination(&mut self) {
-        let plan = self.plan;
-        let next = self.destination.disk.incarnation.0[0].wrapping_add(1);
-        self.note(|| format!("the destination begins again with empty memory {next}"));
-        if self.destination.disk.ownership == DestinationOwnership::Running {
-            self.guest.lost_in = Some(self.destination.disk.incarnation);
-        }
-        self.destination = DestinationHost::new(&plan, self.mutant, next);
-        self.guest.begin_again(&self.source.memory);
     }
 
     /// The disk answers the destination.
@@ -450,9 +310,11 @@ impl World {
             self.destination.disk = record;
         }
         self.note(|| format!("destination: written {writes}, said {says_so}: {record:?}"));
-        self.cover_destination(if says_so { Happening::Recorded } else { Happening::NotRecorded });
+        let happening = if says_so { Happening::Recorded } else { Happening::NotRecorded };
+        let before = self.destination_state();
         let result = says_so.then_some(()).ok_or(PersistFailed);
         self.destination.session.persisted(record, result);
+        self.cover(Side::Destination, before, happening);
         self.drain_destination();
     }
 

@@ -1,12 +1,12 @@
 //! The guest at the destination: vCPUs that read, write and discard pages, and what each
 //! page must read.
 
-use crate::memory::Memory;
+use crate::memory::{Memory, Removal};
 use crate::world::World;
 use afterimage_protocol::layout::PageNumber;
 use afterimage_protocol::wire::{Incarnation, SessionKind};
 
-const VCPUS: usize = 3;
+pub(crate) const VCPUS: usize = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Vcpu {
@@ -15,6 +15,8 @@ pub(crate) enum Vcpu {
     Waits(PageNumber),
     /// It was woken and looks again.
     Looks(PageNumber),
+    /// It discards a page, and waits for the event to be read.
+    Discards(PageNumber),
 }
 
 #[derive(Debug)]
@@ -24,6 +26,8 @@ pub(crate) struct Guest {
     pub(crate) vcpus: [Vcpu; VCPUS],
     /// It ran in this memory, and the memory is gone.
     pub(crate) lost_in: Option<Incarnation>,
+    /// Everything had arrived in this memory, and the memory is gone.
+    pub(crate) lost_whole: Option<Incarnation>,
     next_value: u64,
 }
 
@@ -33,6 +37,7 @@ impl Guest {
             truth: source.iter().map(|page| page.unwrap_or(0)).collect(),
             vcpus: [Vcpu::Idle; VCPUS],
             lost_in: None,
+            lost_whole: None,
             next_value: 1 << 32,
         }
     }
@@ -51,7 +56,8 @@ impl Guest {
     }
 
     pub(crate) fn somebody_waits(&self) -> bool {
-        self.waited_for().next().is_some()
+        let waits = |vcpu: &Vcpu| matches!(vcpu, Vcpu::Waits(_) | Vcpu::Discards(_));
+        self.vcpus.iter().any(waits)
     }
 
     pub(crate) const fn fresh_value(&mut self) -> u64 {
@@ -78,28 +84,31 @@ impl Guest {
 impl World {
     /// One vCPU does something, where the guest runs.
     pub(crate) fn guest_step(&mut self) {
-        if self.source.is_alive && self.source.session.may_run() {
+        if self.source.vmm_runs {
             self.guest_step_at_source();
         }
-        // A guest that has everything runs on without its engine.
-        if !self.destination.is_alive || !self.destination.runs || self.source.is_fenced() {
+        // It runs on without its handler, as far as it needs none.
+        if !self.destination.runs {
             return;
         }
         let index = self.random.below(VCPUS as u64) as usize;
-        let page = PageNumber(self.random.below(self.plan.pages));
+        let one_in = self.plan.touches_one_in;
+        let page = PageNumber(self.random.below(self.plan.pages) / one_in * one_in);
+        let rests = self.is_healed && self.plan.guest_rests;
         match self.guest.vcpus[index] {
-            Vcpu::Idle if self.random.chance(self.plan.discards_per_mille) => self.discard(page),
+            Vcpu::Idle if rests || !self.random.chance(self.plan.touches_per_mille) => {}
+            Vcpu::Idle if self.random.chance(self.plan.discards_per_mille) => {
+                self.discard(index, page);
+            }
             Vcpu::Idle => self.access(index, page),
             Vcpu::Looks(page) => self.access(index, page),
-            Vcpu::Waits(_) => {}
+            Vcpu::Waits(_) | Vcpu::Discards(_) => {}
         }
     }
 
     fn guest_step_at_source(&mut self) {
         let page = self.random.below(self.plan.pages) as usize;
-        // Frozen by a process that was restarted since: the VMM has not resumed it.
-        let is_stopped = self.source.was_frozen && !self.source.session.is_over();
-        if self.plan.kind == SessionKind::Snapshot || is_stopped || self.random.chance(500) {
+        if self.plan.kind == SessionKind::Snapshot || self.random.chance(500) {
             return;
         }
         let value = self.guest.fresh_value();
@@ -114,7 +123,7 @@ impl World {
         if self.destination.memory.visible(page).is_none() {
             self.note(|| format!("vCPU {index} waits for page {page}"));
             self.guest.vcpus[index] = Vcpu::Waits(page);
-            self.destination.faults.insert(page, None);
+            self.destination.unread_faults.insert(page);
             return;
         }
         self.guest.vcpus[index] = Vcpu::Idle;
@@ -126,21 +135,26 @@ impl World {
         }
     }
 
-    fn discard(&mut self, page: PageNumber) {
-        // The most awkward page is one that is being written this moment.
-        let awkward = self.destination.one_being_received().filter(|_| self.random.chance(500));
-        let page = awkward.unwrap_or(page);
-        let keeps = self.destination.memory.is_alias(page) && self.random.chance(400);
-        self.note(|| format!("the guest discards page {page}, keeps what arrived: {keeps}"));
-        let is_zero = if keeps {
-            self.destination.memory.unmap(page)
+    fn discard(&mut self, vcpu: usize, page: PageNumber) {
+        // The most awkward page is one that is being written this moment, or was when that
+        // broke off.
+        let awkward = if self.random.chance(500) {
+            self.destination.one_being_received()
         } else {
-            self.destination.memory.discard(page);
-            true
+            self.destination.memory.interrupted.pop()
         };
-        if is_zero {
+        let page = awkward.filter(|_| self.random.chance(600)).unwrap_or(page);
+        let can_call = self.destination.is_alive && !self.destination.memory.is_gated();
+        if can_call && self.random.chance(300) {
+            self.note(|| format!("the VMM discards page {page}"));
+            self.destination.memory.discard(page);
             self.guest.truth[page.0 as usize] = 0;
+            return;
         }
+        let keeps = self.destination.memory.is_alias(page) && self.random.chance(400);
+        self.note(|| format!("vCPU {vcpu} discards page {page}, keeps what arrived: {keeps}"));
+        self.guest.vcpus[vcpu] = Vcpu::Discards(page);
+        self.destination.memory.unread.push_back(Removal { page, keeps, vcpu });
     }
 
     /// Carries wakes from memory to vCPUs.
@@ -149,6 +163,7 @@ impl World {
         for page in std::mem::take(&mut memory.woken) {
             self.guest.wake(page);
             self.destination.faults.remove(&page);
+            self.destination.unread_faults.remove(&page);
         }
     }
 }

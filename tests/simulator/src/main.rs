@@ -1,11 +1,16 @@
 //! `simulate`: runs sessions from seeds, and says which rules did not hold.
 
-use afterimage_simulator::{Coverage, Mutant, caught_at, run};
+mod report;
+
+use afterimage_simulator::{
+    Kill, Mutant, Setup, Summary, Tracing, all_caught, available_jobs, every_step, sweep,
+};
 use clap::Parser;
-use serde::Serialize;
-use std::collections::BTreeMap;
+use report::Report;
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 /// How many seeds a mutant may need.
 const MUTANT_SEEDS: u64 = 1500;
@@ -20,9 +25,11 @@ const MUTANT_SEEDS: u64 = 1500;
 Examples:
   simulate --seeds 10000              ten thousand seeds, from 0
   simulate --seeds 10000 --json       the same, with the mutants, as one JSON object
+  simulate --every-step 8             kills each party at every step of 8 quiet runs
   simulate --seed 42                  one seed, with everything that happened in it
   simulate --seed 3 --mutant no-epoch-check
-  simulate --seeds 100 --coverage     which transitions were seen
+  simulate --seed 3 --kill handler@120
+  simulate --seeds 100 --coverage     which states and transitions were seen
 
 Exit status:
   0  every rule held (with --mutant: it was caught)
@@ -31,45 +38,39 @@ Exit status:
 )]
 struct Options {
     /// How many seeds to run.
-    #[arg(long, default_value_t = 1000, conflicts_with = "seed")]
+    #[arg(long, default_value_t = 1000, conflicts_with_all = ["seed", "every_step"])]
     seeds: u64,
     /// The first seed.
     #[arg(long, default_value_t = 0)]
     first: u64,
     /// Runs this seed alone and says all that happened.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "every_step")]
     seed: Option<u64>,
+    /// Kills each party once at every step of so many runs in which nothing else goes wrong.
+    #[arg(long, value_name = "RUNS", conflicts_with = "mutant")]
+    every_step: Option<u64>,
+    /// Kills a party at a step of the run: source, handler, handler-midway or vmm.
+    #[arg(long, value_name = "PARTY@STEP", requires = "seed")]
+    kill: Option<Kill>,
     /// Breaks a rule on purpose: `list` names them.
     #[arg(long)]
     mutant: Option<String>,
+    /// How many runs go on at once; what comes out is the same. As many as there are cores,
+    /// unless given.
+    #[arg(long)]
+    jobs: Option<NonZeroUsize>,
     /// Prints one JSON object.
     #[arg(long)]
     json: bool,
-    /// Prints the transitions seen.
+    /// Prints the states and transitions seen.
     #[arg(long, conflicts_with = "json")]
     coverage: bool,
 }
 
-#[derive(Debug, Serialize)]
-struct Report {
-    schema_version: u32,
-    seeds: u64,
-    steps: u64,
-    violations: Vec<Found>,
-    ended: BTreeMap<String, u64>,
-    mutants: BTreeMap<&'static str, Option<u64>>,
-    mutants_caught: usize,
-    transitions_covered: usize,
-    seeds_per_s: f64,
-}
-
-#[derive(Debug, Serialize)]
-struct Found {
-    seed: u64,
-    rule: &'static str,
-    what: String,
-    step: u64,
-    replay: String,
+impl Options {
+    fn jobs(&self) -> NonZeroUsize {
+        self.jobs.unwrap_or_else(available_jobs)
+    }
 }
 
 fn main() -> ExitCode {
@@ -91,107 +92,76 @@ fn main() -> ExitCode {
         None => None,
     };
     match options.seed {
-        Some(seed) => replay(seed, mutant, options.json),
-        None => sweep(&options, mutant),
+        Some(seed) => replay(seed, mutant, &options),
+        None => run_many(&options, mutant),
     }
 }
 
-fn replay(seed: u64, mutant: Option<Mutant>, json: bool) -> ExitCode {
-    let outcome = run(seed, mutant, !json);
+fn with(setup: Setup, mutant: Option<Mutant>) -> Setup {
+    match mutant {
+        Some(mutant) => setup.with_mutant(mutant),
+        None => setup,
+    }
+}
+
+fn replay(seed: u64, mutant: Option<Mutant>, options: &Options) -> ExitCode {
+    let tracing = if options.json { Tracing::Off } else { Tracing::On };
+    let mut setup = with(Setup::new(seed), mutant).traced(tracing);
+    if let Some(kill) = options.kill {
+        setup = setup.with_kill(kill);
+    }
+    let outcome = setup.run();
     for line in &outcome.trace {
         println!("{line}");
     }
     let violated = outcome.violation.is_some();
-    match (&outcome.violation, json) {
-        (_, true) => {
-            let violation = outcome.violation.as_ref().map(ToString::to_string);
-            println!(
-                "{}",
-                serde_json::json!({
-                    "schema_version": 1, "seed": seed, "steps": outcome.steps,
-                    "violation": violation, "ended": outcome.ended,
-                })
-            );
-        }
+    match (&outcome.violation, options.json) {
+        (violation, true) => println!(
+            "{}",
+            serde_json::json!({
+                "schema_version": 1, "seed": seed, "steps": outcome.steps,
+                "violation": violation.as_ref().map(ToString::to_string), "ended": outcome.ended,
+            })
+        ),
         (Some(violation), false) => println!("seed {seed}: {violation}"),
         (None, false) => println!("seed {seed}: {} steps, {}", outcome.steps, outcome.ended),
     }
     if violated == mutant.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn sweep(options: &Options, mutant: Option<Mutant>) -> ExitCode {
+fn run_many(options: &Options, mutant: Option<Mutant>) -> ExitCode {
     let begun = Instant::now();
-    let mut coverage = Coverage::default();
-    let mut report = Report {
-        schema_version: 1,
-        seeds: options.seeds,
-        steps: 0,
-        violations: Vec::new(),
-        ended: BTreeMap::new(),
-        mutants: BTreeMap::new(),
-        mutants_caught: 0,
-        transitions_covered: 0,
-        seeds_per_s: 0.0,
+    let last = Mutex::new(begun);
+    let told = |done: u64, total: u64, found: u64| {
+        // Whoever finds another at it leaves it to him.
+        let Ok(mut last) = last.try_lock() else { return };
+        if last.elapsed() >= Duration::from_secs(2) {
+            *last = Instant::now();
+            eprintln!("simulate: {done} of {total} runs, {found} violations");
+        }
     };
-    let mut told = begun;
-    for seed in options.first..options.first + options.seeds {
-        let outcome = run(seed, mutant, false);
-        report.steps += outcome.steps;
-        coverage.merge(&outcome.coverage);
-        *report.ended.entry(outcome.ended.clone()).or_default() += 1;
-        if let Some(violation) = &outcome.violation {
-            let (rule, what, step) = (violation.rule, violation.what.clone(), violation.step);
-            let replay = outcome.replay(mutant);
-            report.violations.push(Found { seed, rule, what, step, replay });
-        }
-        if told.elapsed().as_secs() >= 2 {
-            told = Instant::now();
-            let found = report.violations.len();
-            eprintln!("simulate: {} of {} seeds, {found} violations", seed + 1, options.seeds);
-        }
-    }
-    report.seeds_per_s = options.seeds as f64 / begun.elapsed().as_secs_f64();
-    report.transitions_covered = coverage.count();
-    let mut is_right = report.violations.is_empty() != mutant.is_some();
-    if mutant.is_none() {
-        for mutant in Mutant::ALL {
-            let caught = caught_at(*mutant, MUTANT_SEEDS).map(|outcome| outcome.seed);
-            report.mutants.insert(mutant.name(), caught);
-        }
-        report.mutants_caught = report.mutants.values().flatten().count();
+    let summary: Summary = if let Some(runs) = options.every_step {
+        every_step(options.first..options.first + runs, options.jobs(), told)
+    } else {
+        let numbers = options.first..options.first + options.seeds;
+        let setup = |seed| with(Setup::new(seed), mutant);
+        sweep(numbers, options.jobs(), setup, |done, found| told(done, options.seeds, found))
+    };
+    let mut report = Report::new(&summary, options.jobs(), begun.elapsed());
+    let mut is_right = summary.violated.is_empty() != mutant.is_some();
+    if mutant.is_none() && options.every_step.is_none() {
+        report.add_mutants(&all_caught(MUTANT_SEEDS, options.jobs()));
         is_right &= report.mutants_caught == Mutant::ALL.len();
     }
-    print_report(&report, options, &coverage);
-    if is_right { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn print_report(report: &Report, options: &Options, coverage: &Coverage) {
     if options.json {
         println!("{}", serde_json::json!(report));
-        return;
-    }
-    for found in &report.violations {
-        println!("seed {}: {} at step {}: {}", found.seed, found.rule, found.step, found.what);
-        println!("    {}", found.replay);
-    }
-    println!(
-        "{} seeds, {} steps, {} violations, {:.0} seeds/s, {} transitions seen, ended {:?}",
-        report.seeds,
-        report.steps,
-        report.violations.len(),
-        report.seeds_per_s,
-        report.transitions_covered,
-        report.ended,
-    );
-    for (mutant, seed) in &report.mutants {
-        match seed {
-            Some(seed) => println!("{mutant}: caught with seed {seed}"),
-            None => println!("{mutant}: NOT caught with {MUTANT_SEEDS} seeds"),
-        }
+    } else {
+        report.print();
     }
     if options.coverage {
-        for line in coverage.lines() {
+        for line in summary.coverage.lines() {
             println!("{line}");
         }
     }
+    if is_right { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

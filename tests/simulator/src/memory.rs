@@ -2,13 +2,18 @@
 //!
 //! Mirrors `engine/src/destination/pages.rs` and `pages/claim.rs`: region 0 is copied and
 //! the kernel arbitrates; region 1 is written through an alias, only by who has claimed it,
-//! and shown with CONTINUE. Planes, memory and the set of pages discarded while they were
-//! being written outlive the process, as if a keeper held them.
+//! and shown with CONTINUE. Planes, memory, the set of pages discarded while they were being
+//! written and the buffer into which events are read outlive the process, as if a keeper
+//! held them; events that nobody has read outlive it in the kernel.
+//!
+//! A discard is an event: while it is unread no page can be placed, whoever discards waits,
+//! and as soon as it has been read the pages are gone. Until it is in the planes nothing may
+//! be placed either, which is the gate in the engine.
 
 use crate::mutant::Mutant;
 use afterimage_protocol::bitmap::{PageState, Planes};
 use afterimage_protocol::layout::{PageNumber, PageRange};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 /// What half a page looks like.
 pub(crate) const HALF: u64 = u64::MAX;
@@ -23,11 +28,28 @@ pub(crate) struct Memory {
     /// What the guest has mapped.
     is_mapped: Vec<bool>,
     pub(crate) discarded_in_flight: BTreeSet<PageNumber>,
+    /// Discards that wait in the kernel to be read.
+    pub(crate) unread: VecDeque<Removal>,
+    /// A discard that has been read and is not in the planes yet.
+    pub(crate) buffer: Option<PageNumber>,
+    /// What was ever given back by this process: for the checks.
+    pub(crate) given_back: BTreeSet<PageNumber>,
+    /// Pages of the last piece that broke off, which it is most awkward to discard.
+    pub(crate) interrupted: Vec<PageNumber>,
     /// Complete and not yet acknowledged.
     pub(crate) to_acknowledge: Vec<PageRange>,
     /// Whoever waits for these looks again.
     pub(crate) woken: Vec<PageNumber>,
     mutant: Option<Mutant>,
+}
+
+/// A page that a vCPU discards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Removal {
+    pub(crate) page: PageNumber,
+    /// `MADV_DONTNEED` on shared memory: what has arrived stays in the file.
+    pub(crate) keeps: bool,
+    pub(crate) vcpu: usize,
 }
 
 /// A background piece that is coming in.
@@ -56,6 +78,10 @@ impl Memory {
             content: vec![None; pages as usize],
             is_mapped: vec![false; pages as usize],
             discarded_in_flight: BTreeSet::new(),
+            unread: VecDeque::new(),
+            buffer: None,
+            given_back: BTreeSet::new(),
+            interrupted: Vec::new(),
             to_acknowledge: Vec::new(),
             woken: Vec::new(),
             mutant,
@@ -109,9 +135,20 @@ impl Memory {
         Piece { pages, values, won, stage: Stage::Claimed }
     }
 
+    /// Whether a discard has been read and not entered: nothing may be placed.
+    pub(crate) const fn is_gated(&self) -> bool {
+        self.buffer.is_some()
+    }
+
+    /// Whether the kernel refuses to place pages, because an event is unread.
+    pub(crate) fn has_unread(&self) -> bool {
+        !self.unread.is_empty()
+    }
+
     /// Receives some more of a piece. `true` once it is in place.
     pub(crate) fn advance(&mut self, piece: &mut Piece) -> bool {
         let is_alias = self.is_alias(piece.pages.start);
+        let has_to_wait = self.is_gated() || (self.has_unread() && !is_alias);
         match &piece.stage {
             Stage::Claimed | Stage::Half => {
                 let is_half = piece.stage == Stage::Claimed;
@@ -124,6 +161,7 @@ impl Memory {
                 piece.stage = if is_half { Stage::Half } else { Stage::Received };
                 false
             }
+            Stage::Received if has_to_wait => false,
             Stage::Received if is_alias => {
                 if self.breaks(Mutant::ClaimAfterWrite) {
                     piece.won.clear();
@@ -162,22 +200,43 @@ impl Memory {
         }
     }
 
-    /// Shows claimed pages of the alias: complete, then CONTINUE.
+    /// Shows claimed pages of the alias: complete, then CONTINUE, which the kernel refuses
+    /// while an event is unread; whoever waits is answered from the planes then.
     fn show(&mut self, pages: PageRange) {
         for page in pages.iter() {
             if self.discarded_in_flight.remove(&page) {
                 self.content[page.0 as usize] = None;
             }
-            self.is_mapped[page.0 as usize] = self.content[page.0 as usize].is_some();
+            let is_there = self.content[page.0 as usize].is_some();
+            self.is_mapped[page.0 as usize] = is_there && !self.has_unread();
         }
         self.mark_complete(pages);
     }
 
+    /// The process dies in the middle of placing a piece: behind the alias when its pages are
+    /// complete and not shown, else when they are copied and not complete.
+    pub(crate) fn place_half(&mut self, piece: &Piece) {
+        if self.is_alias(piece.pages.start) {
+            for run in &piece.won {
+                for page in run.iter().filter(|page| self.discarded_in_flight.contains(page)) {
+                    self.content[page.0 as usize] = None;
+                }
+                self.planes.complete(*run, |_| ());
+            }
+        } else {
+            for page in self.missing(piece) {
+                self.place(page, piece.values[(page.0 - piece.pages.start.0) as usize]);
+            }
+        }
+    }
+
     /// The channel of a piece has died.
     pub(crate) fn give_back(&mut self, piece: &Piece) {
+        self.interrupted = piece.won.iter().flat_map(PageRange::iter).collect();
+        self.given_back.extend(&self.interrupted);
         for run in &piece.won {
             if self.is_alias(run.start) {
-                self.give_back_alias(*run);
+                self.empty(*run, Mutant::ZeroWithoutEmptying);
             }
             self.planes.give_back(*run);
             if !self.breaks(Mutant::NoWakeOnGiveBack) {
@@ -186,12 +245,14 @@ impl Memory {
         }
     }
 
-    fn give_back_alias(&mut self, pages: PageRange) {
+    /// Half pages behind the alias are emptied, unless that is the rule that is broken; what
+    /// was discarded meanwhile is complete.
+    fn empty(&mut self, pages: PageRange, unless: Mutant) {
         for page in pages.iter() {
             if self.planes.is_complete(page) {
                 continue;
             }
-            if !self.breaks(Mutant::ZeroWithoutEmptying) {
+            if !self.breaks(unless) {
                 self.content[page.0 as usize] = None;
             }
             if self.discarded_in_flight.remove(&page) {
@@ -226,19 +287,33 @@ impl Memory {
         }
     }
 
-    /// The guest gives a page up (`MADV_DONTNEED` on private memory, `MADV_REMOVE`).
+    /// The VMM gives a page up (`Destination::discard`), then frees it.
     pub(crate) fn discard(&mut self, page: PageNumber) {
         self.forget(page);
         (self.content[page.0 as usize], self.is_mapped[page.0 as usize]) = (None, false);
     }
 
-    /// The guest unmaps a page of shared memory (`MADV_DONTNEED`): what has arrived stays in
-    /// the file. Whether the page reads as zero from now on.
-    pub(crate) fn unmap(&mut self, page: PageNumber) -> bool {
-        let has_arrived = self.planes.is_complete(page);
+    /// An event is read, into the buffer: whoever discarded goes on, and the page is gone
+    /// (`MADV_DONTNEED` on private memory, `MADV_REMOVE`), or unmapped only (`MADV_DONTNEED`
+    /// on shared memory). Returns it, and whether the page reads as zero from now on.
+    pub(crate) fn read_removal(&mut self) -> Option<(Removal, bool)> {
+        let removal = self.unread.pop_front()?;
+        let Removal { page, keeps, .. } = removal;
+        self.buffer = Some(page);
         self.is_mapped[page.0 as usize] = false;
+        let is_zero = !keeps || !self.planes.is_complete(page);
+        if !keeps {
+            self.content[page.0 as usize] = None;
+        }
+        Some((removal, is_zero))
+    }
+
+    /// What has been read is entered in the planes.
+    pub(crate) fn enter_removal(&mut self) -> Option<PageNumber> {
+        let page = self.buffer.take()?;
         self.forget(page);
-        !has_arrived
+        self.woken.push(page);
+        Some(page)
     }
 
     fn forget(&mut self, page: PageNumber) {
@@ -258,17 +333,28 @@ impl Memory {
         self.woken.push(page);
     }
 
-    /// Another process takes over from a dead one: half pages are emptied, claims forgotten.
+    /// Another process takes over from a dead one: discards that were read are entered, half
+    /// pages emptied, claims forgotten.
     pub(crate) fn take_over(&mut self) {
+        if self.breaks(Mutant::EventBufferLost) {
+            self.buffer = None;
+        }
+        self.enter_removal();
         if self.breaks(Mutant::DiscardsForgotten) {
             self.discarded_in_flight.clear();
         }
         for number in self.first_alias..self.planes.pages() {
             if self.planes.state(PageNumber(number)) == PageState::Claimed {
-                self.give_back_alias(PageRange::one(PageNumber(number)));
+                let page = PageRange::one(PageNumber(number));
+                self.empty(page, Mutant::TakeoverWithoutEmptying);
             }
         }
-        self.planes.forget_claims();
+        // Those that were complete already, and not taken off the list yet.
+        self.discarded_in_flight.clear();
+        if !self.breaks(Mutant::ClaimsKeptAtTakeover) {
+            self.planes.forget_claims();
+        }
         self.to_acknowledge.clear();
+        self.given_back.clear();
     }
 }

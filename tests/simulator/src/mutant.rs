@@ -57,6 +57,36 @@ mutants! {
     DiscardsForgotten = "discards-forgotten",
     /// A destination that reconnects does not say what it has.
     PlanesNotSent = "planes-not-sent",
+    /// The source does not listen to what the destination has when it reconnects.
+    ReceivedIgnored = "received-ignored",
+    /// A discard that a dead handler had read is not entered by the next one.
+    EventBufferLost = "event-buffer-lost",
+    /// Half pages of a dead handler stay in the file.
+    TakeoverWithoutEmptying = "takeover-without-emptying",
+    /// Pages that a dead handler had claimed stay claimed.
+    ClaimsKeptAtTakeover = "claims-kept-at-takeover",
+    /// Whoever waited for a page when the handler died is not woken by the next one.
+    NoWakeAtTakeover = "no-wake-at-takeover",
+    /// Pages that are given back are not asked for.
+    GivenBackNotAsked = "given-back-not-asked",
+    /// The guest starts while the record that it runs is being written.
+    RunBeforeRecorded = "run-before-recorded",
+    /// The destination lets the source take the guest back while it records that it runs.
+    TakeBackWhileRecording = "take-back-while-recording",
+    /// The destination lets a connection in whose epoch has passed.
+    OlderEpochAccepted = "older-epoch-accepted",
+    /// The source lets a data connection in whose generation has passed.
+    OlderGenerationAccepted = "older-generation-accepted",
+    /// The source serves a destination that was fenced.
+    FencedAnswered = "fenced-answered",
+    /// Nobody looks at the clock: silence ends nothing.
+    SilenceIgnored = "silence-ignored",
+    /// A data channel over which nothing moves is never given up.
+    StallIgnored = "stall-ignored",
+    /// Who gives a data channel up, and does not make the next, does not say so.
+    RenewNotSaid = "renew-not-said",
+    /// A connection attempt without an answer is never given up.
+    AttemptWithoutEnd = "attempt-without-end",
 }
 
 impl fmt::Display for Mutant {

@@ -1,59 +1,58 @@
-//! Data channels that a side gives up because nothing comes of them, and tells the other so.
+//! Data channels that end or are given up, and how the other side hears of it: whoever makes
+//! the connections of the session makes the next one, who does not says `Renew`, because the
+//! other may not have noticed.
 
+use crate::mutant::Mutant;
 use crate::network::Side;
 use crate::world::World;
-use afterimage_protocol::wire::{Channel, ControlFrame, Generation};
+use afterimage_protocol::wire::{Channel, ControlFrame, Generation, Stamp};
 
 impl World {
-    /// A side has lost its patience with one of its channels, rightly or not.
-    pub(crate) fn give_up_a_channel(&mut self) {
-        if self.random.chance(500) {
-            self.source_gives_up();
-        } else {
-            self.destination_gives_up();
+    /// A side gives up one of its channels that may be as good as any: it was slow, or failed
+    /// in another way.
+    pub(crate) fn lose_patience(&mut self, side: Side) {
+        let channels: Vec<_> = match side {
+            Side::Source => self.source.channels.keys().copied().collect(),
+            Side::Destination => self.destination.channels.keys().copied().collect(),
+        };
+        if let Some(&channel) = self.random.pick(&channels)
+            && !self.is_idle(side)
+        {
+            self.note(|| format!("the {side:?} gives {channel} up"));
+            self.end_data(side, channel);
         }
     }
 
-    fn source_gives_up(&mut self) {
-        let source = &self.source;
-        let may = source.is_alive && source.pending.is_none() && source.control.is_some();
-        let is_background = |channel: &&Channel| matches!(channel, Channel::Background(_));
-        let channels: Vec<_> = source.channels.keys().filter(is_background).copied().collect();
-        let Some(&channel) = self.random.pick(&channels).filter(|_| may) else { return };
-        let generation = self.source.channels[&channel].stamp.generation;
-        self.note(|| format!("source gives {channel} up"));
-        self.lose_source_channel(channel);
-        self.send_control_from_source(ControlFrame::Renew { channel, generation });
+    fn data_stamp(&self, side: Side, channel: Channel) -> Option<Stamp> {
+        match side {
+            Side::Source => self.source.channels.get(&channel).map(|data| data.stamp),
+            Side::Destination => self.destination.channels.get(&channel).map(|data| data.stamp),
+        }
     }
 
-    fn destination_gives_up(&mut self) {
-        let side = &self.destination;
-        let may = side.is_alive && side.pending.is_none() && side.control.is_some();
-        let channels: Vec<_> = side.channels.keys().copied().collect();
-        let Some(&channel) = self.random.pick(&channels).filter(|_| may) else { return };
-        let generation = self.destination.channels[&channel].stamp.generation;
-        self.note(|| format!("destination gives {channel} up"));
-        self.lose_destination_channel(channel);
-        self.spread_wakes();
-        self.send_control_from_destination(ControlFrame::Renew { channel, generation });
+    /// A side's channel has ended, or is given up.
+    pub(crate) fn end_data(&mut self, side: Side, channel: Channel) {
+        let Some(stamp) = self.data_stamp(side, channel) else { return };
+        match side {
+            Side::Source => self.lose_source_channel(channel),
+            Side::Destination => self.lose_destination_channel(channel),
+        }
+        let may_not_know = !self.dials(side) && !self.breaks(Mutant::RenewNotSaid);
+        if may_not_know {
+            let frame = ControlFrame::Renew { channel, generation: stamp.generation };
+            match side {
+                Side::Source => self.send_control_from_source(frame),
+                Side::Destination => self.send_control_from_destination(frame),
+            }
+        }
     }
 
     /// The other side has given a channel up: it is closed, unless it is a newer one.
     pub(crate) fn renew(&mut self, side: Side, channel: Channel, generation: Generation) {
-        let is_it = |stamp: Option<Generation>| stamp == Some(generation);
-        match side {
-            Side::Source => {
-                let data = self.source.channels.get(&channel);
-                if is_it(data.map(|data| data.stamp.generation)) {
-                    self.lose_source_channel(channel);
-                }
-            }
-            Side::Destination => {
-                let data = self.destination.channels.get(&channel);
-                if is_it(data.map(|data| data.stamp.generation)) {
-                    self.lose_destination_channel(channel);
-                }
-            }
+        let present = self.data_stamp(side, channel);
+        if present.is_some_and(|stamp| stamp.generation == generation) {
+            self.situation("a channel was closed because the other side had given it up");
+            self.end_data(side, channel);
         }
     }
 }

@@ -1,10 +1,15 @@
-//! The source's host: its driver, its memory, its disk.
+//! The source's host: its driver, its memory, its disk. Its data channels are in `sending`.
 
-use crate::coverage::Happening;
+mod sending;
+
+use crate::coverage::{Happening, State};
 use crate::mutant::Mutant;
 use crate::network::{Body, Packet, Side};
+use crate::patience::Patience;
+use crate::plan::{Plan, layout};
 use crate::random::Random;
-use crate::world::{Plan, World, layout};
+use crate::slots::Slots;
+use crate::world::World;
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
@@ -12,7 +17,7 @@ use afterimage_protocol::session::{
     SourcePages, SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Epoch, Hello, Incarnation, SessionId, Stamp,
+    Capabilities, Channel, ControlFrame, Hello, Incarnation, SessionId, Stamp,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
@@ -30,6 +35,15 @@ pub(crate) struct SourceChannel {
     pub(crate) in_flight: InFlight,
     /// The same, for the checks.
     shadow: BTreeSet<PageNumber>,
+    /// When something of it was acknowledged last, or it began to have something.
+    pub(crate) moved: u64,
+}
+
+impl SourceChannel {
+    pub(crate) fn new(connection: usize, stamp: Stamp, moved: u64) -> Self {
+        let (in_flight, shadow) = (InFlight::default(), BTreeSet::new());
+        Self { connection, stamp, in_flight, shadow, moved }
+    }
 }
 
 #[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
@@ -41,18 +55,21 @@ pub(crate) struct SourceHost {
     pub(crate) disk: SourceRecord,
     pub(crate) memory: Vec<Option<u64>>,
     pub(crate) released: Vec<bool>,
-    pub(crate) was_frozen: bool,
+    /// The VMM's vCPUs run.
+    pub(crate) vmm_runs: bool,
     /// The VMM has given its state to this process.
     pub(crate) gave_state: bool,
     pub(crate) book: Book<Box<[AtomicU64]>>,
     pub(crate) control: Option<usize>,
+    /// Since when it has tried to be greeted.
+    pub(crate) since: u64,
     /// A connection accepted, and its hello, until ours is on record.
     accepting: Option<(usize, Hello)>,
-    serving: Option<Epoch>,
+    pub(crate) slots: Slots,
     /// The memory that said hello last.
     peer: Option<Incarnation>,
     pub(crate) channels: BTreeMap<Channel, SourceChannel>,
-    generations: BTreeMap<Channel, u32>,
+    pub(crate) patience: BTreeMap<Channel, Patience>,
     pub(crate) destination_runs: bool,
     /// The session lets pages be freed.
     pub(crate) may_release: bool,
@@ -94,15 +111,16 @@ impl SourceHost {
             disk,
             memory: (0..plan.pages).map(|page| Some(content(page, random))).collect(),
             released: vec![false; plan.pages as usize],
-            was_frozen: false,
+            vmm_runs: true,
             gave_state: false,
             book: book(plan.pages),
             control: None,
+            since: 0,
             accepting: None,
-            serving: None,
+            slots: Slots::default(),
             peer: None,
             channels: BTreeMap::new(),
-            generations: BTreeMap::new(),
+            patience: BTreeMap::new(),
             destination_runs: false,
             may_release: false,
             known_memory: None,
@@ -120,43 +138,49 @@ impl SourceHost {
         self.channels.values().any(|data| data.shadow.contains(&page))
     }
 
+    /// Whether a page is under way on another channel than this one.
+    pub(crate) fn is_in_flight_beside(&self, channel: Channel, page: PageNumber) -> bool {
+        let mut others = self.channels.iter().filter(|(other, _)| **other != channel);
+        others.any(|(_, data)| data.shadow.contains(&page))
+    }
+
     /// Whether an operator has fenced the destination.
     pub(crate) fn is_fenced(&self) -> bool {
         self.session.record().ownership == SourceOwnership::Fenced
     }
 
     fn close_all(&mut self, forgets: bool) -> Vec<usize> {
-        let mut closed = Vec::new();
+        let mut closed = self.slots.close();
         for (_, mut data) in std::mem::take(&mut self.channels) {
             if !forgets {
                 data.in_flight.requeue(&self.book);
             }
             closed.push(data.connection);
         }
-        self.serving = None;
-        self.generations.clear();
         closed
     }
 
-    fn acknowledge(&mut self, runs: &[PageRange]) {
+    fn acknowledge(&mut self, runs: &[PageRange], step: u64) {
         for run in runs {
             self.book.acknowledge(*run);
             self.ever_acked.extend(run.iter());
         }
-        for data in self.channels.values_mut() {
+        for (channel, data) in &mut self.channels {
             data.in_flight.settle(&self.book);
-            let book = &self.book;
+            let (book, before) = (&self.book, data.shadow.len());
             data.shadow.retain(|page| !book.is_acked(*page));
+            if data.shadow.len() < before {
+                self.patience.entry(*channel).or_default().rewarded(step - data.moved);
+                data.moved = step;
+            }
         }
     }
 }
 
 impl World {
-    fn cover_source(&mut self, happening: Happening) {
+    pub(crate) fn source_state(&self) -> State {
         let session = &self.source.session;
-        let ownership = session.record().ownership as u8;
-        let kind = self.plan.kind as u8;
-        self.coverage.note(Side::Source, session.link_name(), ownership, kind, happening);
+        State { link: session.link_name(), ownership: session.record().ownership as u8 }
     }
 
     /// A call of the session, and what follows from it.
@@ -165,9 +189,9 @@ impl World {
         call: &'static str,
         does: impl FnOnce(&mut SourceSession, Duration) -> T,
     ) -> T {
-        self.cover_source(Happening::Call(call));
-        let now = self.now;
+        let (now, before) = (self.now, self.source_state());
         let result = does(&mut self.source.session, now);
+        self.cover(Side::Source, before, Happening::Call(call));
         self.drain_source();
         result
     }
@@ -208,13 +232,17 @@ impl World {
             }
             SourceAction::Received { range, segment } => {
                 let mut runs = Vec::new();
-                if segment.decode(range, |run| runs.push(run)).is_ok() {
-                    self.source.acknowledge(&runs);
+                let is_read = segment.decode(range, |run| runs.push(run)).is_ok();
+                if is_read && !self.breaks(Mutant::ReceivedIgnored) {
+                    self.source.acknowledge(&runs, self.steps);
                 }
             }
-            SourceAction::Acknowledge(runs) => self.source.acknowledge(&runs),
-            SourceAction::OpenData { stamp, .. } => self.source.serving = Some(stamp.epoch),
+            SourceAction::Acknowledge(runs) => self.source.acknowledge(&runs, self.steps),
+            SourceAction::OpenData { stamp, .. } => {
+                self.open_slots(Side::Source, stamp.epoch, self.plan.streams, 1);
+            }
             SourceAction::Event(SourceEvent::Running) => self.source.destination_runs = true,
+            SourceAction::Event(SourceEvent::Reclaimed) => self.source.vmm_runs = true,
             SourceAction::CompareReleased => self.compare_released(),
             SourceAction::Release => self.source.may_release = true,
             SourceAction::Renew { channel, generation } => {
@@ -255,6 +283,7 @@ impl World {
             None => self.network.connect(Channel::Control, None),
         };
         self.source.control = Some(id);
+        self.source.since = self.steps;
         self.network.set_stamp(id, hello.stamp);
         self.network.send(id, Side::Destination, hello.stamp, Body::Hello(hello));
         if let Some((_, theirs)) = accepted {
@@ -289,21 +318,23 @@ impl World {
                     self.source_accepts(id, hello);
                 }
             }
-            (Body::Hello(hello), channel) => self.source_accepts_data(id, channel, &hello),
+            (Body::Hello(hello), channel) => self.data_hello(Side::Source, id, channel, &hello),
             (Body::Refused(_), _) if self.source.control == Some(id) => {
                 self.with_source("refused", |session, _| session.disconnected());
             }
             (Body::Control(frame), _) if self.source.control == Some(id) => {
                 let stamp = self.source.session.stamp();
                 if self.counts(Side::Source, stamp, packet.stamp, packet.is_stale) {
-                    self.cover_source(Happening::Frame(frame.kind() as u16));
-                    let now = self.now;
-                    self.source.session.frame(frame, now);
+                    let (before, kind) = (self.source_state(), frame.kind() as u16);
+                    self.source.session.frame(frame, self.now);
+                    self.cover(Side::Source, before, Happening::Frame(kind));
                     self.drain_source();
                 }
             }
             (Body::Request(pages), _) => {
-                let Some(stamp) = self.source.channels.get(&channel).map(|data| data.stamp) else {
+                let data = self.source.channels.get(&channel);
+                let Some(stamp) = data.filter(|data| data.connection == id).map(|data| data.stamp)
+                else {
                     return;
                 };
                 if self.counts(Side::Source, stamp, packet.stamp, packet.is_stale) {
@@ -324,8 +355,13 @@ impl World {
     }
 
     fn source_accepts(&mut self, id: usize, hello: Hello) {
+        if self.refuses_by_hand(Side::Source, id) {
+            return;
+        }
+        self.forget_the_fence();
         if let Err(refusal) = self.source.session.admits(&hello) {
-            self.cover_source(Happening::Refused(refusal.code as u16));
+            let state = self.source_state();
+            self.cover(Side::Source, state, Happening::Refused(refusal.code as u16));
             let stamp = self.source.session.stamp();
             self.network.send(id, Side::Destination, stamp, Body::Refused(refusal));
             self.network.close(id, Side::Source);
@@ -336,33 +372,11 @@ impl World {
         self.source.accepting = Some((id, hello));
     }
 
-    fn source_accepts_data(&mut self, id: usize, channel: Channel, hello: &Hello) {
-        let is_newer =
-            hello.stamp.generation.0 > self.source.generations.get(&channel).copied().unwrap_or(0);
-        let is_ours = self.source.serving == Some(hello.stamp.epoch)
-            && hello.session == SESSION
-            && self.source.known_memory == Some(hello.incarnation);
-        if !is_newer || !is_ours {
-            self.network.close(id, Side::Source);
-            return;
-        }
-        self.lose_source_channel(channel);
-        self.source.generations.insert(channel, hello.stamp.generation.0);
-        let data = SourceChannel {
-            connection: id,
-            stamp: hello.stamp,
-            in_flight: InFlight::default(),
-            shadow: BTreeSet::new(),
-        };
-        self.source.channels.insert(channel, data);
-    }
-
-    pub(crate) fn lose_source_channel(&mut self, channel: Channel) {
-        if let Some(mut data) = self.source.channels.remove(&channel) {
-            self.network.close(data.connection, Side::Source);
-            if !self.breaks(Mutant::RequeueForgotten) {
-                data.in_flight.requeue(&self.source.book);
-            }
+    /// Only with [`Mutant::FencedAnswered`].
+    fn forget_the_fence(&mut self) {
+        if self.breaks(Mutant::FencedAnswered) && self.source.is_fenced() {
+            let record = SourceRecord { ownership: SourceOwnership::Given, ..self.source.disk };
+            self.source.session = SourceSession::new(config(&self.plan), record);
         }
     }
 
@@ -371,84 +385,11 @@ impl World {
         if self.source.control == Some(id) {
             self.with_source("disconnected", |session, _| session.disconnected());
         } else if self.source.channels.get(&channel).is_some_and(|data| data.connection == id) {
-            self.lose_source_channel(channel);
+            self.end_data(Side::Source, channel);
         } else if self.source.accepting.as_ref().is_none_or(|(accepted, _)| *accepted != id) {
+            self.source.slots.forget(id);
             self.network.close(id, Side::Source);
         }
-    }
-
-    /// A background stream sends its next run.
-    pub(crate) fn send_background(&mut self) {
-        let may = self.source.session.is_frozen() || self.breaks(Mutant::ServeBeforeFrozen);
-        if !self.source.is_alive || self.source.pending.is_some() || !may {
-            return;
-        }
-        let slot = self.random.below(u64::from(self.plan.streams)) as u16;
-        let channel = Channel::Background(slot);
-        let is_ready =
-            self.source.channels.get(&channel).is_some_and(|data| !data.in_flight.is_full());
-        if !is_ready {
-            return;
-        }
-        let from = PageNumber(self.random.below(self.plan.pages));
-        let limit = 1 + self.random.below(PIECE);
-        let book = &self.source.book;
-        let take = |from| book.take_in(PageRange::new(book.peek(from)?, limit));
-        if let Some(run) = take(from).or_else(|| take(PageNumber(0))) {
-            self.send_pages(channel, run);
-        }
-    }
-
-    fn serve(&mut self, channel: Channel, pages: PageRange) {
-        for page in pages.iter() {
-            // A request may be overtaken by the ack, and the ack be followed by the release:
-            // a late request for what has arrived is nothing to complain of.
-            if self.source.book.take_urgent(page) {
-                self.send_pages(channel, PageRange::one(page));
-            }
-        }
-    }
-
-    fn send_pages(&mut self, channel: Channel, run: PageRange) {
-        crate::checks::i6_not_again(self, run);
-        self.note(|| format!("source sends {run} on {channel}"));
-        let Some(data) = self.source.channels.get_mut(&channel) else { return };
-        data.in_flight.push(run);
-        data.shadow.extend(run.iter());
-        let (id, stamp) = (data.connection, data.stamp);
-        for pages in self.alike(run) {
-            let mut values = Vec::new();
-            for page in pages.iter() {
-                match self.source.memory[page.0 as usize] {
-                    Some(value) => values.push(value),
-                    None => {
-                        return self.violated("i2_kept", format!("page {page} is sent and freed"));
-                    }
-                }
-            }
-            let body = if values.iter().all(|value| *value == 0) {
-                Body::Zero(pages)
-            } else {
-                Body::Content(pages, values)
-            };
-            self.network.send(id, Side::Destination, stamp, body);
-        }
-    }
-
-    /// Cuts a run where the region ends, and where zeros begin and end.
-    fn alike(&self, run: PageRange) -> Vec<PageRange> {
-        let class = |page: PageNumber| {
-            let is_zero = self.source.memory[page.0 as usize] == Some(0);
-            (is_zero, page.0 >= self.plan.first_alias)
-        };
-        let mut pieces: Vec<PageRange> = Vec::new();
-        for page in run.iter() {
-            match pieces.last_mut() {
-                Some(last) if class(last.start) == class(page) => last.count += 1,
-                _ => pieces.push(PageRange::one(page)),
-            }
-        }
-        pieces
     }
 
     /// The source's process dies.
@@ -473,7 +414,12 @@ impl World {
         self.source.known_memory = None;
         (self.source.destination_runs, self.source.may_release) = (false, false);
         self.source.gave_state = false;
+        self.source.patience.clear();
         self.source.is_alive = true;
+        // The VMM may not have heard that it has its guest back.
+        let is_back =
+            matches!(record.ownership, SourceOwnership::Reclaimed | SourceOwnership::Fenced);
+        self.source.vmm_runs |= is_back;
     }
 
     /// The disk answers the source.
@@ -485,9 +431,11 @@ impl World {
             self.source.disk = record;
         }
         self.note(|| format!("source: written {writes}, said {says_so}: {record:?}"));
-        self.cover_source(if says_so { Happening::Recorded } else { Happening::NotRecorded });
+        let happening = if says_so { Happening::Recorded } else { Happening::NotRecorded };
+        let before = self.source_state();
         let result = says_so.then_some(()).ok_or(afterimage_protocol::session::PersistFailed);
         self.source.session.persisted(record, result);
+        self.cover(Side::Source, before, happening);
         self.drain_source();
     }
 }

@@ -1,90 +1,36 @@
 //! Everything at once: two hosts, a guest, a network, and whoever manages them.
 //!
-//! One [`World`] is one run from one seed. Until `chaos` steps have passed anything may
-//! break; then the network is healed, whoever is dead is started again, and everything has
-//! to come to an end within a bound.
+//! One [`World`] is one run. Until `chaos` steps have passed anything may break; then the
+//! network is healed, whoever is dead is started again, and everything has to come to an end
+//! within a bound. What died silently before stays so: the hosts have to notice.
 
 use crate::checks::{self, Violation};
-use crate::coverage::Coverage;
+use crate::coverage::{Coverage, Happening, State, Transition};
 use crate::destination::DestinationHost;
 use crate::guest::Guest;
 use crate::mutant::Mutant;
 use crate::network::{Network, Side};
+use crate::plan::Plan;
 use crate::random::Random;
 use crate::source::SourceHost;
-use afterimage_protocol::layout::{
-    Backing, GuestAddress, GuestLayout, PageNumber, PageSize, Region,
-};
-use afterimage_protocol::wire::SessionKind;
+use crate::trouble::Kill;
+use crate::{Setup, Tracing};
+use afterimage_protocol::layout::PageNumber;
 use std::time::Duration;
 
 /// How long a step takes.
 const STEP: Duration = Duration::from_millis(10);
 /// In how many steps everything must have ended once the network is healed.
 const BOUND: u64 = 60_000;
-
-/// What is drawn once for a run.
-#[derive(Clone, Copy, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "independent draws")]
-pub(crate) struct Plan {
-    pub(crate) kind: SessionKind,
-    pub(crate) pages: u64,
-    pub(crate) first_alias: u64,
-    pub(crate) streams: u16,
-    /// Otherwise the source does.
-    pub(crate) destination_connects: bool,
-    pub(crate) releases: bool,
-    pub(crate) wants_guest_back: bool,
-    pub(crate) may_lose_memory: bool,
-    pub(crate) disks_fail: bool,
-    /// How fast background streams are, in 1000 of the most.
-    pub(crate) sends_per_mille: u64,
-    pub(crate) receives_per_mille: u64,
-    pub(crate) discards_per_mille: u64,
-    /// How quickly disks answer and a VMM restores, in 1000 of the quickest.
-    pub(crate) records_per_mille: u64,
-    pub(crate) restores_per_mille: u64,
-    /// The guest is wanted back only once it was given.
-    pub(crate) waits_until_given: bool,
-    /// How rough the network is, of 1000 steps.
-    pub(crate) breaks_per_mille: u64,
-    pub(crate) crashes_per_mille: u64,
-    pub(crate) chaos: u64,
-}
-
-impl Plan {
-    fn draw(random: &mut Random) -> Self {
-        let first_alias = 8 + random.below(24);
-        let kind = if random.chance(250) { SessionKind::Snapshot } else { SessionKind::Migration };
-        let is_migration = kind == SessionKind::Migration;
-        let most_crashes = if random.chance(250) { 30 } else { 10 };
-        let releases = is_migration && random.chance(300);
-        Self {
-            kind,
-            first_alias,
-            pages: first_alias + 8 + random.below(24),
-            streams: 1 + random.below(3) as u16,
-            destination_connects: random.chance(600),
-            releases,
-            wants_guest_back: is_migration && random.chance(300),
-            may_lose_memory: random.chance(400),
-            disks_fail: random.chance(400),
-            sends_per_mille: 20 + random.below(980),
-            receives_per_mille: 50 + random.below(950),
-            discards_per_mille: random.below(500),
-            records_per_mille: 50 + random.below(950),
-            restores_per_mille: 20 + random.below(980),
-            waits_until_given: random.chance(700),
-            breaks_per_mille: random.below(30),
-            crashes_per_mille: random.below(most_crashes),
-            chaos: 200 + random.below(1800),
-        }
-    }
-}
+/// How long nothing goes wrong at most, where the guest is to run first.
+const BEGINNING: u64 = 3000;
+/// After a kill something may still be taken back or fenced for so long.
+const AFTERMATH: u64 = 100;
 
 pub(crate) struct World {
     pub(crate) plan: Plan,
     pub(crate) mutant: Option<Mutant>,
+    kill: Option<Kill>,
     pub(crate) random: Random,
     pub(crate) network: Network,
     pub(crate) source: SourceHost,
@@ -93,43 +39,51 @@ pub(crate) struct World {
     pub(crate) now: Duration,
     pub(crate) steps: u64,
     pub(crate) is_healed: bool,
+    /// Nothing goes wrong yet.
+    pub(crate) is_spared: bool,
+    /// By side: a signal has stopped the process, an operator has paused it, nothing fits on
+    /// its disk.
+    pub(crate) stopped_until: [u64; 2],
+    pub(crate) paused_until: [u64; 2],
+    pub(crate) disk_full_until: [u64; 2],
     pub(crate) violation: Option<Violation>,
     pub(crate) coverage: Coverage,
-    pub(crate) traces: bool,
+    tracing: Tracing,
     pub(crate) trace: Vec<String>,
 }
 
-pub(crate) fn layout(plan: &Plan) -> GuestLayout {
-    let first = plan.first_alias * 4096;
-    let copied = Region::new(GuestAddress(0), first, PageSize::KIB_4, Backing::Anonymous);
-    let rest = (plan.pages - plan.first_alias) * 4096;
-    let aliased = Region::new(GuestAddress(1 << 32), rest, PageSize::KIB_4, Backing::Shared);
-    GuestLayout::new(vec![copied, aliased]).expect("two regions that do not touch")
-}
-
 impl World {
-    pub(crate) fn new(seed: u64, mutant: Option<Mutant>, traces: bool) -> Self {
-        let mut random = Random::new(seed);
-        let plan = Plan::draw(&mut random);
+    pub(crate) fn new(setup: &Setup) -> Self {
+        let mut random = Random::new(setup.seed);
+        let drawn = Plan::draw(&mut random);
+        let plan = match setup.kill {
+            Some(kill) => drawn.calm(kill.step + AFTERMATH),
+            None if setup.is_calm => drawn.calm(0),
+            None => drawn,
+        };
         let source = SourceHost::new(&plan, &mut random);
         let guest = Guest::new(&source.memory);
         let mut world = Self {
-            destination: DestinationHost::new(&plan, mutant, 1),
+            destination: DestinationHost::new(&plan, setup.mutant, 1),
             source,
             guest,
             plan,
-            mutant,
+            mutant: setup.mutant,
+            kill: setup.kill,
             random,
-            network: Network::default(),
+            network: Network::new(plan.latency),
             now: Duration::ZERO,
             steps: 0,
             is_healed: false,
+            is_spared: false,
+            stopped_until: [0; 2],
+            paused_until: [0; 2],
+            disk_full_until: [0; 2],
             violation: None,
             coverage: Coverage::default(),
-            traces,
+            tracing: setup.tracing,
             trace: Vec::new(),
         };
-        let plan = world.plan;
         world.note(|| format!("{plan:?}"));
         world
     }
@@ -139,9 +93,25 @@ impl World {
     }
 
     pub(crate) fn note(&mut self, text: impl FnOnce() -> String) {
-        if self.traces {
+        if self.tracing == Tracing::On {
             self.trace.push(format!("{:>6} {}", self.steps, text()));
         }
+    }
+
+    /// Something came about that is worth seeing.
+    pub(crate) fn situation(&mut self, situation: &'static str) {
+        self.note(|| format!("({situation})"));
+        self.coverage.note_situation(situation);
+    }
+
+    /// A machine went from one state to the one it is in.
+    pub(crate) fn cover(&mut self, side: Side, from: State, happening: Happening) {
+        let to = match side {
+            Side::Source => self.source_state(),
+            Side::Destination => self.destination_state(),
+        };
+        let kind = self.plan.kind as u8;
+        self.coverage.note(Transition { side, kind, from, happening, to });
     }
 
     pub(crate) fn violated(&mut self, rule: &'static str, what: impl Into<String>) {
@@ -156,9 +126,20 @@ impl World {
         (0..self.plan.pages).map(PageNumber)
     }
 
+    /// Whether a side's process does nothing now: dead, stopped, or at its disk.
+    pub(crate) fn is_idle(&self, side: Side) -> bool {
+        let is_away = match side {
+            Side::Source => !self.source.is_alive || self.source.pending.is_some(),
+            Side::Destination => !self.destination.is_alive || self.destination.pending.is_some(),
+        };
+        is_away || self.steps < self.stopped_until[side as usize]
+    }
+
     /// Runs to the end, or to the first violation.
     pub(crate) fn run(&mut self) {
-        while self.steps < self.plan.chaos && self.violation.is_none() {
+        self.run_well();
+        let chaos = self.steps + self.plan.chaos;
+        while self.steps < chaos && self.violation.is_none() {
             self.step();
         }
         self.heal();
@@ -175,9 +156,20 @@ impl World {
         }
     }
 
+    /// Until the guest runs at the destination, if it is to begin so.
+    fn run_well(&mut self) {
+        self.is_spared = true;
+        let may_go_on = |world: &Self| world.steps < BEGINNING && world.violation.is_none();
+        while self.plan.begins_well && !self.destination.runs && may_go_on(self) {
+            self.step();
+        }
+        self.is_spared = false;
+    }
+
     fn step(&mut self) {
         self.steps += 1;
         self.now += STEP;
+        self.network.advance_to(self.steps);
         self.tick();
         match self.random.below(100) {
             0..27 => self.deliver(Side::Destination),
@@ -186,17 +178,22 @@ impl World {
             53..61 if self.random.chance(self.plan.receives_per_mille) => self.advance_piece(),
             44..61 => {}
             61..66 => self.acknowledge(),
-            66..76 => self.guest_step(),
-            76..83 => self.answer_fault(),
+            66..75 => self.guest_step(),
+            75..83 => self.answer_fault(),
             83..86 => self.resolve_persist(Side::Source),
             86..89 => self.resolve_persist(Side::Destination),
-            89..98 => self.manage(),
+            89..97 => self.manage(),
+            97 => self.watch(),
             _ => self.release(),
         }
-        self.spread_wakes();
-        if !self.is_healed {
+        if !self.is_healed && !self.is_spared {
             self.break_something();
         }
+        if let Some(kill) = self.kill.filter(|kill| kill.step == self.steps) {
+            self.note(|| format!("killed: {kill}"));
+            self.kill(kill.party);
+        }
+        self.spread_wakes();
         checks::each_step(self);
     }
 
@@ -204,6 +201,9 @@ impl World {
         self.is_healed = true;
         self.note(|| "the network is healed".to_owned());
         self.network.heal();
+        self.stopped_until = [0; 2];
+        self.paused_until = [0; 2];
+        self.disk_full_until = [0; 2];
     }
 
     fn is_done(&self) -> bool {
