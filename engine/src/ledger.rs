@@ -7,6 +7,7 @@ use crate::inbox::Outlet;
 use crate::threads::{self, ThreadHook, ThreadRole};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 /// A callback that makes a record durable.
@@ -17,7 +18,8 @@ pub(crate) type Record<R> = Option<Callback<R>>;
 
 /// The ledger of one session.
 pub(crate) struct Ledger<R> {
-    callback: Record<R>,
+    /// Kept here too: where its thread cannot be started, no record counts as durable.
+    callback: Option<Arc<Mutex<Callback<R>>>>,
     thread: Option<LedgerThread<R>>,
     hook: ThreadHook,
 }
@@ -40,6 +42,7 @@ impl<T> Drop for WakeAtEnd<T> {
 
 impl<R: Copy + Send + 'static> Ledger<R> {
     pub(crate) fn new(callback: Record<R>, hook: ThreadHook) -> Self {
+        let callback = callback.map(|callback| Arc::new(Mutex::new(callback)));
         Self { callback, thread: None, hook }
     }
 
@@ -52,13 +55,15 @@ impl<R: Copy + Send + 'static> Ledger<R> {
         outlet: &Outlet<T>,
         mut meanwhile: impl FnMut() -> io::Result<()>,
     ) -> io::Result<()> {
-        if let Some(callback) = self.callback.take() {
+        let Some(callback) = &self.callback else { return Ok(()) };
+        if self.thread.is_none() {
+            let callback = Arc::clone(callback);
             self.thread = Some(LedgerThread::start(callback, &self.hook, outlet.clone())?);
         }
-        let Some(LedgerThread { jobs: Some(jobs), outcomes, .. }) = &self.thread else {
-            return Ok(());
-        };
         let has_panicked = || io::Error::other("the ledger has panicked");
+        let Some(LedgerThread { jobs: Some(jobs), outcomes, .. }) = &self.thread else {
+            return Err(has_panicked());
+        };
         jobs.send(*record).map_err(|_| has_panicked())?;
         loop {
             match outcomes.try_recv() {
@@ -76,7 +81,7 @@ impl<R: Copy + Send + 'static> Ledger<R> {
 
 impl<R: Send + 'static> LedgerThread<R> {
     fn start<T: Send + 'static>(
-        mut callback: Callback<R>,
+        callback: Arc<Mutex<Callback<R>>>,
         hook: &ThreadHook,
         outlet: Outlet<T>,
     ) -> io::Result<Self> {
@@ -86,8 +91,10 @@ impl<R: Send + 'static> LedgerThread<R> {
             // Dropped last: whoever is woken finds the channel closed.
             let wake = WakeAtEnd(outlet);
             let done = done;
+            // Its only user: whoever finds it poisoned has panicked himself.
+            let mut callback = callback.lock().unwrap_or_else(PoisonError::into_inner);
             for record in todo {
-                if done.send(callback(&record)).is_err() {
+                if done.send((*callback)(&record)).is_err() {
                     return;
                 }
                 wake.0.wake();

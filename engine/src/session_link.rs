@@ -1,6 +1,6 @@
 //! The control connection of either side's session thread, and when to make another.
 
-use crate::inbox::Outlet;
+use crate::inbox::{Inbox, Outlet};
 use crate::transport::{
     Acceptor, ControlConnection, ControlError, Dialed, Dialer, Received, Stream,
 };
@@ -174,6 +174,16 @@ impl SessionLink {
         is_due
     }
 
+    /// When to go on at the latest: at once where something lies in the inbox, because its
+    /// edge may have been taken by [`stay_alive`](Self::stay_alive).
+    pub(crate) fn unless_waiting<T>(
+        &self,
+        tick: Option<Duration>,
+        inbox: &Inbox<T>,
+    ) -> Option<Duration> {
+        if inbox.is_empty() { tick } else { Some(Duration::ZERO) }
+    }
+
     /// Waits until something comes, or until `tick` on the link's clock.
     pub(crate) fn wait(&mut self, tick: Option<Duration>) -> io::Result<()> {
         let tick = tick.map(|at| at.saturating_sub(self.now()));
@@ -245,6 +255,16 @@ impl SessionLink {
     /// Whether frames of this connection carry checksums.
     pub(crate) const fn checksums(&self) -> bool {
         self.checksums
+    }
+
+    /// Whether frames that may as well wait can be queued.
+    pub(crate) fn has_room(&self) -> bool {
+        self.connection.as_ref().is_some_and(|connection| connection.queued() < AHEAD)
+    }
+
+    /// Whether anything has come since this was asked last, be it a part of a frame.
+    pub(crate) fn take_heard(&mut self) -> bool {
+        self.connection.as_mut().is_some_and(ControlConnection::take_heard)
     }
 
     /// Queues a frame, if there is a connection.

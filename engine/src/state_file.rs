@@ -290,9 +290,26 @@ impl<R: StateRecord> Shared<R> {
             let _ = fs::remove_file(&new);
             return Err(error);
         }
-        sync_directory(&self.path).map_err(wrap("make durable"))?;
+        if let Err(error) = sync_directory(&self.path) {
+            // Whether it would survive is not known. It must not count, and so not be read by a
+            // later process either.
+            self.put_back(&new);
+            return Err(wrap("make durable")(error));
+        }
         self.text = Some(text);
         Ok(())
+    }
+
+    /// The old content takes the place of the new one again.
+    fn put_back(&self, new: &Path) {
+        let restored = match &self.text {
+            Some(old) => write_new(new, &old.encode()).and_then(|()| fs::rename(new, &self.path)),
+            None => fs::remove_file(&self.path),
+        };
+        if let Err(error) = restored {
+            let path = self.path.display();
+            tracing::error!(%error, %path, "a record that does not count stays in the state file");
+        }
     }
 }
 

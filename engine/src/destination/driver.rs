@@ -37,6 +37,8 @@ use std::time::Duration;
 /// How long acknowledgements may wait for company, unless they are many. Each look takes a
 /// core from whoever faults, on both sides.
 const ACK_PAUSE: Duration = Duration::from_millis(20);
+/// Frames of acknowledgements of one look, so that a flood of them keeps nobody from the rest.
+const ACK_FRAMES: usize = 16;
 /// The most device state that is kept for the VMM.
 const MAX_STATE_BYTES: usize = 1 << 30;
 
@@ -146,6 +148,7 @@ impl Driver {
                 let soon = self.link.now() + ACK_PAUSE;
                 due = Some(due.map_or(soon, |due| due.min(soon)));
             }
+            let due = self.link.unless_waiting(due, &self.inbox);
             if let Err(error) = self.link.wait(due) {
                 tracing::error!(%error, "the destination's session thread cannot wait; it stops");
                 break;
@@ -162,6 +165,10 @@ impl Driver {
             // silent: this thread may have been kept from its work.
             let looked = self.link.now();
             self.receive();
+            if self.link.take_heard() {
+                // A long frame may take longer than the silence on a slow link.
+                self.session.heard(self.link.now());
+            }
             self.send_acks();
             self.session.tick(looked);
             while let Some((channel, epoch)) = self.link.data.due() {
@@ -466,9 +473,13 @@ impl Driver {
     }
 }
 
-/// Says what has become complete.
+/// Says what has become complete, as far as the peer reads it: what waits in `arrived` is
+/// bounded.
 fn push_acks(arrived: &Arrived, link: &mut SessionLink) {
-    while arrived.has_acks() {
+    for _ in 0..ACK_FRAMES {
+        if !arrived.has_acks() || !link.has_room() {
+            return;
+        }
         let runs = arrived.take_acks();
         if !runs.is_empty() {
             link.send(&ControlFrame::Ack(runs));

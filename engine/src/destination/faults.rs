@@ -106,6 +106,8 @@ pub(super) struct FaultThread {
     held: Vec<Held>,
     /// Pages that are to fail.
     poisoned: Vec<PageRange>,
+    /// There were such pages before.
+    has_poison: bool,
     again: Vec<MissingPage>,
     faults: Vec<MissingPage>,
     outgoing: Vec<u8>,
@@ -134,6 +136,7 @@ impl FaultThread {
             asked: HashMap::new(),
             held: Vec::new(),
             poisoned: Vec::new(),
+            has_poison: false,
             again: Vec::new(),
             faults: Vec::new(),
             outgoing: Vec::new(),
@@ -211,7 +214,10 @@ impl FaultThread {
                     }
                 }
                 Order::Want(pages) => self.want(pages),
-                Order::Poison(pages) => self.poisoned.push(pages),
+                Order::Poison(pages) => {
+                    self.has_poison = true;
+                    self.poisoned.push(pages);
+                }
                 Order::Wait => self.drop_line(),
                 Order::Stop => return true,
             }
@@ -287,6 +293,9 @@ impl FaultThread {
     }
 
     fn want(&mut self, pages: PageRange) {
+        if self.has_poison {
+            self.poison_again(pages);
+        }
         let now = Instant::now();
         self.waits_for_nothing_else();
         let asked = Asked { since: None, last: now, first: now };

@@ -18,7 +18,7 @@ use crate::sys::words::LazyWords;
 use afterimage_protocol::bitmap::{Planes, words_for};
 use afterimage_protocol::layout::GuestLayout;
 use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::io;
@@ -85,7 +85,8 @@ impl Kept {
         let pages = layout.page_count();
         let (file, wanted) = (File::from(file), length_for(pages));
         match file.metadata()?.len() {
-            0 => file.set_len(wanted as u64)?,
+            // Allocated, because a full file system would be SIGBUS later.
+            0 => fallocate(&file, FallocateFlags::empty(), 0, wanted as i64)?,
             found if found == wanted as u64 => {}
             found => {
                 return Err(wrong(format!("it has {found} bytes, {pages} pages need {wanted}")));

@@ -140,7 +140,8 @@ impl Driver {
         }
         loop {
             self.act();
-            if let Err(error) = self.link.wait(self.session.next_tick()) {
+            let due = self.link.unless_waiting(self.session.next_tick(), &self.inbox);
+            if let Err(error) = self.link.wait(due) {
                 tracing::error!(%error, "the source's session thread cannot wait; it stops");
                 break;
             }
@@ -156,6 +157,10 @@ impl Driver {
             // silent: this thread may have been kept from its work.
             let (looked, looked_at) = (self.link.now(), Instant::now());
             self.receive();
+            if self.link.take_heard() {
+                // A long frame may take longer than the silence on a slow link.
+                self.session.heard(self.link.now());
+            }
             self.give_up_stalled(looked_at);
             self.session.tick(looked);
             while let Some((channel, epoch)) = self.link.data.due() {

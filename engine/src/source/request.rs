@@ -129,6 +129,8 @@ impl<'s> Responder<'s> {
         let is_file = memory.is_file(run.region);
         let end = run.offset + run.length;
         if !is_file && memory.next_data(run.region, run.offset, end).is_none() {
+            // Nothing of it is read: it may go, however long the peer takes.
+            drop(taking);
             return self.send(DataFrame::Zero(pages), None);
         }
         let mut staging = std::mem::take(&mut self.staging);

@@ -41,6 +41,8 @@ pub(crate) struct ControlConnection {
     outgoing: VecDeque<u8>,
     interest: Interest,
     is_mute: bool,
+    /// Bytes have come since somebody asked.
+    has_heard: bool,
 }
 
 impl ControlConnection {
@@ -62,6 +64,7 @@ impl ControlConnection {
             outgoing: VecDeque::new(),
             interest: Interest::READABLE,
             is_mute: false,
+            has_heard: false,
         })
     }
 
@@ -87,6 +90,11 @@ impl ControlConnection {
     /// Whether nothing is sent any more.
     pub(crate) const fn is_mute(&self) -> bool {
         self.is_mute
+    }
+
+    /// Whether bytes have come since this was asked last.
+    pub(crate) const fn take_heard(&mut self) -> bool {
+        std::mem::replace(&mut self.has_heard, false)
     }
 
     /// Bytes queued and not sent.
@@ -155,7 +163,10 @@ impl ControlConnection {
         while self.incoming.len() < wanted {
             let most = chunk.len().min(wanted - self.incoming.len());
             match self.stream.receive(&mut chunk[..most], Wait::Never) {
-                Ok(got) => self.incoming.extend_from_slice(&chunk[..got]),
+                Ok(got) => {
+                    self.has_heard = true;
+                    self.incoming.extend_from_slice(&chunk[..got]);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) => return Err(error),
             }

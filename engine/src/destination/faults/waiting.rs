@@ -2,7 +2,10 @@
 //! thread is the one that reads.
 
 use super::FaultThread;
-use afterimage_protocol::layout::PageNumber;
+use afterimage_protocol::layout::{PageNumber, PageRange};
+
+/// Pages that are made to fail in one go.
+const POISON_STEP: u64 = 4096;
 
 /// A copy that could not be placed.
 pub(super) struct Held {
@@ -22,18 +25,39 @@ impl FaultThread {
                 self.lose_line(&error);
             }
         }
-        for pages in std::mem::take(&mut self.poisoned) {
-            match self.arrived.pages.poison(pages) {
-                Ok(true) => {
-                    for page in pages.iter() {
-                        self.asked.remove(&page);
-                    }
-                    self.arrived.acknowledge_complete(pages);
+        self.poison_some();
+    }
+
+    /// Lets some of the pages fail that the source cannot read. A range may be a terabyte, and
+    /// somebody may fault meanwhile.
+    fn poison_some(&mut self) {
+        let Some(pages) = self.poisoned.pop() else { return };
+        let some = PageRange::new(pages.start, pages.count.min(POISON_STEP));
+        match self.arrived.pages.poison(some) {
+            Ok(true) => {
+                let end = some.start.0 + some.count;
+                self.asked.retain(|page, _| !(some.start.0..end).contains(&page.0));
+                self.arrived.acknowledge_complete(some);
+                if pages.count > some.count {
+                    let rest = PageRange::new(PageNumber(end), pages.count - some.count);
+                    self.poisoned.push(rest);
                 }
-                Ok(false) => self.poisoned.push(pages),
-                // They wait, as they do where the VMM has not declared anything.
-                Err(error) => drop(self.arrived.failed(error)),
             }
+            Ok(false) => self.poisoned.push(pages),
+            // They wait, as they do where the VMM has not declared anything.
+            Err(error) => drop(self.arrived.failed(error)),
+        }
+    }
+
+    /// Nobody brings these pages any more: those that the source cannot read will fail too. They
+    /// may have been left out before, because somebody had claimed them.
+    pub(super) fn poison_again(&mut self, pages: PageRange) {
+        let end = pages.start.0 + pages.count;
+        let mut rest = pages;
+        while let Some(run) = self.arrived.pages.unreadable().first_set_in(rest) {
+            self.poisoned.push(run);
+            let next = run.start.0 + run.count;
+            rest = PageRange::new(PageNumber(next), end - next);
         }
     }
 }

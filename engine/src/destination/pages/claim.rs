@@ -197,8 +197,11 @@ impl Pages {
         pass(Place::Emptied);
         let mut gate = self.discarding();
         for page in pages.iter() {
-            if gate.remove(page) {
+            if gate.contains(page) {
+                // In this order: whoever takes over in between must not find it forgotten.
                 self.mark_complete(PageRange::one(page), &self.counters.discarded, |_| ());
+                pass(Place::GivenBack);
+                gate.remove(page);
             }
         }
         self.planes.give_back(pages);

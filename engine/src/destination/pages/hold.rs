@@ -16,6 +16,8 @@ pub(super) enum Place {
     Completed,
     /// Pages that are given back have been emptied, and are still claimed.
     Emptied,
+    /// A page that was discarded while it was written is complete, and still noted as discarded.
+    GivenBack,
     /// Events have been read, and the discards among them are not in the planes yet.
     EventsRead,
     /// Events have been dealt with, and are still to be found by a successor.

@@ -26,7 +26,12 @@ impl Underway {
 
     /// These pages are about to be sent.
     pub(in crate::source) fn push(&self, pages: PageRange) {
-        self.lock().in_flight.push(pages);
+        let mut sent = self.lock();
+        if sent.in_flight.is_empty() {
+            // What left before has been acknowledged, perhaps before it was said to have left.
+            sent.since = None;
+        }
+        sent.in_flight.push(pages);
     }
 
     /// What has been pushed leaves now. Reading it may have taken a while.

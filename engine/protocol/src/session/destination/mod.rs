@@ -207,14 +207,20 @@ impl DestinationSession {
         self.pulse.as_ref().map(Pulse::next)
     }
 
+    /// Something has arrived on the control connection, be it a part of a frame: the peer is
+    /// not silent.
+    pub fn heard(&mut self, now: Duration) {
+        if let Some(pulse) = self.pulse.as_mut() {
+            pulse.heard(now);
+        }
+    }
+
     /// A frame with the connection's stamp has arrived.
     pub fn frame(&mut self, frame: ControlFrame, now: Duration) {
         if matches!(self.link, Link::Down | Link::Greeting) {
             return;
         }
-        if let Some(pulse) = self.pulse.as_mut() {
-            pulse.heard(now);
-        }
+        self.heard(now);
         if let Err(refusal) = self.take_frame(frame, now) {
             if refusal.code == RefuseCode::Layout {
                 let event = DestinationEvent::TurnedAway(refusal.clone());
