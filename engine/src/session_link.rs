@@ -176,11 +176,7 @@ impl SessionLink {
 
     /// When to go on at the latest: at once where something lies in the inbox, because its
     /// edge may have been taken by [`stay_alive`](Self::stay_alive).
-    pub(crate) fn unless_waiting<T>(
-        &self,
-        tick: Option<Duration>,
-        inbox: &Inbox<T>,
-    ) -> Option<Duration> {
+    pub(crate) fn unless_waiting<T>(tick: Option<Duration>, inbox: &Inbox<T>) -> Option<Duration> {
         if inbox.is_empty() { tick } else { Some(Duration::ZERO) }
     }
 

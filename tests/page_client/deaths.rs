@@ -39,6 +39,16 @@ impl Host {
         Self { directory, keeper, arguments }
     }
 
+    fn path(&self, name: &str) -> String {
+        self.directory.path().join(name).display().to_string()
+    }
+
+    /// Starts page-client with another value from here on.
+    fn set(&mut self, option: &str, value: &str) {
+        let at = self.arguments.iter().position(|it| it == option).unwrap();
+        value.clone_into(&mut self.arguments[at + 1]);
+    }
+
     /// The keeper dies, and another begins, which holds nothing.
     fn replaces_keeper(&mut self) {
         self.keeper.signal(Signal::SIGKILL);
@@ -166,4 +176,41 @@ fn the_keeper_may_die_and_page_client_after_it() {
     vcpu.stop();
     vmm.check();
     vmm.memory.all_arrived();
+}
+
+#[test]
+fn a_guest_is_only_continued_with_its_own_record() {
+    let origin = Origin::start(64);
+    let mut host = Host::new(&origin.address);
+    let mut client = host.client();
+    client.line("a VMM can have its memory served");
+    let vmm = Vmm::attach(&host.attach_path(), "guest", 64, true);
+    origin.source.switch_over(state()).unwrap();
+    vmm.run();
+    client.signal(Signal::SIGKILL);
+    client.end();
+
+    // Another guest of the same size, with a record of its own.
+    let other = Host::new(&origin.address);
+    let mut others = other.client();
+    others.line("a VMM can have its memory served");
+    let another = Vmm::attach(&other.attach_path(), "other", 64, true);
+    others.signal(Signal::SIGKILL);
+    others.end();
+    let right = host.path("state");
+    for wrong in [other.path("state"), host.path("nothing")] {
+        host.set("--state", &wrong);
+        let (status, _, said) = host.client().end();
+        assert_eq!(status, 1, "{said:#?}");
+        let is_told = said.iter().any(|line| line.contains("state file of th"));
+        assert!(is_told, "{said:#?}");
+    }
+    host.set("--state", &right);
+    client = host.client();
+    origin.hurry();
+    vmm.until(|event| *event == AttachmentEvent::Finished);
+    assert_eq!(client.end().0, 0);
+    vmm.check();
+    vmm.memory.all_arrived();
+    drop(another);
 }

@@ -183,6 +183,7 @@ fn goes_on(victim: Victim, step: &str, has_file: bool, releases: bool) {
         match event {
             AttachmentEvent::State(_) => attachment.ready(),
             AttachmentEvent::Run => {
+                assert!(guest.is_none(), "{step}: the guest was told to run twice");
                 let map = Arc::clone(&map);
                 guest = Some(thread::spawn(move || works(&map)));
             }

@@ -9,17 +9,19 @@
 //! claimed it there and locked the state file.
 
 mod door;
+mod farewell;
 mod guest;
 mod options;
 mod report;
 mod serving;
 
 use std::io::IsTerminal;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
 use afterimage::{
-    Checksums, Destination, DestinationMemory, DestinationOptions, DestinationStateFile, Endpoint,
-    Listener, Plaintext,
+    Checksums, Destination, DestinationMemory, DestinationOptions, DestinationOwnership,
+    DestinationStateFile, Endpoint, Listener, Plaintext,
 };
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
@@ -34,10 +36,7 @@ use door::{Door, News};
 use guest::Served;
 use options::Options;
 use report::{Journal, Outcome, Report};
-use serving::Serving;
-
-/// In the state file: how it ended.
-const ENDED: &str = "ended";
+use serving::{Serving, Session};
 
 /// Runs the command with the arguments of this process.
 #[must_use]
@@ -64,79 +63,53 @@ fn serve(options: &Options) -> Result<Report, Failure> {
     let (progress, mut journal) = (Progress::new("page-client"), Journal::new());
     let state = options.state.as_deref().map(DestinationStateFile::open).transpose();
     let state = state.map_err(Failure::of("use the state file"))?;
-    if let Some(how) = state.as_ref().and_then(|state| state.noted(ENDED)) {
-        progress.say(&format!("nothing is left to do: the state file says {how:?}"));
-        return Ok(journal.close(Outcome::Finished, None));
-    }
     let mut place = place(options)?;
+    if let Some(outcome) = state.as_ref().and_then(farewell::ended_as) {
+        farewell::after_the_end(outcome, options, state.as_ref(), place, &mut waiter, &progress);
+        return Ok(journal.close(outcome, None));
+    }
     let endpoint = endpoint(options, &progress)?;
     let door = Door::new(waiter.waker());
     let listener = listen_privately(&options.attach, "--attach")?;
     door.open(listener).map_err(Failure::of("start a thread"))?;
-    let (served, offer) = match place.as_mut().map(fetch).transpose()?.flatten() {
-        Some(served) => (served, None),
+    let kept = place.as_mut().map(fetch).transpose()?.flatten();
+    let taken = match kept {
+        Some(served) => {
+            let (memory, with) = prepare(options, &served, None, state.as_ref())?;
+            Some(Taken { served, memory, with, socket: None })
+        }
         None => {
             check_no_record(state.as_ref())?;
             progress.say(&format!("a VMM can have its memory served at {}", options.attach));
-            match wait_for_offer(&door, &mut waiter, &progress)? {
-                Some((served, offer)) => (served, Some(offer)),
-                None => return Ok(journal.close(Outcome::NotHere, None)),
-            }
+            wait_for_guest(options, &door, &mut waiter, place.as_mut(), state.as_ref(), &progress)?
         }
     };
-    let begun = begin(
-        options,
-        &served,
-        offer.as_ref(),
-        place.as_mut(),
-        state.as_ref(),
-        endpoint,
-        &progress,
-    );
-    let (destination, events) = match begun {
-        Ok(begun) => begun,
-        Err(failure) => {
-            if let Some(offer) = offer {
-                turn_down(&offer, &failure, place.as_mut(), &progress);
-            }
-            return Err(failure);
-        }
+    let Some(Taken { served, memory, with, socket }) = taken else {
+        return Ok(journal.close(Outcome::NotHere, None));
     };
-    journal.serves(served.pid, offer.is_none());
-    let who = format!("the guest {:?} of process {}", served.name, served.pid);
-    progress.say(&if offer.is_some() {
-        format!("serving {who}")
-    } else {
-        format!("taking over {who}")
-    });
+    let runs = with.record.ownership == DestinationOwnership::Running;
+    let (destination, events) =
+        Destination::start(memory, endpoint, with).map_err(Failure::of("start serving"))?;
+    journal.serves(served.pid, socket.is_none());
+    let what = if socket.is_some() { "serving" } else { "taking over" };
+    progress.say(&format!("{what} the guest {:?} of process {}", served.name, served.pid));
     let vmm = served.vmm.try_clone().map_err(Failure::of("watch the VMM"))?;
     door.watch(vmm).map_err(Failure::of("watch the VMM"))?;
-    let mut serving = Serving {
-        destination,
-        events,
-        door,
-        waiter,
-        progress,
-        journal,
-        served,
-        place,
-        vmm: None,
-        connection: 0,
-        state: None,
-        runs: false,
-        has_all: false,
-        not_here: None,
-        ending: None,
-        signals: 0,
-    };
-    if let Some(offer) = offer {
-        serving.greet(offer.socket)?;
+    let session = Session { destination, events, door, waiter, progress, journal };
+    let mut serving = Serving::new(session, served, place, state, runs);
+    if let Some(socket) = socket {
+        serving.greet(socket);
     }
-    let outcome = serving.run()?;
-    let done = serving.destination.stats();
-    let Serving { journal, progress, mut place, .. } = serving;
-    finish(outcome, place.as_mut(), state.as_ref(), &progress);
-    Ok(journal.close(outcome, Some(&done)))
+    serving.run()
+}
+
+/// A guest that is to be served, and how.
+struct Taken {
+    served: Served,
+    memory: DestinationMemory,
+    with: DestinationOptions,
+    /// To its VMM, which has just handed it over.
+    socket: Option<UnixStream>,
 }
 
 /// The guest's place at a keeper, if there is to be one.
@@ -157,9 +130,13 @@ fn fetch(place: &mut Place) -> Result<Option<Served>, Failure> {
     Ok(Some(served))
 }
 
-/// A record without a guest is of memory that is gone.
+/// A record without a guest is of memory that is gone. If the guest has not run in it, another
+/// may begin.
 fn check_no_record(state: Option<&DestinationStateFile>) -> Result<(), Failure> {
-    let Some(state) = state.filter(|state| state.record().is_some()) else { return Ok(()) };
+    let has_run = |state: &&DestinationStateFile| {
+        state.record().is_some_and(|record| record.ownership != DestinationOwnership::Waiting)
+    };
+    let Some(state) = state.filter(has_run) else { return Ok(()) };
     Err(Failure::new(format!(
         "the state file {} is of a guest whose memory is at no keeper any more: if it ran here it \
          is lost here, and the source can be fenced; remove the file to begin with another",
@@ -188,19 +165,27 @@ fn plaintext(options: &Options) -> Plaintext {
     if options.insecure_plaintext { Plaintext::Anywhere } else { Plaintext::LoopbackOnly }
 }
 
-/// Waits for a VMM with a guest; `None` if a signal came first.
-fn wait_for_offer(
+/// Waits for a VMM with a guest that can be served; `None` if a signal came first. Others hear
+/// why not, and keep theirs.
+fn wait_for_guest(
+    options: &Options,
     door: &Door,
     waiter: &mut Waiter,
+    mut place: Option<&mut Place>,
+    state: Option<&DestinationStateFile>,
     progress: &Progress,
-) -> Result<Option<(Served, Offer)>, Failure> {
+) -> Result<Option<Taken>, Failure> {
     loop {
         while let Ok(news) = door.news.try_recv() {
             match news {
-                News::Arrived(Arrival::Offer(mut offer)) => match Served::offered(&mut offer) {
-                    Ok(served) => return Ok(Some((served, offer))),
-                    Err(error) => progress.say(&format!("a guest cannot be served: {error}")),
-                },
+                News::Arrived(Arrival::Offer(offer)) => {
+                    match take(options, offer, place.as_deref_mut(), state, progress) {
+                        Ok(taken) => return Ok(Some(taken)),
+                        Err(failure) => {
+                            progress.say(&format!("a guest cannot be served: {failure}"));
+                        }
+                    }
+                }
                 News::Arrived(Arrival::Return { name, socket }) => {
                     let reason = format!("nothing is known here of a guest {name:?}");
                     progress.say(&format!("a VMM was turned away: {reason}"));
@@ -219,73 +204,79 @@ fn wait_for_offer(
     }
 }
 
-type Begun = (Destination, afterimage::Events<afterimage::DestinationEvent>);
+/// Takes an offered guest: what a successor needs is kept first. On an error its VMM has been
+/// told why, and keeps its memory.
+fn take(
+    options: &Options,
+    mut offer: Offer,
+    mut place: Option<&mut Place>,
+    state: Option<&DestinationStateFile>,
+    progress: &Progress,
+) -> Result<Taken, Failure> {
+    let taken = Served::offered(&mut offer).map_err(Failure::of("take what is offered"));
+    let taken = taken.and_then(|served| {
+        let (memory, with) = prepare(options, &served, place.as_deref_mut(), state)?;
+        Ok((served, memory, with))
+    });
+    match taken {
+        Ok((served, memory, with)) => {
+            Ok(Taken { served, memory, with, socket: Some(offer.socket) })
+        }
+        Err(failure) => {
+            // It may have gone.
+            let _ = framing::send(&offer.socket, &Word::Refused { reason: failure.to_string() });
+            if let Some(place) = place {
+                place.remove(|line| progress.say(line));
+            }
+            Err(failure)
+        }
+    }
+}
 
-/// Serves the guest from here on: what a successor needs is kept first.
-fn begin(
+/// The guest's memory, and how it is to be served. With a place it is new, and stored there;
+/// without, it was found there, or there is none.
+fn prepare(
     options: &Options,
     served: &Served,
-    offer: Option<&Offer>,
     place: Option<&mut Place>,
     state: Option<&DestinationStateFile>,
-    endpoint: Endpoint,
-    progress: &Progress,
-) -> Result<Begun, Failure> {
-    if let (Some(place), Some(_)) = (place, offer) {
+) -> Result<(DestinationMemory, DestinationOptions), Failure> {
+    let mut with = DestinationOptions::default();
+    with.polling = options.polling;
+    with.checksums = if options.checksums { Checksums::On } else { Checksums::Off };
+    with.plaintext = plaintext(options);
+    with.record.incarnation = served.incarnation;
+    let Some(state) = state else { return Ok((served.attach()?, with)) };
+    let failed = || Failure::of("use the state file");
+    if let Some(place) = place {
         let set = served.set().map_err(Failure::of("describe the guest"))?;
-        let stored = place.store(set, &[], |line| progress.say(line));
+        // Said where it is looked at next.
+        let stored = place.store(set, &[], |line| tracing::warn!("{line}"));
         stored.map_err(|why| Failure::new(format!("could not store the guest: {why}")))?;
+        // What is recorded is of a guest that never ran, and is gone.
+        with.record = state.begin_anew(&served.layout()?, with.record).map_err(failed())?;
+        with.ledger = state.ledger();
+        return Ok((served.attach()?, with));
     }
+    let had_record = state.record().is_some();
     let memory = served.attach()?;
-    let options = destination_options(options, state, &memory)?;
-    Destination::start(memory, endpoint, options).map_err(Failure::of("start serving"))
-}
-
-fn destination_options(
-    options: &Options,
-    state: Option<&DestinationStateFile>,
-    memory: &DestinationMemory,
-) -> Result<DestinationOptions, Failure> {
-    let mut destination = DestinationOptions::default();
-    destination.polling = options.polling;
-    destination.checksums = if options.checksums { Checksums::On } else { Checksums::Off };
-    destination.plaintext = plaintext(options);
-    if let Some(state) = state {
-        destination.record = state
-            .begin(memory.layout(), destination.record)
-            .map_err(Failure::of("use the state file"))?;
-        destination.ledger = state.ledger();
+    if !had_record && memory.is_taken_over() {
+        return Err(Failure::new(format!(
+            "the keeper has a guest that was served already, and {} records nothing: give the \
+             state file of that guest; without it nobody knows whether the guest has run",
+            state.path().display()
+        )));
     }
-    Ok(destination)
-}
-
-/// The VMM keeps its memory, of which nothing has arrived.
-fn turn_down(offer: &Offer, failure: &Failure, place: Option<&mut Place>, progress: &Progress) {
-    // It may have gone.
-    let _ = framing::send(&offer.socket, &Word::Refused { reason: failure.to_string() });
-    if let Some(place) = place {
-        place.remove(|line| progress.say(line));
+    with.record = state.begin(memory.layout(), with.record).map_err(failed())?;
+    if with.record.incarnation != served.incarnation {
+        return Err(Failure::new(format!(
+            "{} is of the memory {}, and what the keeper has is the memory {}: give the state \
+             file of this guest, or the name of that one",
+            state.path().display(),
+            with.record.incarnation,
+            served.incarnation
+        )));
     }
-}
-
-/// Leaves nothing behind that nobody needs.
-fn finish(
-    outcome: Outcome,
-    place: Option<&mut Place>,
-    state: Option<&DestinationStateFile>,
-    progress: &Progress,
-) {
-    let how = match outcome {
-        Outcome::Finished => "every page is in place",
-        Outcome::NotHere => "the guest does not run here",
-        Outcome::VmmDied => "the process that ran the guest has ended",
-        // A successor goes on.
-        Outcome::Abandoned | Outcome::Failed => return,
-    };
-    if let Some(Err(error)) = state.map(|state| state.note(ENDED, how)) {
-        progress.say(&format!("the end could not be recorded: {error}"));
-    }
-    if let Some(place) = place {
-        place.remove(|line| progress.say(line));
-    }
+    with.ledger = state.ledger();
+    Ok((memory, with))
 }

@@ -148,7 +148,7 @@ impl Driver {
                 let soon = self.link.now() + ACK_PAUSE;
                 due = Some(due.map_or(soon, |due| due.min(soon)));
             }
-            let due = self.link.unless_waiting(due, &self.inbox);
+            let due = SessionLink::unless_waiting(due, &self.inbox);
             if let Err(error) = self.link.wait(due) {
                 tracing::error!(%error, "the destination's session thread cannot wait; it stops");
                 break;

@@ -140,7 +140,7 @@ impl Driver {
         }
         loop {
             self.act();
-            let due = self.link.unless_waiting(self.session.next_tick(), &self.inbox);
+            let due = SessionLink::unless_waiting(self.session.next_tick(), &self.inbox);
             if let Err(error) = self.link.wait(due) {
                 tracing::error!(%error, "the source's session thread cannot wait; it stops");
                 break;

@@ -203,6 +203,15 @@ fn connect(path: &Path, hello: &Hello) -> io::Result<UnixStream> {
     Ok(socket)
 }
 
+/// What the VMM knows already: successors say things again.
+#[derive(Debug, Default)]
+struct Told {
+    state: bool,
+    run: bool,
+    all_arrived: bool,
+    refusal: Option<String>,
+}
+
 /// The thread that hears page-client, and each of its successors.
 struct Listening {
     path: PathBuf,
@@ -213,9 +222,9 @@ struct Listening {
 
 impl Listening {
     fn run(self, mut socket: UnixStream) {
-        let (mut was_told_to_run, mut has_all) = (false, false);
+        let mut told = Told::default();
         loop {
-            match self.hear(&socket, &mut was_told_to_run, &mut has_all) {
+            match self.hear(&socket, &mut told) {
                 Ok(true) => return,
                 Ok(false) => continue,
                 Err(error) => tracing::info!(%error, "page-client is gone"),
@@ -224,7 +233,7 @@ impl Listening {
             if lock(&self.shared).is_dropped || self.sender.send(AttachmentEvent::Lost).is_err() {
                 return;
             }
-            match self.find_successor() {
+            match self.find_successor(&mut told) {
                 Some(found) => socket = found,
                 None => return,
             }
@@ -232,7 +241,7 @@ impl Listening {
     }
 
     /// Takes one word; `true` if it was the last.
-    fn hear(&self, socket: &UnixStream, runs: &mut bool, has_all: &mut bool) -> io::Result<bool> {
+    fn hear(&self, socket: &UnixStream, told: &mut Told) -> io::Result<bool> {
         let mut is_last = false;
         let event = match framing::receive(socket)? {
             Word::State { sections } => {
@@ -242,11 +251,17 @@ impl Listening {
                     framing::send(socket, &Word::Ready)?;
                     return Ok(false);
                 }
+                if std::mem::replace(&mut told.state, true) {
+                    // It is being restored.
+                    return Ok(false);
+                }
                 AttachmentEvent::State(state)
             }
-            Word::Run if std::mem::replace(runs, true) => return Ok(false),
+            Word::Run if std::mem::replace(&mut told.run, true) => return Ok(false),
             Word::Run => AttachmentEvent::Run,
-            Word::AllArrived if std::mem::replace(has_all, true) => return Ok(false),
+            Word::AllArrived if std::mem::replace(&mut told.all_arrived, true) => {
+                return Ok(false);
+            }
             Word::AllArrived => AttachmentEvent::AllArrived,
             Word::Finished => {
                 is_last = true;
@@ -264,7 +279,7 @@ impl Listening {
     }
 
     /// Connects until somebody is there again; `None` if nobody wants to know.
-    fn find_successor(&self) -> Option<UnixStream> {
+    fn find_successor(&self, told: &mut Told) -> Option<UnixStream> {
         let mut pause = FIRST_PAUSE;
         loop {
             if lock(&self.shared).is_dropped {
@@ -276,6 +291,14 @@ impl Listening {
                     self.sender.send(AttachmentEvent::Back).ok()?;
                     return Some(socket);
                 }
+                Err(AttachError::Refused { reason }) => {
+                    if told.refusal.as_ref() != Some(&reason) {
+                        told.refusal = Some(reason.clone());
+                        let reason = format!("whoever is at page-client's place refuses: {reason}");
+                        self.sender.send(AttachmentEvent::Failed(reason)).ok()?;
+                    }
+                    pause = LAST_PAUSE;
+                }
                 Err(error) => tracing::debug!(%error, "no successor of page-client yet"),
             }
             thread::sleep(pause.saturating_sub(begun.elapsed()));
@@ -283,18 +306,25 @@ impl Listening {
         }
     }
 
-    fn return_to_it(&self) -> io::Result<UnixStream> {
-        let socket = connect(&self.path, &Hello::Return { name: self.name.clone() })?;
-        match framing::receive(&socket)? {
+    fn return_to_it(&self) -> Result<UnixStream, AttachError> {
+        let wrap = || io_error("return to page-client");
+        let hello = Hello::Return { name: self.name.clone() };
+        let socket = connect(&self.path, &hello)
+            .map_err(|source| AttachError::Connect { path: self.path.clone(), source })?;
+        match framing::receive(&socket).map_err(wrap())? {
             Word::Attached => {}
-            other => return Err(io::Error::other(format!("page-client says {other:?}"))),
+            Word::Refused { reason } => return Err(AttachError::Refused { reason }),
+            other => {
+                let reason = format!("it says {other:?} out of turn");
+                return Err(AttachError::Refused { reason });
+            }
         }
-        socket.set_read_timeout(None)?;
+        socket.set_read_timeout(None).map_err(wrap())?;
         let mut shared = lock(&self.shared);
         if shared.is_ready {
-            framing::send(&socket, &Word::Ready)?;
+            framing::send(&socket, &Word::Ready).map_err(wrap())?;
         }
-        shared.socket = Some(socket.try_clone()?);
+        shared.socket = Some(socket.try_clone().map_err(wrap())?);
         Ok(socket)
     }
 }

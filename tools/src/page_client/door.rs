@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use mio::Waker;
@@ -13,6 +15,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::attachment::{self, Arrival, Word};
 use crate::handoff::framing;
+
+/// VMMs that are heard at a time.
+const MAX_HEARD: usize = 16;
+/// After a VMM that could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What came.
 pub(super) enum News {
@@ -45,22 +52,32 @@ impl Door {
     /// slow keeps no other waiting.
     pub(super) fn open(&self, listener: UnixListener) -> io::Result<()> {
         let (sender, waker) = (self.sender.clone(), Arc::clone(&self.waker));
+        let heard = Arc::new(AtomicUsize::new(0));
         thread::Builder::new().name("attach".to_owned()).spawn(move || {
             loop {
                 let socket = match listener.accept() {
                     Ok((socket, _)) => socket,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     Err(error) => {
-                        tell(&sender, &waker, News::Turned(format!("cannot accept: {error}")));
-                        return;
+                        // No descriptors, perhaps: there may be some later.
+                        tracing::warn!(%error, "a VMM cannot be accepted");
+                        thread::sleep(ACCEPT_PAUSE);
+                        continue;
                     }
                 };
-                let (to, waker) = (sender.clone(), Arc::clone(&waker));
-                let heard = thread::Builder::new()
-                    .name("arrival".to_owned())
-                    .spawn(move || tell(&to, &waker, hear(socket)));
-                if let Err(error) = heard {
+                if heard.load(Ordering::Acquire) >= MAX_HEARD {
+                    // A real VMM comes back.
+                    continue;
+                }
+                heard.fetch_add(1, Ordering::AcqRel);
+                let (to, waker, done) = (sender.clone(), Arc::clone(&waker), Arc::clone(&heard));
+                let hearing = thread::Builder::new().name("arrival".to_owned()).spawn(move || {
+                    tell(&to, &waker, hear(socket));
+                    done.fetch_sub(1, Ordering::AcqRel);
+                });
+                if let Err(error) = hearing {
                     tracing::warn!(%error, "a VMM cannot be heard");
+                    heard.fetch_sub(1, Ordering::AcqRel);
                 }
             }
         })?;

@@ -6,9 +6,14 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
-use afterimage::DestinationMemory;
+use afterimage::{
+    Backing, DestinationMemory, DestinationOptions, GuestAddress, GuestLayout, Incarnation,
+    PageSize, Region,
+};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::fstat;
 use serde::{Deserialize, Serialize};
 
 use super::Failure;
@@ -30,6 +35,8 @@ struct Description {
     version: u32,
     name: String,
     pid: i32,
+    /// Of this memory, as in its record: hexadecimal.
+    incarnation: String,
     regions: Vec<RegionOfVmm>,
 }
 
@@ -38,6 +45,8 @@ struct Description {
 pub(super) struct Served {
     /// The VMM's name for it.
     pub(super) name: String,
+    /// This memory: its record must name the same.
+    pub(super) incarnation: Incarnation,
     /// The process that runs it.
     pub(super) pid: i32,
     /// The same, as a descriptor that becomes readable at its end.
@@ -54,6 +63,7 @@ impl Served {
         let (pid, vmm) = processes::peer(offer.socket.as_fd())?;
         Ok(Self {
             name: offer.name.clone(),
+            incarnation: DestinationOptions::default().record.incarnation,
             pid,
             vmm,
             uffd: offer.uffd.try_clone()?,
@@ -69,6 +79,7 @@ impl Served {
             version: VERSION,
             name: self.name.clone(),
             pid: self.pid,
+            incarnation: self.incarnation.to_string(),
             regions: self.regions.clone(),
         };
         let mut set =
@@ -97,11 +108,14 @@ impl Served {
             let theirs = description.version;
             return Err(wrong(&format!("its description has version {theirs}, not {VERSION}")));
         }
+        let incarnation = u128::from_str_radix(&description.incarnation, 16)
+            .map_err(|_| wrong("its memory has no name"))?;
         let count = set.iter().filter(|it| it.name.starts_with(FILE)).count();
         let files = (0..count).map(|index| take(&format!("{FILE}{index}")));
         let files = files.collect::<Result<_, _>>()?;
         Ok(Self {
             name: description.name,
+            incarnation: Incarnation(incarnation.to_be_bytes()),
             pid: description.pid,
             vmm: take(VMM)?,
             uffd: take(UFFD)?,
@@ -111,11 +125,32 @@ impl Served {
         })
     }
 
+    /// Whether the VMM of this guest is at the other end.
+    pub(super) fn is_the_vmm(&self, socket: &UnixStream) -> bool {
+        processes::peer(socket.as_fd()).is_ok_and(|(pid, _)| pid == self.pid)
+    }
+
     /// Whether a VMM offers this very guest: it has not heard that it was taken.
     pub(super) fn is_offered_again(&self, offer: &Offer) -> bool {
-        let peer = processes::peer(offer.socket.as_fd()).map(|(pid, _)| pid);
-        let is_the_vmm = peer.is_ok_and(|pid| pid == self.pid);
-        is_the_vmm && offer.name == self.name && offer.regions == self.regions
+        let are_same = |(one, other): (&OwnedFd, &OwnedFd)| match (fstat(one), fstat(other)) {
+            (Ok(one), Ok(other)) => (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino),
+            _ => false,
+        };
+        self.is_the_vmm(&offer.socket)
+            && offer.name == self.name
+            && offer.regions == self.regions
+            && offer.files.len() == self.files.len()
+            && offer.files.iter().zip(&self.files).all(are_same)
+    }
+
+    /// Its layout, as far as a record knows it.
+    pub(super) fn layout(&self) -> Result<GuestLayout, Failure> {
+        let regions = self.regions.iter().map(|region| {
+            let page_size = PageSize::from_bytes(region.page_size).unwrap_or(PageSize::KIB_4);
+            let at = GuestAddress(region.guest_address);
+            Region::new(at, region.length, page_size, Backing::Opaque)
+        });
+        GuestLayout::new(regions.collect()).map_err(Failure::of("understand the guest's memory"))
     }
 
     /// Its memory in the engine's terms. Not before whoever served it has ended.

@@ -32,7 +32,7 @@ Exit status:
   1  something failed; the line on the standard error says what, where, and how to mend it
   2  the command line is wrong
   3  the guest does not run here: the source has it, or nothing was begun; nothing is lost
-  4  stopped by a second signal while pages were missing: whoever touches one waits until
+  4  stopped by a signal before the end; whoever touches a missing page waits until
      page-client is started again
   5  the process that ran the guest has ended
 

@@ -1,14 +1,17 @@
 //! Serving one guest until every page is in place and the source knows it.
 
+use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use afterimage::{Destination, DestinationEvent, Events, StateSection};
+use afterimage::{Destination, DestinationEvent, DestinationStateFile, Events, StateSection};
 
 use super::Failure;
 use super::door::{Door, News};
+use super::farewell::{self, FAREWELL};
 use super::guest::Served;
-use super::report::{Journal, Outcome};
+use super::report::{Journal, Outcome, Report};
 use crate::attachment::{Arrival, Word, send_state};
 use crate::handoff::framing;
 use crate::keeper::Place;
@@ -17,9 +20,6 @@ use crate::page_server::wait::Waiter;
 
 /// How long a VMM may take to take in a word.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a VMM may be away when it is to hear the last word.
-const FAREWELL: Duration = Duration::from_secs(30);
-
 /// The end, which the VMM is to hear of: it may be on its way back to this process.
 pub(super) struct Ending {
     outcome: Outcome,
@@ -27,37 +27,90 @@ pub(super) struct Ending {
     until: Instant,
 }
 
-pub(super) struct Serving {
+/// What every session has.
+pub(super) struct Session {
     pub(super) destination: Destination,
     pub(super) events: Events<DestinationEvent>,
     pub(super) door: Door,
     pub(super) waiter: Waiter,
     pub(super) progress: Progress,
     pub(super) journal: Journal,
-    pub(super) served: Served,
-    pub(super) place: Option<Place>,
-    pub(super) vmm: Option<UnixStream>,
+}
+
+pub(super) struct Serving {
+    destination: Destination,
+    events: Events<DestinationEvent>,
+    door: Door,
+    waiter: Waiter,
+    progress: Progress,
+    journal: Journal,
+    served: Served,
+    place: Option<Place>,
+    record: Option<DestinationStateFile>,
+    vmm: Option<UnixStream>,
     /// Grows with each connection of the VMM.
-    pub(super) connection: u64,
+    connection: u64,
     /// Device state that the VMM has not said to have restored.
-    pub(super) state: Option<Vec<StateSection>>,
-    pub(super) runs: bool,
-    pub(super) has_all: bool,
+    state: Option<Vec<StateSection>>,
+    runs: bool,
+    has_all: bool,
     /// Why the guest does not run here, if it is so.
-    pub(super) not_here: Option<String>,
-    pub(super) ending: Option<Ending>,
-    pub(super) signals: usize,
+    not_here: Option<String>,
+    ending: Option<Ending>,
+    signals: usize,
 }
 
 impl Serving {
-    pub(super) fn run(&mut self) -> Result<Outcome, Failure> {
+    /// `runs` says whether it is on record that the guest runs here.
+    pub(super) fn new(
+        session: Session,
+        served: Served,
+        place: Option<Place>,
+        record: Option<DestinationStateFile>,
+        runs: bool,
+    ) -> Self {
+        let Session { destination, events, door, waiter, progress, journal } = session;
+        Self {
+            destination,
+            events,
+            door,
+            waiter,
+            progress,
+            journal,
+            served,
+            place,
+            record,
+            vmm: None,
+            connection: 0,
+            state: None,
+            runs,
+            has_all: false,
+            not_here: None,
+            ending: None,
+            signals: 0,
+        }
+    }
+
+    /// Serves to the end.
+    pub(super) fn run(mut self) -> Result<Report, Failure> {
+        let outcome = self.until_the_end()?;
+        let stats = self.destination.stats();
+        let Self { journal, progress, mut place, record, .. } = self;
+        if !matches!(outcome, Outcome::Abandoned | Outcome::Failed) {
+            farewell::note_end(record.as_ref(), outcome, &progress);
+            farewell::leave(record.as_ref(), place.as_mut(), &progress);
+        }
+        Ok(journal.close(outcome, Some(&stats)))
+    }
+
+    fn until_the_end(&mut self) -> Result<Outcome, Failure> {
         self.waiter.watch(&self.events).map_err(Failure::of("wait for the session"))?;
         loop {
             while let Some(event) = self.events.try_next() {
                 self.take_event(event);
             }
             while let Ok(news) = self.door.news.try_recv() {
-                if let Some(outcome) = self.take_news(news)? {
+                if let Some(outcome) = self.take_news(news) {
                     return Ok(outcome);
                 }
             }
@@ -94,6 +147,7 @@ impl Serving {
     }
 
     fn end(&mut self, outcome: Outcome, last_word: Word) {
+        farewell::note_end(self.record.as_ref(), outcome, &self.progress);
         self.ending = Some(Ending { outcome, last_word, until: Instant::now() + FAREWELL });
     }
 
@@ -101,17 +155,28 @@ impl Serving {
     fn tell(&mut self, word: &Word) -> bool {
         let Some(vmm) = &self.vmm else { return false };
         if let Err(error) = framing::send(vmm, word) {
-            tracing::info!(%error, "the VMM cannot be told; it will come back");
-            self.vmm = None;
+            self.give_up_vmm(&error);
         }
         self.vmm.is_some()
+    }
+
+    /// Hangs up, so that the VMM notices, and comes back.
+    fn give_up_vmm(&mut self, error: &io::Error) {
+        self.progress.say(&format!("the VMM does not listen ({error}); it may come back"));
+        self.hang_up();
+    }
+
+    fn hang_up(&mut self) {
+        if let Some(vmm) = self.vmm.take() {
+            // Another handle of it waits to read; it may have ended already.
+            let _ = vmm.shutdown(Shutdown::Both);
+        }
     }
 
     fn tell_state(&mut self) {
         let (Some(vmm), Some(state)) = (&self.vmm, &self.state) else { return };
         if let Err(error) = send_state(vmm, state) {
-            tracing::info!(%error, "device state cannot be passed on; the VMM will come back");
-            self.vmm = None;
+            self.give_up_vmm(&error);
         }
     }
 
@@ -187,22 +252,24 @@ impl Serving {
         }
     }
 
-    fn take_news(&mut self, news: News) -> Result<Option<Outcome>, Failure> {
+    fn take_news(&mut self, news: News) -> Option<Outcome> {
         match news {
-            News::Arrived(Arrival::Return { name, socket }) if name == self.served.name => {
-                self.greet(socket)?;
+            News::Arrived(Arrival::Return { name, socket })
+                if name == self.served.name && self.served.is_the_vmm(&socket) =>
+            {
+                self.greet(socket);
             }
             News::Arrived(Arrival::Return { name, socket }) => {
                 self.refuse(&socket, &name);
             }
             News::Arrived(Arrival::Offer(offer)) if self.served.is_offered_again(&offer) => {
-                self.greet(offer.socket)?;
+                self.greet(offer.socket);
             }
             News::Arrived(Arrival::Offer(offer)) => self.refuse(&offer.socket, &offer.name),
             News::Turned(line) => self.progress.say(&line),
             News::Said(number, word) if number == self.connection => self.hear(&word),
             News::HungUp(number) if number == self.connection => {
-                self.vmm = None;
+                self.hang_up();
                 self.journal.note("vmm_hung_up");
             }
             News::Said(..) | News::HungUp(_) => {}
@@ -214,10 +281,10 @@ impl Serving {
                     "the process that was to run the guest has ended before it did"
                 };
                 self.note("vmm_died", line);
-                return Ok(Some(Outcome::VmmDied));
+                return Some(Outcome::VmmDied);
             }
         }
-        Ok(None)
+        None
     }
 
     fn refuse(&self, socket: &UnixStream, name: &str) {
@@ -232,14 +299,16 @@ impl Serving {
 
     /// Takes a connection of the guest's VMM in the place of any before, and says again what
     /// it may have missed.
-    pub(super) fn greet(&mut self, socket: UnixStream) -> Result<(), Failure> {
-        let wrap = || Failure::of("talk to the VMM");
-        socket.set_write_timeout(Some(PATIENCE)).map_err(wrap())?;
-        let hearing = socket.try_clone().map_err(wrap())?;
+    pub(super) fn greet(&mut self, socket: UnixStream) {
+        self.hang_up();
+        let hearing = socket.set_write_timeout(Some(PATIENCE)).and_then(|()| socket.try_clone());
         self.connection += 1;
+        let heard = hearing.and_then(|hearing| self.door.listen(self.connection, hearing));
         self.vmm = Some(socket);
+        if let Err(error) = heard {
+            return self.give_up_vmm(&error);
+        }
         self.tell(&Word::Attached);
-        self.door.listen(self.connection, hearing).map_err(wrap())?;
         self.journal.note("vmm_attached");
         self.tell_state();
         if self.runs {
@@ -251,7 +320,6 @@ impl Serving {
         if let Some(reason) = self.not_here.clone() {
             self.tell(&Word::NotHere { reason });
         }
-        Ok(())
     }
 
     fn hear(&mut self, word: &Word) {
@@ -273,8 +341,12 @@ impl Serving {
         let stats = self.destination.stats();
         let missing = stats.pages_total - stats.pages_complete;
         if self.has_all {
-            self.note("signal", "stopping: every page is in place, only the source's bye is not");
-            return Some(Outcome::Finished);
+            self.note(
+                "signal",
+                "stopping: every page is in place, and the guest needs nothing more; started again, \
+                 page-client lets the source know",
+            );
+            return Some(Outcome::Abandoned);
         }
         if self.signals > 1 {
             self.note("signal", "a second signal: whoever touches a missing page waits");

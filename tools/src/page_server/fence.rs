@@ -11,10 +11,12 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::Parts;
 use super::failure::Failure;
+use super::holding::Kept;
 use super::options::Options;
 use super::progress::Progress;
 use super::report::{Counts, Journal, Outcome, Report};
 use super::survival::{Survival, failure};
+use crate::handoff;
 use crate::ram::PAGE_BYTES;
 
 /// Records that the guest is this side's again.
@@ -31,7 +33,17 @@ pub(super) fn fence(
     let mut place = survival.place();
     let is_fenced = file.record().is_some_and(|it| it.ownership == SourceOwnership::Fenced);
     // Who goes back needs something to go back to. A second time a VMM may have it already.
-    let is_gone = !is_fenced && survival.claim()?.is_none();
+    let kept = if is_fenced { None } else { survival.claim()? };
+    let is_gone = !is_fenced && kept.is_none();
+    if let Some(Kept { guest, giver: Some(giver) }) = &kept {
+        // A VMM that still waits for its answer would resume its guest when the keeper lets go
+        // of it, and another may run it by then.
+        handoff::say_taken(giver, &guest.session.to_string())
+            .map_err(Failure::of("tell the VMM that its guest was taken"))?;
+        if let Some(holding) = &mut survival.holding {
+            holding.settle(progress);
+        }
+    }
     if let Some(holding) = &survival.holding {
         if is_gone {
             return Err(Failure::new(format!(
