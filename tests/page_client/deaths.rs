@@ -11,7 +11,7 @@ use crate::support::{CLIENT, Daemon, KEEPER, Origin, Vcpu, Vmm};
 /// A directory with a keeper, and how page-client is started in it.
 struct Host {
     directory: tempfile::TempDir,
-    _keeper: Daemon,
+    keeper: Daemon,
     arguments: Vec<String>,
 }
 
@@ -19,8 +19,7 @@ impl Host {
     fn new(source: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let unix = |name: &str| format!("unix:{}", directory.path().join(name).display());
-        let mut keeper = Daemon::start(KEEPER, &["--listen", &unix("keeper")]);
-        keeper.line("listening on");
+        let keeper = start_keeper(&unix("keeper"));
         let state = directory.path().join("state").display().to_string();
         let arguments = [
             "--attach",
@@ -36,16 +35,29 @@ impl Host {
             "--json",
         ];
         let arguments = arguments.map(str::to_owned).to_vec();
-        Self { directory, _keeper: keeper, arguments }
+        Self { directory, keeper, arguments }
     }
 
     fn client(&self) -> Daemon {
         Daemon::start(CLIENT, &self.arguments)
     }
 
+    fn restart_keeper(&mut self) {
+        self.keeper.signal(Signal::SIGKILL);
+        self.keeper.child.wait().unwrap();
+        self.keeper =
+            start_keeper(&format!("unix:{}", self.directory.path().join("keeper").display()));
+    }
+
     fn attach_path(&self) -> std::path::PathBuf {
         Path::new(self.directory.path()).join("attach")
     }
+}
+
+fn start_keeper(address: &str) -> Daemon {
+    let mut keeper = Daemon::start(KEEPER, &["--listen", address]);
+    keeper.line("listening on");
+    keeper
 }
 
 fn state() -> Vec<StateSection> {
@@ -124,6 +136,27 @@ fn a_guest_that_has_not_run_yet_is_not_lost() {
     client.line("taking over");
     vmm.attachment.ready();
     vmm.until(|event| *event == AttachmentEvent::Run);
+    vmm.check();
+    vmm.until(|event| *event == AttachmentEvent::Finished);
+    assert_eq!(client.end().0, 0);
+    vmm.memory.all_arrived();
+}
+
+#[test]
+fn a_keeper_that_was_started_again_before_a_vmm_came_holds_its_guest() {
+    let origin = Origin::start(64);
+    let mut host = Host::new(&origin.address);
+    let mut client = host.client();
+    client.line("a VMM can have its memory served");
+    // As one that has hung up on a client that was silent for too long.
+    host.restart_keeper();
+    let vmm = Vmm::attach(&host.attach_path(), "guest", 64, true);
+    client.signal(Signal::SIGKILL);
+    client.end();
+    client = host.client();
+    client.line("taking over");
+    origin.source.switch_over(state()).unwrap();
+    vmm.run();
     vmm.check();
     vmm.until(|event| *event == AttachmentEvent::Finished);
     assert_eq!(client.end().0, 0);

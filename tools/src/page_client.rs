@@ -10,12 +10,14 @@
 
 mod door;
 mod guest;
-mod options;
+pub mod options;
 mod report;
 mod serving;
 
 use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use afterimage::{
     Checksums, Destination, DestinationMemory, DestinationOptions, DestinationStateFile, Endpoint,
@@ -29,7 +31,7 @@ use crate::handoff::framing;
 use crate::keeper::{Keeper, Why};
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
-use crate::page_server::{Failure, check_connect, listen_privately};
+use crate::page_server::{Failure, Notice, check_connect, listen_privately};
 use door::{Door, News};
 use guest::Served;
 use options::Options;
@@ -49,7 +51,7 @@ pub fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let report = serve(&options).unwrap_or_else(|failure| {
+    let report = serve(&options, Progress::new("page-client")).unwrap_or_else(|failure| {
         eprintln!("page-client: {failure}");
         Report::failed(&failure)
     });
@@ -59,9 +61,30 @@ pub fn main() -> ExitCode {
     report.exit_code()
 }
 
-fn serve(options: &Options) -> Result<Report, Failure> {
+/// Does in another program what the command does, but tells `hear` what the command says on the
+/// standard error, and what it has counted: at every event, and each time that a `pause` has gone
+/// by.
+///
+/// Blocks until every page is in place. SIGINT and SIGTERM are blocked for this thread and for
+/// those that it starts, and taken as the command takes them.
+///
+/// # Errors
+/// [`Failure`], also where it has ended before every page was in place.
+pub fn run(
+    options: &Options,
+    pause: Duration,
+    hear: impl Fn(Notice) + 'static,
+) -> Result<(), Failure> {
+    let report = serve(options, Progress::to_often(hear, pause))?;
+    if report.is_finished() {
+        return Ok(());
+    }
+    Err(Failure::new("ended before every page was in place"))
+}
+
+fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
     let mut waiter = Waiter::new().map_err(Failure::of("wait for signals"))?;
-    let (progress, mut journal) = (Progress::new("page-client"), Journal::new());
+    let mut journal = Journal::new();
     let state = options.state.as_deref().map(DestinationStateFile::open).transpose();
     let state = state.map_err(Failure::of("use the state file"))?;
     if let Some(how) = state.as_ref().and_then(|state| state.noted(ENDED)) {
@@ -77,7 +100,7 @@ fn serve(options: &Options) -> Result<Report, Failure> {
         Some(served) => (served, None),
         None => {
             check_no_record(state.as_ref())?;
-            progress.say(&format!("a VMM can have its memory served at {}", options.attach));
+            progress.open(&options.attach);
             match wait_for_offer(&door, &mut waiter, &progress)? {
                 Some((served, offer)) => (served, Some(offer)),
                 None => return Ok(journal.close(Outcome::NotHere, None)),
@@ -132,6 +155,7 @@ fn serve(options: &Options) -> Result<Report, Failure> {
 /// The guest's place at a keeper.
 struct Shelf {
     keeper: Keeper,
+    path: PathBuf,
     guest: String,
 }
 
@@ -145,8 +169,12 @@ impl Shelf {
                 "--keeper {address}: descriptors only travel over Unix sockets; give unix:PATH"
             )));
         };
-        let keeper = Keeper::connect(path, "page-client").map_err(Failure::of("use the keeper"))?;
-        Ok(Some(Self { keeper, guest: guest.clone() }))
+        let keeper = Self::connect(path)?;
+        Ok(Some(Self { keeper, path: path.clone(), guest: guest.clone() }))
+    }
+
+    fn connect(path: &Path) -> Result<Keeper, Failure> {
+        Keeper::connect(path, "page-client").map_err(Failure::of("use the keeper"))
     }
 
     /// What a process before this one has left; `None` if there was none.
@@ -160,7 +188,10 @@ impl Shelf {
         Served::kept(set).map(Some)
     }
 
+    /// Stores a guest that has come. A keeper does not wait so long for clients that have no
+    /// guest there, and may have been started again in the meantime.
     fn store(&mut self, served: &Served) -> Result<(), Failure> {
+        self.keeper = Self::connect(&self.path)?;
         served.store(&mut self.keeper, &self.guest)
     }
 
