@@ -1,10 +1,8 @@
 //! A network that can be cut: the connections between the two sides go through here.
 //!
 //! One thread carries all of them, so that a cut falls between two pieces of data and finds
-//! every connection there is.
-//!
-//! The background can be held up, so that nothing is too late for what is to happen in the middle
-//! of it.
+//! every connection there is. The background can be held up, so that nothing is too late for
+//! what is to happen in the middle of it.
 //!
 //! Invariant: what is carried is carried whole and in order until a cut; a cut ends both ends of
 //! every connection of its moment, and none that is made later.
