@@ -135,10 +135,10 @@ fn listen(options: &Options, directory: Option<&TempDir>, name: &str) -> String 
         .map_or_else(|| ANY_PORT.to_owned(), |path| format!("unix:{}", path.display()))
 }
 
-/// A network that can be cut, if it is to be; and one that finds the page server again, which
-/// listens at another port after it was killed.
+/// A network that can be cut, and held up until what is due has been done; it also finds the page
+/// server again, which listens at another port after it was killed.
 fn proxy(options: &Options, directory: Option<&TempDir>) -> Result<Option<Proxy>, DemoError> {
-    if options.cuts == 0 && !options.kills(Victim::PageServer) {
+    if !options.has_outages() {
         return Ok(None);
     }
     let address = listen(options, directory, "network").parse();
