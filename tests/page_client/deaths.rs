@@ -19,8 +19,7 @@ impl Host {
     fn new(source: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let unix = |name: &str| format!("unix:{}", directory.path().join(name).display());
-        let mut keeper = Daemon::start(KEEPER, &["--listen", &unix("keeper")]);
-        keeper.line("listening on");
+        let keeper = start_keeper(&unix("keeper"));
         let state = directory.path().join("state").display().to_string();
         let arguments = [
             "--attach",
@@ -49,23 +48,26 @@ impl Host {
         value.clone_into(&mut self.arguments[at + 1]);
     }
 
-    /// The keeper dies, and another begins, which holds nothing.
-    fn replaces_keeper(&mut self) {
-        self.keeper.signal(Signal::SIGKILL);
-        self.keeper.child.wait().unwrap();
-        let address = format!("unix:{}", self.directory.path().join("keeper").display());
-        let mut next = Daemon::start(KEEPER, &["--listen", &address]);
-        next.line("listening on");
-        self.keeper = next;
-    }
-
     fn client(&self) -> Daemon {
         Daemon::start(CLIENT, &self.arguments)
+    }
+
+    fn restart_keeper(&mut self) {
+        self.keeper.signal(Signal::SIGKILL);
+        self.keeper.child.wait().unwrap();
+        self.keeper =
+            start_keeper(&format!("unix:{}", self.directory.path().join("keeper").display()));
     }
 
     fn attach_path(&self) -> std::path::PathBuf {
         Path::new(self.directory.path()).join("attach")
     }
+}
+
+fn start_keeper(address: &str) -> Daemon {
+    let mut keeper = Daemon::start(KEEPER, &["--listen", address]);
+    keeper.line("listening on");
+    keeper
 }
 
 fn state() -> Vec<StateSection> {
@@ -163,7 +165,7 @@ fn the_keeper_may_die_and_page_client_after_it() {
     let vcpu = Vcpu::start(&vmm, 3);
     vcpu.may_go_on(100);
     vcpu.has_gone_on();
-    host.replaces_keeper();
+    host.restart_keeper();
     client.line("the keeper holds the guest again");
     vcpu.may_go_on(100);
     client.signal(Signal::SIGKILL);
@@ -213,4 +215,25 @@ fn a_guest_is_only_continued_with_its_own_record() {
     vmm.check();
     vmm.memory.all_arrived();
     drop(another);
+}
+
+#[test]
+fn a_keeper_that_was_started_again_before_a_vmm_came_holds_its_guest() {
+    let origin = Origin::start(64);
+    let mut host = Host::new(&origin.address);
+    let mut client = host.client();
+    client.line("a VMM can have its memory served");
+    // As one that has hung up on a client that was silent for too long.
+    host.restart_keeper();
+    let vmm = Vmm::attach(&host.attach_path(), "guest", 64, true);
+    client.signal(Signal::SIGKILL);
+    client.end();
+    client = host.client();
+    client.line("taking over");
+    origin.source.switch_over(state()).unwrap();
+    vmm.run();
+    vmm.check();
+    vmm.until(|event| *event == AttachmentEvent::Finished);
+    assert_eq!(client.end().0, 0);
+    vmm.memory.all_arrived();
 }

@@ -3,23 +3,32 @@
 //! One program in several roles. `parent` asks the machine what it has, starts the others
 //! from the same executable, watches them, and reports; `source` has the guest and gives
 //! it away; `destination` gets it. With `--handoff`, `vmm` has the guest, and hands it
-//! to `page_server`, which gives it away. They talk by lines of JSON (`messages`). The
-//! engine does the moving; the demo is what a VMM would do around it.
+//! to `page_server`, which gives it away; with `--kill page-client`, `page_client` serves the
+//! destination's memory; and `keeper` holds what those that are killed leave behind. They talk by
+//! lines of JSON (`messages`). The engine does the moving; the demo is what a VMM would do around
+//! it, and what the world does to it (`outages`, by a `proxy`).
 //!
 //! Invariant: nobody waits without a limit, the others end with the parent, and success
 //! is only said where every page has been verified.
 
 mod destination;
 mod error;
+mod keeper;
 mod machine;
 mod messages;
 mod options;
+mod outages;
+mod page_client;
 mod page_server;
 mod parent;
+mod process;
 mod progress;
+mod proxy;
 mod report;
+mod served;
 mod source;
 mod vmm;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -40,6 +49,8 @@ pub fn main() -> ExitCode {
             Some(path) => vmm::run(line, setup, path),
         }),
         Some(Role::PageServer) => messages::run_role(page_server::run),
+        Some(Role::PageClient) => messages::run_role(page_client::run),
+        Some(Role::Keeper) => messages::run_role(keeper::run),
         Some(Role::Destination) => messages::run_role(destination::run),
         None if options.probe => machine::probe(options.json),
         None => parent::run(&options),

@@ -25,12 +25,15 @@ pub(crate) use place::{Place, path_of as place_path};
 pub use words::{Listed, MAX_CLIENTS, MAX_FILES_OF_GUEST, MAX_GUESTS, MAX_NAME, Why};
 
 use std::error::Error;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
 use afterimage::Address;
 use clap::Parser;
 use serde::Serialize;
+
+use crate::page_server::Notice;
 
 /// Grows when a field of the JSON changes its meaning or goes.
 const SCHEMA_VERSION: u32 = 1;
@@ -50,14 +53,37 @@ pub fn main() -> ExitCode {
     let options = Options::parse();
     let done = match (&options.command, &options.listen) {
         (Some(command), _) => run(command),
-        (None, Some(address)) => path_of(address)
-            .and_then(|path| server::serve(path, options.max_files).map_err(|error| line(&error))),
+        (None, Some(address)) => hold(address, options.max_files, |notice| {
+            let line = match notice {
+                Notice::Listening(address) => format!("listening on {address}"),
+                Notice::Line(line) => line,
+                _ => return,
+            };
+            // If the standard error is closed there is nobody to tell.
+            let _ = writeln!(io::stderr(), "afterimage-keeper: {line}");
+        }),
         (None, None) => Err("give --listen, or a command".to_owned()),
     };
     done.unwrap_or_else(|error| {
         eprintln!("afterimage-keeper: {}", error.replace('\n', " "));
         ExitCode::from(1)
     })
+}
+
+/// Does in another program what the daemon does, but tells `hear` what the daemon says on the
+/// standard error, and when clients can connect.
+///
+/// Blocks until it is stopped by SIGINT or SIGTERM, which are blocked for this thread and taken
+/// as the daemon takes them.
+///
+/// # Errors
+/// One line that says what is wrong with the address, or with the limits of this process.
+pub fn hold(
+    address: &Address,
+    max_files: usize,
+    hear: impl Fn(Notice) + 'static,
+) -> Result<ExitCode, String> {
+    server::serve(path_of(address)?, max_files, Box::new(hear)).map_err(|error| line(&error))
 }
 
 fn run(command: &Command) -> Result<ExitCode, String> {

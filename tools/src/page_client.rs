@@ -11,13 +11,14 @@
 mod door;
 mod farewell;
 mod guest;
-mod options;
+pub mod options;
 mod report;
 mod serving;
 
 use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use afterimage::{
     Checksums, Destination, DestinationMemory, DestinationOptions, DestinationOwnership,
@@ -31,7 +32,7 @@ use crate::handoff::framing;
 use crate::keeper::{Place, place_path};
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
-use crate::page_server::{Failure, check_connect, listen_privately};
+use crate::page_server::{Failure, Notice, check_connect, listen_privately};
 use door::{Door, News};
 use guest::Served;
 use options::Options;
@@ -48,7 +49,7 @@ pub fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let report = serve(&options).unwrap_or_else(|failure| {
+    let report = serve(&options, Progress::new("page-client")).unwrap_or_else(|failure| {
         eprintln!("page-client: {failure}");
         Report::failed(&failure)
     });
@@ -58,9 +59,30 @@ pub fn main() -> ExitCode {
     report.exit_code()
 }
 
-fn serve(options: &Options) -> Result<Report, Failure> {
+/// Does in another program what the command does, but tells `hear` what the command says on the
+/// standard error, and what it has counted: at every event, and each time that a `pause` has gone
+/// by.
+///
+/// Blocks until every page is in place. SIGINT and SIGTERM are blocked for this thread and for
+/// those that it starts, and taken as the command takes them.
+///
+/// # Errors
+/// [`Failure`], also where it has ended before every page was in place.
+pub fn run(
+    options: &Options,
+    pause: Duration,
+    hear: impl Fn(Notice) + 'static,
+) -> Result<(), Failure> {
+    let report = serve(options, Progress::to_often(hear, pause))?;
+    if report.is_finished() {
+        return Ok(());
+    }
+    Err(Failure::new("ended before every page was in place"))
+}
+
+fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
     let mut waiter = Waiter::new().map_err(Failure::of("wait for signals"))?;
-    let (progress, mut journal) = (Progress::new("page-client"), Journal::new());
+    let mut journal = Journal::new();
     let state = options.state.as_deref().map(DestinationStateFile::open).transpose();
     let state = state.map_err(Failure::of("use the state file"))?;
     let mut place = place(options)?;
@@ -80,7 +102,7 @@ fn serve(options: &Options) -> Result<Report, Failure> {
         }
         None => {
             check_no_record(state.as_ref())?;
-            progress.say(&format!("a VMM can have its memory served at {}", options.attach));
+            progress.open(&options.attach);
             wait_for_guest(options, &door, &mut waiter, place.as_mut(), state.as_ref(), &progress)?
         }
     };

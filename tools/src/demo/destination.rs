@@ -5,25 +5,18 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use afterimage::{
-    Destination, DestinationEvent, DestinationMemory, DestinationOptions, DestinationStats,
-    DiscardNotice, Endpoint, Events, FaultScope, MemoryError, NoEvent, StateSection,
-};
+use afterimage::{DestinationMemory, DiscardNotice, FaultScope, MemoryError, StateSection};
 
 use super::error::DemoError;
-use super::messages::{
-    Command, Done, Latency, Line, Message, Progress, Setup, Stats, Step, deadline, micros, now_us,
-};
+use super::messages::{Command, Done, Line, Message, Progress, Setup, Step, deadline, now_us};
 use super::report::hex;
-use super::source::{allocate, checksums};
+use super::served::{Happening, Served};
+use super::source::allocate;
 use crate::guest::{Guest, GuestKind, MachineState, ThreadsGuest, digest, verify};
 use crate::microvm::PreparedVm;
 use crate::migrate;
 use crate::ram::GuestRam;
 use crate::sampling::{self, ArrivalSample};
-
-/// How often the parent is told how far things are.
-const PROGRESS_PAUSE: Duration = Duration::from_millis(50);
 
 /// Plays the destination.
 pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
@@ -31,20 +24,14 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     let memory = register(setup, &ram)?;
     let mut place = Place::prepare(setup, &ram)?;
     line.say(&Message::Prepared);
-    let address = loop {
-        if let Command::Connect(address) = line.command(setup.limit)? {
-            break address;
+    let served = loop {
+        match line.command(setup.limit)? {
+            Command::Connect(address) => break Served::here(memory, &address, setup)?,
+            Command::Attach(path) => break Served::elsewhere(memory, &path)?,
+            Command::HandOver | Command::SourceExited => {}
         }
     };
-    let address = address
-        .parse()
-        .map_err(|error| DemoError::failed("cannot connect to the source", &error))?;
-    let mut options = DestinationOptions::default();
-    options.checksums = checksums(setup);
-    let started_at_us = now_us();
-    let (destination, events) = Destination::start(memory, Endpoint::Connect(address), options)
-        .map_err(|error| DemoError::failed("cannot start the destination", &error))?;
-    let arrival = Arrival { line, setup, destination: &destination, events };
+    let arrival = Arrival { line, setup, served: &served };
     let (mut guest, samples) = arrival.receive_and_sample(&mut place)?;
 
     // The process that served ends next. The guest has nobody left to ask.
@@ -59,8 +46,7 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
         std::mem::forget(guest);
         return Err(error);
     }
-    let statistics = destination.stats();
-    line.say(&Message::Progress(progress(&statistics, &*guest)));
+    arrival.tell(Some(&*guest));
     let stopped = guest.stop().map_err(|error| DemoError::failed("the guest did not stop", &error));
     let state = stopped?;
     let stopped_at_us = now_us();
@@ -74,7 +60,6 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
         verified: check(&*guest, &state),
         sha256: hex(&digest(&ram, spec, untouched)),
         page_bytes: setup.backing.page_bytes(),
-        stats: collect(&statistics, started_at_us),
         rounds: guest.rounds(),
         operations_at_source_exit,
         operations: state.operations(),
@@ -152,8 +137,7 @@ impl Place {
 struct Arrival<'a> {
     line: &'a Line,
     setup: &'a Setup,
-    destination: &'a Destination,
-    events: Events<DestinationEvent>,
+    served: &'a Served,
 }
 
 impl Arrival<'_> {
@@ -162,11 +146,11 @@ impl Arrival<'_> {
         &self,
         place: &mut Place,
     ) -> Result<(Box<dyn Guest>, Vec<ArrivalSample>), DemoError> {
-        if !self.setup.takes_samples {
+        let Some(destination) = self.served.destination().filter(|_| self.setup.takes_samples)
+        else {
             return Ok((self.receive(place)?, Vec::new()));
-        }
+        };
         thread::scope(|scope| {
-            let destination = self.destination;
             let (stop, stopped) = crossbeam_channel::bounded(0);
             let watcher = thread::Builder::new()
                 .name("sampler".to_owned())
@@ -181,7 +165,7 @@ impl Arrival<'_> {
         })
     }
 
-    /// Does what the engine says until the session is over. The guest runs then.
+    /// Does what is said until the session is over. The guest runs then.
     fn receive(&self, place: &mut Place) -> Result<Box<dyn Guest>, DemoError> {
         let mut guest = None;
         let result = self.receive_into(&mut guest, place);
@@ -201,14 +185,13 @@ impl Arrival<'_> {
     ) -> Result<(), DemoError> {
         let mut is_running = false;
         loop {
-            match self.next(guest.as_deref().filter(|_| is_running))? {
-                DestinationEvent::State(sections) => {
+            let running = guest.as_deref().filter(|_| is_running);
+            match self.next(running)? {
+                Happening::State(sections) => {
                     *guest = Some(place.restore(&sections)?);
-                    self.destination
-                        .ready()
-                        .map_err(|error| DemoError::failed("cannot get ready", &error))?;
+                    self.served.ready()?;
                 }
-                DestinationEvent::Run => {
+                Happening::Run => {
                     let guest = guest.as_mut().ok_or_else(|| {
                         DemoError::Failed("the guest was to run before it came".to_owned())
                     })?;
@@ -218,67 +201,73 @@ impl Arrival<'_> {
                     self.line.say(&Message::Running { at_us: now_us() });
                     is_running = true;
                 }
-                DestinationEvent::AllArrived => {
+                Happening::AllArrived => {
                     self.line.say(&Message::AllArrived { at_us: now_us() });
                 }
-                DestinationEvent::Finished if is_running => return Ok(()),
-                event @ (DestinationEvent::Attached(_) | DestinationEvent::Disconnected) => {
-                    tracing::info!(?event, "destination");
+                Happening::Finished if is_running => return Ok(()),
+                Happening::Finished => {
+                    let what = "the session was over before the guest ran";
+                    return Err(DemoError::Failed(what.to_owned()));
                 }
-                event => {
-                    return Err(DemoError::Failed(format!("the engine said {event:?}")));
+                Happening::Attached => {
+                    self.tell(running);
+                    self.line.say(&Message::Attached);
                 }
+                Happening::Other => {}
             }
         }
     }
 
-    /// The next event; tells of the progress meanwhile.
-    fn next(&self, running: Option<&dyn Guest>) -> Result<DestinationEvent, DemoError> {
-        let mut deadline = deadline(self.setup.limit);
-        let mut complete = self.destination.stats().pages_complete;
+    /// Tells how far things are.
+    fn tell(&self, running: Option<&dyn Guest>) {
+        self.line.say(&Message::Progress(Box::new(Progress {
+            at_us: now_us(),
+            operations: running.map(Guest::operations),
+            stats: self.served.stats(),
+        })));
+    }
+
+    /// What happens next; tells of the progress meanwhile.
+    fn next(&self, running: Option<&dyn Guest>) -> Result<Happening, DemoError> {
+        // Who has no count of pages sees by its guest that they come.
+        let done = || {
+            let pages = self.served.destination().map(|it| it.stats().pages_complete);
+            (pages, running.map(Guest::operations))
+        };
+        let (mut before, mut deadline) = (done(), deadline(self.setup.limit));
         loop {
-            match self.events.next_timeout(PROGRESS_PAUSE) {
-                Ok(event) => return Ok(event),
-                Err(NoEvent::Ended) => {
-                    return Err(DemoError::Failed("the engine ended too early".to_owned()));
-                }
-                Err(NoEvent::NotInTime) => {}
+            if let Some(happening) = self.served.next(self.setup.progress_pause)? {
+                return Ok(happening);
             }
-            let stats = self.destination.stats();
             if let Some(guest) = running {
-                self.line.say(&Message::Progress(progress(&stats, guest)));
+                self.tell(running);
                 if let Some(failure) = guest.failure() {
                     return Err(DemoError::Failed(format!("the guest failed: {failure}")));
                 }
             }
-            if stats.pages_complete > complete {
-                complete = stats.pages_complete;
+            let now = done();
+            let is_forward = if now.0.is_some() { now.0 > before.0 } else { now.1 > before.1 };
+            if is_forward {
+                before = now;
                 deadline = self::deadline(self.setup.limit);
             }
             if Instant::now() > deadline {
-                return Err(DemoError::Failed(format!(
-                    "no page came for {} s; {} of {} are there, {} faults were answered",
-                    self.setup.limit.as_secs(),
-                    stats.pages_complete,
-                    stats.pages_total,
-                    stats.fault_latency.count
-                )));
+                return Err(self.standstill());
             }
         }
     }
-}
 
-fn progress(stats: &DestinationStats, guest: &dyn Guest) -> Progress {
-    Progress {
-        at_us: now_us(),
-        operations: guest.operations(),
-        pages_total: stats.pages_total,
-        pages_requested: stats.pages_requested,
-        pages_background: stats.pages_background,
-        pages_zero: stats.pages_zero,
-        faults: stats.fault_latency.count,
-        p50_us: micros(stats.fault_latency.p50),
-        p99_us: micros(stats.fault_latency.p99),
+    fn standstill(&self) -> DemoError {
+        let seconds = self.setup.limit.as_secs();
+        DemoError::Failed(self.served.stats().map_or_else(
+            || format!("nothing came from the page-client for {seconds} s"),
+            |stats| {
+                format!(
+                    "no page came for {seconds} s; {} of {} are there, {} faults were answered",
+                    stats.pages_complete, stats.pages_total, stats.latency.count
+                )
+            },
+        ))
     }
 }
 
@@ -301,28 +290,4 @@ fn corrupt_one_byte(ram: &GuestRam, state: &MachineState) {
     let last_page = state.spec().geometry().address(state.spec().geometry().pages - 1);
     let last_byte = crate::ram::GuestAddress(last_page.0 + crate::ram::PAGE_BYTES - 1);
     ram.byte(last_byte).fetch_xor(1, Ordering::Relaxed);
-}
-
-fn collect(stats: &DestinationStats, started_at_us: u64) -> Stats {
-    let latency = &stats.fault_latency;
-    Stats {
-        pages_total: stats.pages_total,
-        pages_requested: stats.pages_requested,
-        pages_background: stats.pages_background,
-        pages_zero: stats.pages_zero,
-        pages_duplicate: stats.pages_duplicate,
-        bytes_received: stats.bytes_received,
-        recoveries: stats.recoveries,
-        first_page_at_us: stats.first_page.map(|since| started_at_us + since.as_micros() as u64),
-        stall_us: micros(latency.total),
-        latency: Latency {
-            count: latency.count,
-            mean: micros(latency.mean),
-            p50: micros(latency.p50),
-            p99: micros(latency.p99),
-            p999: micros(latency.p999),
-            max: micros(latency.max),
-            buckets: latency.buckets.clone(),
-        },
-    }
 }

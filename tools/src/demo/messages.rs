@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use afterimage::DestinationStats;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde::{Deserialize, Serialize};
 
@@ -43,11 +44,29 @@ pub(super) struct Setup {
     pub(super) listen: String,
     /// The socket by which the guest is handed over, if it is.
     pub(super) handoff: Option<PathBuf>,
+    /// The keeper's socket, if there is one.
+    pub(super) keeper: Option<PathBuf>,
+    /// The page server's state file, if it can be killed.
+    pub(super) page_server_state: Option<PathBuf>,
+    /// How the destination is served, if not by itself.
+    pub(super) page_client: Option<PageClient>,
+    /// How often is told how far things are.
+    pub(super) progress_pause: Duration,
     /// Whether the destination is to take samples of what arrives.
     pub(super) takes_samples: bool,
     /// How long any one step may take.
     pub(super) limit: Duration,
     pub(super) corrupt_one_byte: bool,
+}
+
+/// What a page-client must know beside.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct PageClient {
+    /// Where the destination hands its memory over.
+    pub(super) attach: PathBuf,
+    pub(super) state: PathBuf,
+    /// Where the pages come from; known once somebody listens there.
+    pub(super) source: String,
 }
 
 /// What the parent says after that.
@@ -58,6 +77,8 @@ pub(super) enum Command {
     HandOver,
     /// To the destination: the guest's memory is served here.
     Connect(String),
+    /// To the destination: the page-client can be reached here.
+    Attach(PathBuf),
     /// To the destination: the process that served has ended.
     SourceExited,
 }
@@ -68,7 +89,7 @@ pub(super) enum Command {
 pub(super) enum Message {
     /// What is being done now.
     Step(Step),
-    /// The source listens here, and its guest runs; or the page server does.
+    /// Clients can connect here. If it is the source, its guest runs.
     Listening(String),
     /// The destination has registered its memory and can connect.
     Prepared,
@@ -80,8 +101,11 @@ pub(super) enum Message {
     Served { sha256: String },
     /// The guest runs at the destination.
     Running { at_us: u64 },
-    /// How far the destination is.
-    Progress(Progress),
+    /// How far the destination is, or whoever serves it.
+    Progress(Box<Progress>),
+    /// The side that gets the pages is connected, perhaps again. It has told before how far
+    /// it was at this moment.
+    Attached,
     /// Every page is at the destination.
     AllArrived { at_us: u64 },
     /// The destination has stopped its guest and looked at every page.
@@ -119,18 +143,14 @@ pub(super) struct Stopped {
     pub(super) state_bytes: u64,
 }
 
-/// How far the destination is.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+/// How far the destination is, told by whoever knows a part of it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Progress {
     pub(super) at_us: u64,
-    pub(super) operations: u64,
-    pub(super) pages_total: u64,
-    pub(super) pages_requested: u64,
-    pub(super) pages_background: u64,
-    pub(super) pages_zero: u64,
-    pub(super) faults: u64,
-    pub(super) p50_us: f64,
-    pub(super) p99_us: f64,
+    /// What its guest has done, once it runs there.
+    pub(super) operations: Option<u64>,
+    /// What has arrived.
+    pub(super) stats: Option<Stats>,
 }
 
 /// The end of the story, as the destination has it.
@@ -140,7 +160,6 @@ pub(super) struct Done {
     pub(super) verified: Result<String, String>,
     pub(super) sha256: String,
     pub(super) page_bytes: u64,
-    pub(super) stats: Stats,
     pub(super) rounds: u64,
     pub(super) operations_at_source_exit: u64,
     pub(super) operations: u64,
@@ -150,9 +169,11 @@ pub(super) struct Done {
 }
 
 /// The engine's statistics.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Stats {
     pub(super) pages_total: u64,
+    /// What is in place, whoever has put it there.
+    pub(super) pages_complete: u64,
     pub(super) pages_requested: u64,
     pub(super) pages_background: u64,
     pub(super) pages_zero: u64,
@@ -165,6 +186,55 @@ pub(super) struct Stats {
     pub(super) latency: Latency,
 }
 
+impl Stats {
+    /// Of a destination that began at a time in microseconds.
+    pub(super) fn of(stats: &DestinationStats, started_at_us: u64) -> Self {
+        let latency = &stats.fault_latency;
+        Self {
+            pages_total: stats.pages_total,
+            pages_complete: stats.pages_complete,
+            pages_requested: stats.pages_requested,
+            pages_background: stats.pages_background,
+            pages_zero: stats.pages_zero,
+            pages_duplicate: stats.pages_duplicate,
+            bytes_received: stats.bytes_received,
+            recoveries: stats.recoveries,
+            first_page_at_us: stats
+                .first_page
+                .map(|since| started_at_us + since.as_micros() as u64),
+            stall_us: micros(latency.total),
+            latency: Latency {
+                count: latency.count,
+                mean: micros(latency.mean),
+                p50: micros(latency.p50),
+                p99: micros(latency.p99),
+                p999: micros(latency.p999),
+                max: micros(latency.max),
+                buckets: latency.buckets.clone(),
+            },
+        }
+    }
+}
+
+impl Stats {
+    /// Of all processes that have served one destination, one after the other.
+    pub(super) fn sum(all: impl Iterator<Item = Self>) -> Self {
+        all.fold(Self::default(), |sum, it| Self {
+            pages_total: it.pages_total,
+            pages_complete: sum.pages_complete.max(it.pages_complete),
+            pages_requested: sum.pages_requested + it.pages_requested,
+            pages_background: sum.pages_background + it.pages_background,
+            pages_zero: sum.pages_zero + it.pages_zero,
+            pages_duplicate: sum.pages_duplicate + it.pages_duplicate,
+            bytes_received: sum.bytes_received + it.bytes_received,
+            recoveries: sum.recoveries + it.recoveries,
+            first_page_at_us: sum.first_page_at_us.into_iter().chain(it.first_page_at_us).min(),
+            stall_us: sum.stall_us + it.stall_us,
+            latency: sum.latency.and(it.latency),
+        })
+    }
+}
+
 /// Fault latencies in microseconds.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Latency {
@@ -175,6 +245,36 @@ pub(super) struct Latency {
     pub(super) p999: f64,
     pub(super) max: f64,
     pub(super) buckets: Vec<u64>,
+}
+
+impl Latency {
+    /// Both together. Percentiles are known to a factor of two then: by the buckets.
+    fn and(self, other: Self) -> Self {
+        if self.count == 0 || other.count == 0 {
+            return if self.count == 0 { other } else { self };
+        }
+        let (mut buckets, shorter) = if self.buckets.len() < other.buckets.len() {
+            (other.buckets, self.buckets)
+        } else {
+            (self.buckets, other.buckets)
+        };
+        buckets.iter_mut().zip(shorter).for_each(|(sum, count)| *sum += count);
+        let count = self.count + other.count;
+        let of = |latency: f64, count: u64| latency * count as f64;
+        let mean = (of(self.mean, self.count) + of(other.mean, other.count)) / count as f64;
+        let max = self.max.max(other.max);
+        let percentile = |share: f64| {
+            let mut left = (count as f64 * share).ceil() as u64;
+            let is_there = |bucket: &u64| {
+                left = left.saturating_sub(*bucket);
+                left == 0
+            };
+            let bucket = buckets.iter().position(is_there).unwrap_or(buckets.len());
+            2f64.powi(bucket as i32 + 1).min(max)
+        };
+        let (p50, p99, p999) = (percentile(0.5), percentile(0.99), percentile(0.999));
+        Self { count, mean, p50, p99, p999, max, buckets }
+    }
 }
 
 /// A role's end of the lines.

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -22,6 +23,9 @@ Examples:
   demo --guest threads --transport unix   plain threads, over a Unix socket
   demo --handoff                          the source's VMM hands its guest to a page server, and
                                           is killed before a page is sent
+  demo --cuts 100                         the network is cut after each percent of the pages
+  demo --cuts 100 --kill page-server,page-client,source --json
+                                          and the processes around the guest are killed
   demo --json | jq .blackout_us           one object, described in docs/report.md
   demo --report out                       also a page with pictures, out/index.html
   demo --probe                            what this machine has for it
@@ -52,7 +56,8 @@ pub(super) struct Options {
     #[arg(long, value_enum, default_value_t = Workload::Pattern)]
     pub(super) workload: Workload,
 
-    /// What guest memory is made of, on both sides [default: anonymous; memfd with --handoff]
+    /// What guest memory is made of, on both sides [default: anonymous; memfd where a
+    /// guest is handed over]
     #[arg(long, value_enum)]
     backing: Option<Backing>,
 
@@ -63,7 +68,23 @@ pub(super) struct Options {
     /// Hand the stopped guest over to a page server, which serves it; the VMM that had it is
     /// killed before a page is sent. Needs --backing memfd or hugetlb
     #[arg(long)]
-    pub(super) handoff: bool,
+    handoff: bool,
+
+    /// Cut the network so many times, each time that such a part of the pages has arrived
+    #[arg(long, default_value_t = 0, value_name = "N",
+        value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub(super) cuts: u32,
+
+    /// Kill these by SIGKILL, some of: source (the VMM, when it has handed its guest over),
+    /// page-server (serves from then on), page-client (serves the destination's memory). The
+    /// latter two are started again
+    #[arg(long, value_name = "LIST", value_enum, value_delimiter = ',')]
+    pub(super) kill: Vec<Victim>,
+
+    /// How often each of page-server and page-client is killed
+    #[arg(long, default_value_t = 3, value_name = "N", requires = "kill",
+        value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(super) kills: u32,
 
     /// How the processes are connected
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
@@ -75,9 +96,10 @@ pub(super) struct Options {
     pub(super) streams: u16,
 
     /// What may leave in a second of pages that the guest does not wait for: a size, as 100M,
-    /// or unlimited
-    #[arg(long, value_name = "SIZE|unlimited", default_value_t)]
-    pub(super) bandwidth: Bandwidth,
+    /// or unlimited [default: unlimited; with --cuts and --kill so little that there is time for
+    /// them]
+    #[arg(long, value_name = "SIZE|unlimited")]
+    bandwidth: Option<Bandwidth>,
 
     /// Check a CRC-32C of every frame
     #[arg(long)]
@@ -121,33 +143,95 @@ impl Options {
     /// How long any one step may take.
     pub(super) fn limit(&self) -> Duration {
         let by_memory = 60 + (self.memory.0 >> 26);
-        Duration::from_secs(self.timeout.unwrap_or(by_memory))
+        Duration::from_secs(self.timeout.unwrap_or(by_memory)) + self.patience()
+    }
+
+    /// How much longer a step may take for what interrupts it.
+    fn patience(&self) -> Duration {
+        Duration::from_millis(500) * self.cuts + Duration::from_secs(5) * self.kills_in_all()
+    }
+
+    /// Whether a process of this kind is killed.
+    pub(super) fn kills(&self, victim: Victim) -> bool {
+        self.kill.contains(&victim)
+    }
+
+    /// How often processes are killed and started again.
+    fn kills_in_all(&self) -> u32 {
+        let victims = [Victim::PageServer, Victim::PageClient];
+        self.kills * victims.into_iter().map(|it| u32::from(self.kills(it))).sum::<u32>()
+    }
+
+    /// Whether anything interrupts the migration.
+    pub(super) fn has_outages(&self) -> bool {
+        self.cuts + self.kills_in_all() > 0
+    }
+
+    /// Whether the source hands its guest over.
+    pub(super) fn hands_over(&self) -> bool {
+        self.handoff || self.kills(Victim::Source) || self.kills(Victim::PageServer)
     }
 
     /// What guest memory is made of.
     pub(super) fn backing(&self) -> Backing {
-        let default = if self.handoff { Backing::Memfd } else { Backing::Anonymous };
+        let default = if self.hands_over() { Backing::Memfd } else { Backing::Anonymous };
         self.backing.unwrap_or(default)
+    }
+
+    /// How fast pages leave that the guest does not wait for.
+    pub(super) fn bandwidth(&self) -> Bandwidth {
+        self.bandwidth.or_else(|| self.slow_enough()).unwrap_or_default()
+    }
+
+    /// As much as lets the memory travel for a second at least, and for a while between any two
+    /// outages.
+    fn slow_enough(&self) -> Option<Bandwidth> {
+        let millis = u64::from(self.cuts) * 100 + u64::from(self.kills_in_all()) * 500;
+        let bytes = self.memory.0.saturating_mul(1000) / millis.max(1000);
+        NonZeroU64::new(bytes).filter(|_| self.has_outages()).map(Bandwidth::Limited)
+    }
+
+    /// Whether the background was slowed down without having been asked for.
+    pub(super) fn is_slowed(&self) -> bool {
+        self.bandwidth.is_none() && self.has_outages()
     }
 
     /// Refuses what cannot be together.
     pub(super) fn check(&self) -> Result<(), DemoError> {
-        if self.handoff && self.backing() == Backing::Anonymous {
-            return Err(DemoError::Usage(
-                "--handoff cannot be done with --backing anonymous: anonymous memory ends with its \
+        if self.hands_over() && self.backing() == Backing::Anonymous {
+            let option = if self.handoff { "--handoff" } else { "--kill of source or page-server" };
+            return Err(DemoError::Usage(format!(
+                "{option} cannot be done with --backing anonymous: anonymous memory ends with its \
                  process, and only files can be handed to another; use --backing memfd or hugetlb"
-                    .to_owned(),
-            ));
+            )));
         }
-        if self.bandwidth == Bandwidth::OnRequest {
+        if self.bandwidth == Some(Bandwidth::OnRequest) {
             return Err(DemoError::Usage(
                 "--bandwidth on-request would never end: the guest does not touch all of its \
                  memory; use a small size, as 1M"
                     .to_owned(),
             ));
         }
+        if self.report.is_some() && self.kills(Victim::PageClient) {
+            return Err(DemoError::Usage(
+                "--report cannot be done with --kill page-client: what is drawn would die with \
+                 it; leave one of them out"
+                    .to_owned(),
+            ));
+        }
         Ok(())
     }
+}
+
+/// Whom --kill kills.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Victim {
+    /// The VMM that had the guest, once it has handed it over
+    Source,
+    /// Who serves the guest's memory from then on
+    PageServer,
+    /// Who serves the destination's memory
+    PageClient,
 }
 
 /// What the user wants the guest to run on.
@@ -181,6 +265,10 @@ pub(super) enum Role {
     PageServer,
     /// Gets it.
     Destination,
+    /// Serves the destination's memory.
+    PageClient,
+    /// Holds what others leave behind that are killed.
+    Keeper,
 }
 
 impl Role {
@@ -190,6 +278,8 @@ impl Role {
             Self::Source => "source",
             Self::PageServer => "page-server",
             Self::Destination => "destination",
+            Self::PageClient => "page-client",
+            Self::Keeper => "keeper",
         }
     }
 }

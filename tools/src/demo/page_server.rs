@@ -31,6 +31,11 @@ fn arguments(setup: &Setup) -> Vec<String> {
         format!("--bandwidth={}", setup.bandwidth),
     ];
     arguments.extend(handoff.map(|address| format!("--handoff={address}")));
+    if let (Some(state), Some(keeper)) = (&setup.page_server_state, &setup.keeper) {
+        arguments.push(format!("--state={}", state.display()));
+        arguments.push(format!("--keeper=unix:{}", keeper.display()));
+        arguments.push("--guest=demo-source".to_owned());
+    }
     arguments.extend(setup.checksums.then(|| "--checksums".to_owned()));
     arguments
 }

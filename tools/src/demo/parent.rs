@@ -2,27 +2,32 @@
 //!
 //! Invariant: when it returns, all processes have ended and been waited for.
 
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ChildStdin, ExitStatus, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use nix::sys::signal::Signal;
+use crossbeam_channel::Receiver;
+use nix::sys::signal::{SigSet, Signal};
 use tempfile::TempDir;
 
 use super::error::{DemoError, Status, one_line};
 use super::machine::{self, Choice};
-use super::messages::{Command, Message, Setup, deadline, now_us, write_line};
-use super::options::{Options, Role, Transport};
+use super::messages::{PageClient, Setup};
+use super::options::{Options, Transport, Victim};
+use super::outages::Outages;
 use super::progress::Bars;
-use super::report::{Failure, Report, RoleProcess, SCHEMA_VERSION, Story};
+use super::proxy::Proxy;
+use super::report::{Failure, Report, SCHEMA_VERSION};
+use super::watch::Watch;
 use crate::report_page;
 use crate::sampling::ArrivalSample;
 
-/// How much longer than a role the parent waits: the role knows better what is wrong.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How often the roles tell how far they are, to be shown.
+const TO_BE_SHOWN: Duration = Duration::from_millis(50);
+/// The same, where something is to be done at certain moments.
+const TO_BE_FOLLOWED: Duration = Duration::from_millis(5);
+/// Where any port will do.
+const ANY_PORT: &str = "tcp:127.0.0.1:0";
 
 /// Moves a guest as the options say, and reports.
 pub(super) fn run(options: &Options) -> Status {
@@ -66,6 +71,8 @@ fn json(what: &impl serde::Serialize) -> String {
 
 fn move_guest(options: &Options) -> Result<(Report, Vec<ArrivalSample>), DemoError> {
     options.check()?;
+    // Before any thread is started, so that it is blocked in all of them.
+    let interrupts = interrupts()?;
     if let Some(directory) = &options.report {
         report_page::prepare(directory)
             .map_err(|error| DemoError::Usage(format!("--report: {}", one_line(&error))))?;
@@ -75,28 +82,81 @@ fn move_guest(options: &Options) -> Result<(Report, Vec<ArrivalSample>), DemoErr
     if let Some(note) = &choice.note {
         eprintln!("demo: {note}");
     }
-    // Holds the sockets, and goes with all that is in it.
-    let directory = (options.transport == Transport::Unix || options.handoff)
-        .then(|| {
-            let failed = |error| DemoError::failed("cannot make a directory for sockets", &error);
-            tempfile::Builder::new().prefix("afterimage-demo-").tempdir().map_err(failed)
-        })
-        .transpose()?;
-    let setup = setup(options, &choice, directory.as_ref());
+    // Holds the sockets and the state files, and goes with all that is in it.
+    let directory = (options.transport == Transport::Unix
+        || options.hands_over()
+        || options.kills(Victim::PageClient))
+    .then(|| {
+        let failed = |error| DemoError::failed("cannot make a directory for sockets", &error);
+        tempfile::Builder::new().prefix("afterimage-demo-").tempdir().map_err(failed)
+    })
+    .transpose()?;
+    let directory = directory.as_ref();
+    let setup = setup(options, &choice, directory);
+    let proxy = proxy(options, directory)?;
     let mut bars = Bars::new(options.backing().page_bytes());
-    let story = Watch::start(&setup).and_then(|watch| watch.until_the_end(&mut bars));
+    let story = Watch::start(setup.clone(), proxy, Outages::planned(options), interrupts)
+        .and_then(|watch| watch.until_the_end(&mut bars));
     bars.clear();
     let mut story = story?;
     let samples = story.take_samples();
-    Ok((Report::of(&setup, story)?, samples))
+    Ok((Report::of(&setup, options, story)?, samples))
+}
+
+/// SIGINT and SIGTERM, which end the demo in order: its processes first, then its directory.
+fn interrupts() -> Result<Receiver<Signal>, DemoError> {
+    let failed =
+        |error: &dyn std::error::Error| DemoError::failed("cannot wait for signals", error);
+    let set: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+    set.thread_block().map_err(|error| failed(&error))?;
+    let (sender, interrupts) = crossbeam_channel::bounded(1);
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            if let Ok(signal) = set.wait() {
+                // Whoever would have to be told has ended everything.
+                let _ = sender.send(signal);
+            }
+            // It must not look as if signals could not be waited for.
+            std::thread::park();
+        })
+        .map_err(|error| failed(&error))?;
+    Ok(interrupts)
+}
+
+fn socket(directory: Option<&TempDir>, name: &str) -> Option<PathBuf> {
+    directory.map(|directory| directory.path().join(name))
+}
+
+/// Where somebody listens who is to be connected to over the network.
+fn listen(options: &Options, directory: Option<&TempDir>, name: &str) -> String {
+    socket(directory, name)
+        .filter(|_| options.transport == Transport::Unix)
+        .map_or_else(|| ANY_PORT.to_owned(), |path| format!("unix:{}", path.display()))
+}
+
+/// A network that can be cut, and held up until what is due has been done; it also finds the page
+/// server again, which listens at another port after it was killed.
+fn proxy(options: &Options, directory: Option<&TempDir>) -> Result<Option<Proxy>, DemoError> {
+    if !options.has_outages() {
+        return Ok(None);
+    }
+    let address = listen(options, directory, "network").parse();
+    let address = address.map_err(|error| DemoError::failed("cannot be a network", &error))?;
+    let started = Proxy::start(&address);
+    started.map(Some).map_err(|error| DemoError::failed("cannot be a network", &error))
 }
 
 fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Setup {
-    let socket = |name: &str| directory.map(|directory| directory.path().join(name));
-    let listen = match options.transport {
-        Transport::Unix => socket("pages").map(|path| format!("unix:{}", path.display())),
-        Transport::Tcp => None,
-    };
+    let socket = |name: &str| socket(directory, name);
+    let kills = |victim| options.kills(victim);
+    let has_keeper = kills(Victim::PageServer) || kills(Victim::PageClient);
+    let page_client = socket("attach").zip(socket("page-client.state"));
+    let page_client = page_client.map(|(attach, state)| {
+        let source = String::new();
+        PageClient { attach, state, source }
+    });
+    let follows = options.has_outages();
     Setup {
         parent: std::process::id() as i32,
         memory_bytes: options.memory.0,
@@ -107,267 +167,18 @@ fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Set
         user_faults_only: choice.user_faults_only,
         transport: options.transport,
         streams: options.streams,
-        bandwidth: options.bandwidth,
+        bandwidth: options.bandwidth(),
         checksums: options.checksums,
         worked_fraction: options.worked_fraction,
         zero_fraction: options.zero_fraction,
-        listen: listen.unwrap_or_else(|| "tcp:127.0.0.1:0".to_owned()),
-        handoff: socket("handoff").filter(|_| options.handoff),
+        listen: listen(options, directory, "pages"),
+        handoff: socket("handoff").filter(|_| options.hands_over()),
+        keeper: socket("keeper").filter(|_| has_keeper),
+        page_server_state: socket("page-server.state").filter(|_| kills(Victim::PageServer)),
+        page_client: page_client.filter(|_| kills(Victim::PageClient)),
+        progress_pause: if follows { TO_BE_FOLLOWED } else { TO_BE_SHOWN },
         takes_samples: options.report.is_some(),
         limit: options.limit(),
         corrupt_one_byte: options.corrupt_one_byte,
-    }
-}
-
-/// A process that plays a role. Dropped, it ends.
-struct Process {
-    role: Role,
-    child: Child,
-    /// Closed when the process has nothing more to hear.
-    commands: Option<ChildStdin>,
-}
-
-/// What a process has said, or that it will say nothing more.
-type Said = (Role, Option<Result<Message, serde_json::Error>>);
-
-impl Process {
-    fn start(role: Role, setup: &Setup, said: Sender<Said>) -> Result<Self, DemoError> {
-        let failed =
-            |error| DemoError::failed(&format!("cannot start the {}", role.name()), &error);
-        let program = std::env::current_exe().map_err(failed)?;
-        let mut child = std::process::Command::new(program)
-            .args(["--role", role.name()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(failed)?;
-        let commands = child.stdin.take();
-        let output = child.stdout.take();
-        let mut process = Self { role, child, commands };
-        process.tell(setup)?;
-        let output = output.ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
-        thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                if said.send((role, Some(serde_json::from_str(&line)))).is_err() {
-                    return;
-                }
-            }
-            // If the parent has stopped listening, it has ended the process as well.
-            let _ = said.send((role, None));
-        });
-        Ok(process)
-    }
-
-    /// Says something to the process.
-    fn tell(&mut self, what: &impl serde::Serialize) -> Result<(), DemoError> {
-        let commands = self.commands.as_mut().ok_or(io::ErrorKind::BrokenPipe);
-        commands.map_err(io::Error::from).and_then(|commands| write_line(commands, what)).map_err(
-            |error| DemoError::failed(&format!("the {} does not listen", self.role.name()), &error),
-        )
-    }
-
-    /// Collects a process whose output has ended, which the kernel is taking apart.
-    fn collect(&mut self) -> Result<ExitStatus, DemoError> {
-        self.child.wait().map_err(|error| DemoError::failed("cannot wait for a process", &error))
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself; then there is nothing to kill.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// All sides, and what they have said so far.
-struct Watch {
-    source: Process,
-    /// Where the source hands its guest over.
-    page_server: Option<Process>,
-    destination: Process,
-    is_destination_prepared: bool,
-    said: Receiver<Said>,
-    story: Story,
-    limit: Duration,
-    step: &'static str,
-}
-
-impl Watch {
-    fn start(setup: &Setup) -> Result<Self, DemoError> {
-        let (sender, said) = crossbeam_channel::unbounded();
-        let start = |role| Process::start(role, setup, sender.clone());
-        let source = start(Role::Source)?;
-        let page_server = setup.handoff.as_ref().map(|_| start(Role::PageServer)).transpose()?;
-        let destination = start(Role::Destination)?;
-        let roles = [Some(&source), page_server.as_ref(), Some(&destination)];
-        let name =
-            |process: &Process| RoleProcess { role: process.role.name(), pid: process.child.id() };
-        let roles = roles.into_iter().flatten().map(name).collect();
-        Ok(Self {
-            source,
-            page_server,
-            destination,
-            is_destination_prepared: false,
-            said,
-            story: Story { roles, ..Story::default() },
-            limit: setup.limit + PATIENCE,
-            step: "the processes start",
-        })
-    }
-
-    /// Listens until the destination has verified and all have ended.
-    fn until_the_end(mut self, bars: &mut Bars) -> Result<Story, DemoError> {
-        let mut until = deadline(self.limit);
-        let mut pages = 0;
-        bars.step(self.step);
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            let (role, said) = self.said.recv_timeout(left).map_err(|error| self.silence(error))?;
-            let message = match said {
-                None => {
-                    if self.ended(role)? {
-                        return Ok(self.story);
-                    }
-                    continue;
-                }
-                Some(message) => message.map_err(|error| {
-                    DemoError::failed(&format!("the {} babbles", role.name()), &error)
-                })?,
-            };
-            if let Message::Progress(progress) = message {
-                bars.show(progress);
-                let complete =
-                    progress.pages_requested + progress.pages_background + progress.pages_zero;
-                if complete == pages {
-                    continue;
-                }
-                pages = complete;
-            } else {
-                self.take(role, message)?;
-                bars.step(self.step);
-            }
-            until = deadline(self.limit);
-        }
-    }
-
-    fn take(&mut self, role: Role, message: Message) -> Result<(), DemoError> {
-        match message {
-            Message::Step(step) => self.step = step.name(),
-            Message::Listening(address) => {
-                if self.page_server.is_none() {
-                    self.destination.tell(&Command::Connect(address.clone()))?;
-                }
-                self.story.address = Some(address);
-                self.hand_over_if_all_wait()?;
-            }
-            Message::Prepared => {
-                self.is_destination_prepared = true;
-                self.hand_over_if_all_wait()?;
-            }
-            Message::HandedOver { stopped, at_us, sha256 } => {
-                self.story.stopped = Some(stopped);
-                self.story.sha256_source = Some(sha256);
-                self.story.handed_over_at_us = Some(at_us);
-                self.bury_the_source()?;
-            }
-            Message::Stopped(stopped) => {
-                self.story.stopped = Some(stopped);
-                if self.story.running_at_us.is_none() {
-                    self.step = "the vCPUs move";
-                }
-            }
-            Message::Running { at_us } => {
-                self.story.running_at_us = Some(at_us);
-                self.step = "the guest runs at the destination, and its memory follows";
-            }
-            Message::AllArrived { at_us } => {
-                self.story.all_arrived_at_us = Some(at_us);
-                self.step = "every page is there; the process that served them ends";
-            }
-            Message::Served { sha256 } => self.story.sha256_source = Some(sha256),
-            Message::Done(done) => self.story.done = Some(*done),
-            Message::Failed(error) => return Err(error.of(&format!("at the {}", role.name()))),
-            // Shown, and nothing to remember.
-            Message::Progress(_) => {}
-        }
-        Ok(())
-    }
-
-    /// Lets the source hand its guest over, once nobody would have to be waited for.
-    fn hand_over_if_all_wait(&mut self) -> Result<(), DemoError> {
-        let is_awaited = self.page_server.is_some() && self.is_destination_prepared;
-        if is_awaited && self.story.address.is_some() {
-            self.source.tell(&Command::HandOver)?;
-        }
-        Ok(())
-    }
-
-    /// Ends the source, which has handed its guest over. The destination connects only
-    /// after that, so that no page can be sent before.
-    fn bury_the_source(&mut self) -> Result<(), DemoError> {
-        let address = self.story.address.clone();
-        let address = address.ok_or_else(|| {
-            DemoError::Failed("the guest was handed over before anybody listened".to_owned())
-        })?;
-        self.source
-            .child
-            .kill()
-            .map_err(|error| DemoError::failed("cannot kill the source", &error))?;
-        let status = self.source.collect()?;
-        if status.signal() != Some(Signal::SIGKILL as i32) {
-            return Err(DemoError::Failed(format!(
-                "the source was to be killed, and ended by {status}"
-            )));
-        }
-        self.story.source_exit_at_us = Some(now_us());
-        self.step = "the source's VMM is dead; the vCPUs move";
-        self.destination.tell(&Command::Connect(address))
-    }
-
-    /// A process has ended. `true` if that was the last thing to wait for.
-    fn ended(&mut self, role: Role) -> Result<bool, DemoError> {
-        let is_dead = self.story.source_exit_at_us.is_some();
-        let (process, is_done) = match (role, &mut self.page_server) {
-            (Role::Source, Some(_)) if is_dead => return Ok(false),
-            (Role::PageServer, Some(page_server)) => (page_server, is_dead),
-            (Role::Source | Role::PageServer, _) => {
-                (&mut self.source, self.story.sha256_source.is_some())
-            }
-            (Role::Destination, _) => (&mut self.destination, self.story.done.is_some()),
-        };
-        let pid = process.child.id();
-        let status = process.collect()?;
-        if !is_done || !status.success() {
-            return Err(DemoError::Failed(format!(
-                "the {} (process {pid}) ended too early, by {status}, while {}",
-                role.name(),
-                self.step
-            )));
-        }
-        if role == Role::Destination {
-            return Ok(self.story.has_source_ended());
-        }
-        match role {
-            Role::PageServer => self.story.page_server_exit_at_us = Some(now_us()),
-            _ => self.story.source_exit_at_us = Some(now_us()),
-        }
-        self.destination.tell(&Command::SourceExited)?;
-        self.step = "the guest runs on, without the source";
-        Ok(false)
-    }
-
-    fn silence(&self, error: RecvTimeoutError) -> DemoError {
-        DemoError::Failed(match error {
-            RecvTimeoutError::Timeout => format!(
-                "nothing happened for {} s while {}; give more time with --timeout, or see more \
-                 with RUST_LOG=debug",
-                self.limit.as_secs(),
-                self.step
-            ),
-            RecvTimeoutError::Disconnected => {
-                format!("all processes ended while {}", self.step)
-            }
-        })
     }
 }

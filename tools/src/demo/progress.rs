@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::messages::Progress;
+use super::messages::{Progress, Stats};
 use super::report::time;
+
+/// Between rates: over a shorter time they jump.
+const SHORTEST_US: u64 = 40_000;
 
 /// The bars; on standard error, and only where that is a terminal.
 pub(super) struct Bars {
@@ -16,7 +19,9 @@ pub(super) struct Bars {
     faults: ProgressBar,
     guest: ProgressBar,
     page_bytes: u64,
-    last: Progress,
+    /// When something was shown, and what had been counted then.
+    faults_before: (u64, u64),
+    operations: (u64, u64),
 }
 
 impl Bars {
@@ -39,7 +44,8 @@ impl Bars {
             step,
             all,
             page_bytes,
-            last: Progress::default(),
+            faults_before: (0, 0),
+            operations: (0, 0),
         }
     }
 
@@ -49,27 +55,32 @@ impl Bars {
     }
 
     /// Shows how far the destination is.
-    pub(super) fn show(&mut self, now: Progress) {
-        let complete = now.pages_requested + now.pages_background + now.pages_zero;
-        self.memory.set_length(now.pages_total * self.page_bytes);
-        self.memory.set_position(complete * self.page_bytes);
+    pub(super) fn show(&mut self, now: &Progress) {
+        if let Some(stats) = &now.stats {
+            self.show_pages(now.at_us, stats);
+        }
+        if let Some(operations) = now.operations
+            && let Some(rate) = rate((now.at_us, operations), &mut self.operations)
+        {
+            self.guest.set_message(format!("{:.3} million operations/s", rate / 1e6));
+        }
+    }
+
+    fn show_pages(&mut self, at_us: u64, stats: &Stats) {
+        self.memory.set_length(stats.pages_total * self.page_bytes);
+        self.memory.set_position(stats.pages_complete * self.page_bytes);
         self.pages.set_message(format!(
             "{} by fault, {} in background, {} zero",
-            now.pages_requested, now.pages_background, now.pages_zero
+            stats.pages_requested, stats.pages_background, stats.pages_zero
         ));
-        let seconds = now.at_us.saturating_sub(self.last.at_us) as f64 / 1e6;
-        if self.last.at_us > 0 && seconds > 0.0 {
-            let rate = |now: u64, last: u64| now.saturating_sub(last) as f64 / seconds;
+        let latency = &stats.latency;
+        if let Some(rate) = rate((at_us, latency.count), &mut self.faults_before) {
             self.faults.set_message(format!(
-                "{:.0}/s; half in {}, 99 % in {}",
-                rate(now.faults, self.last.faults),
-                time(now.p50_us),
-                time(now.p99_us),
+                "{rate:.0}/s; half in {}, 99 % in {}",
+                time(latency.p50),
+                time(latency.p99),
             ));
-            let operations = rate(now.operations, self.last.operations);
-            self.guest.set_message(format!("{:.3} million operations/s", operations / 1e6));
         }
-        self.last = now;
     }
 
     /// Takes everything off the terminal again.
@@ -77,4 +88,15 @@ impl Bars {
         // A terminal that has gone needs no clearing.
         let _ = self.all.clear();
     }
+}
+
+/// How fast a count has grown since the last time, in a second; `None` for a look too soon after
+/// it, which is not noted.
+fn rate(now: (u64, u64), last: &mut (u64, u64)) -> Option<f64> {
+    let micros = now.0.saturating_sub(last.0);
+    if micros < SHORTEST_US {
+        return None;
+    }
+    let (at, before) = std::mem::replace(last, now);
+    (at > 0).then(|| now.1.saturating_sub(before) as f64 * 1e6 / micros as f64)
 }

@@ -1,5 +1,6 @@
 //! What the demo found out, as one JSON object and as text. docs/report.md has the keys.
 
+mod outages;
 mod page;
 
 use std::fmt::{self, Write};
@@ -7,21 +8,23 @@ use std::fmt::{self, Write};
 use serde::Serialize;
 
 use super::error::DemoError;
-use super::messages::{Done, Latency, Setup, Stopped};
-use super::options::Transport;
+use super::messages::{Done, Latency, Setup, Stats, Stopped};
+use super::options::{Options, Role, Transport};
+use super::outages::Outage;
 use crate::bandwidth::Bandwidth;
 use crate::guest::{GuestKind, Workload};
 use crate::ram::Backing;
 use crate::sampling::ArrivalSample;
 use crate::size::Size;
+use outages::OutageReport;
 
 /// Of all JSON that the demo writes. It grows when a key changes its meaning or goes.
 pub(super) const SCHEMA_VERSION: u32 = 1;
 
 /// A process and its part.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct RoleProcess {
-    pub(super) role: &'static str,
+    pub(super) role: Role,
     pub(super) pid: u32,
 }
 
@@ -38,6 +41,10 @@ pub(super) struct Story {
     pub(super) handed_over_at_us: Option<u64>,
     pub(super) page_server_exit_at_us: Option<u64>,
     pub(super) done: Option<Done>,
+    /// How often the side that gets the pages was connected.
+    pub(super) connections: u64,
+    pub(super) stats: Stats,
+    pub(super) outages: Vec<Outage>,
 }
 
 impl Story {
@@ -46,6 +53,15 @@ impl Story {
         let is_served_by_itself = self.handed_over_at_us.is_none();
         self.source_exit_at_us.is_some()
             && (is_served_by_itself || self.page_server_exit_at_us.is_some())
+    }
+
+    /// How often the connection was made again, by whichever process.
+    fn recoveries(&self, setup: &Setup) -> u64 {
+        if setup.page_client.is_some() {
+            self.connections.saturating_sub(1)
+        } else {
+            self.stats.recoveries
+        }
     }
 
     /// What had arrived when, in microseconds since the guest was stopped.
@@ -88,6 +104,8 @@ pub(super) struct Report {
     source_exit_us: u64,
     #[serde(flatten)]
     handover: Option<HandoverTimes>,
+    #[serde(flatten)]
+    outages: Option<OutageReport>,
     guest_stop_us: u64,
     guest_rounds_before: u64,
     guest_rounds_after: u64,
@@ -148,7 +166,7 @@ pub(super) struct Failure {
 
 impl Report {
     /// Puts the story together; an error if a part is missing.
-    pub(super) fn of(setup: &Setup, story: Story) -> Result<Self, DemoError> {
+    pub(super) fn of(setup: &Setup, options: &Options, story: Story) -> Result<Self, DemoError> {
         let missing = |what: &str| DemoError::Failed(format!("nobody said {what}"));
         let stopped = story.stopped.clone().ok_or_else(|| missing("when the guest was stopped"))?;
         let since_stop = |at: Option<u64>, what: &str| {
@@ -158,9 +176,11 @@ impl Report {
         let blackout_us = since_stop(story.running_at_us, "when the guest ran again")?;
         let source_exit_us = since_stop(story.source_exit_at_us, "when the source ended")?;
         let handover = HandoverTimes::of(&story, stopped.at_us);
+        let outages = OutageReport::of(options, &story, stopped.at_us);
+        let recoveries = story.recoveries(setup);
         let done = story.done.ok_or_else(|| missing("what verification found"))?;
         let sha256_source = story.sha256_source.ok_or_else(|| missing("the source's digest"))?;
-        let stats = done.stats;
+        let stats = story.stats;
         let first_page_us = stats.first_page_at_us.map(|at| at.saturating_sub(stopped.at_us));
         let background_bytes = stats.pages_background * done.page_bytes;
         let background_us = total_us.saturating_sub(first_page_us.unwrap_or(0)).max(1);
@@ -185,10 +205,11 @@ impl Report {
             stall_us: stats.stall_us,
             background_bytes_per_s: background_bytes * 1_000_000 / background_us,
             fault_latency_us: stats.latency,
-            recoveries: stats.recoveries,
+            recoveries,
             roles: story.roles,
             source_exit_us,
             handover,
+            outages,
             guest_stop_us: since_stop(Some(done.stopped_at_us), "when the guest ended")?,
             guest_rounds_before: stopped.rounds,
             guest_rounds_after: done.rounds,
@@ -265,6 +286,11 @@ impl Report {
         row("pages", self.pages_total.to_string(), &self.shares());
         row("faults", self.fault_latency_us.count.to_string(), &self.faults());
         row("background", format!("{}/s", Size(self.background_bytes_per_s)), &self.traffic());
+        if let Some(outages) = &self.outages {
+            for (name, value, what) in outages.rows() {
+                row(name, value, &what);
+            }
+        }
         let rounds = self.guest_rounds_after - self.guest_rounds_before;
         row("guest", format!("{rounds} rounds"), &self.rounds());
         let verdict = if self.verified { "yes" } else { "NO" };

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use afterimage::Address;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::fcntl::{Flock, FlockArg};
@@ -26,6 +27,7 @@ use nix::sys::stat::{Mode, umask};
 use super::packet::{self, Packet};
 use super::shelf::{Client, Shelf};
 use super::words::{MAX_CLIENTS, MAX_NAME, Reply, Request, VERSION, Why};
+use crate::page_server::Notice;
 
 const LISTENER: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -67,8 +69,11 @@ fn failed(operation: &'static str) -> impl Fn(io::Error) -> ServeError {
     move |source| ServeError::Io { operation, source }
 }
 
+/// Hears what the daemon says.
+pub(super) type Hearer = Box<dyn Fn(Notice)>;
+
 /// Holds descriptors until a signal.
-pub(super) fn serve(path: &Path, max_files: usize) -> Result<ExitCode, ServeError> {
+pub(super) fn serve(path: &Path, max_files: usize, hear: Hearer) -> Result<ExitCode, ServeError> {
     let signals = signals().map_err(failed("wait for signals"))?;
     allow(max_files + MAX_CLIENTS + SPARE)?;
     let doorway = Doorway::open(path)?;
@@ -87,14 +92,9 @@ pub(super) fn serve(path: &Path, max_files: usize) -> Result<ExitCode, ServeErro
         // Its thread ends with the process.
         let _ = sender.send(files);
     });
-    say(&format!("listening on unix:{}", path.display()));
+    hear(Notice::Listening(Address::Unix(path.to_owned())));
     let clients = BTreeMap::new();
-    Server { poll, doorway, signals, shelf, clients, next: FIRST_CLIENT }.run()
-}
-
-fn say(line: &str) {
-    // If the standard error is closed there is nobody to tell.
-    let _ = writeln!(io::stderr(), "afterimage-keeper: {line}");
+    Server { poll, doorway, signals, shelf, clients, next: FIRST_CLIENT, hear }.run()
 }
 
 fn signals() -> io::Result<SignalFd> {
@@ -177,9 +177,14 @@ struct Server {
     shelf: Shelf,
     clients: BTreeMap<usize, Connection>,
     next: usize,
+    hear: Hearer,
 }
 
 impl Server {
+    fn say(&self, line: &str) {
+        (self.hear)(Notice::Line(line.to_owned()));
+    }
+
     fn run(mut self) -> Result<ExitCode, ServeError> {
         let mut events = Events::with_capacity(64);
         let mut signals = 0;
@@ -208,7 +213,7 @@ impl Server {
                 signals += 1;
                 match (self.shelf.guests(), signals) {
                     (0, _) => return Ok(ExitCode::SUCCESS),
-                    (guests, 1) => say(&format!(
+                    (guests, 1) => self.say(&format!(
                         "not stopping: {guests} guests are held, which may be lost; a second \
                          signal lets go of them"
                     )),
@@ -228,7 +233,7 @@ impl Server {
             let socket = match packet::accept(self.doorway.listener.as_fd()) {
                 Ok(socket) => socket,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => return say(&format!("could not accept a client: {error}")),
+                Err(error) => return self.say(&format!("could not accept a client: {error}")),
             };
             let peer = getsockopt(&socket, PeerCredentials);
             let own = nix::unistd::geteuid().as_raw();
@@ -252,7 +257,7 @@ impl Server {
             let token = Token(client.number);
             let registry = self.poll.registry();
             if let Err(error) = registry.register(&mut SourceFd(&raw), token, Interest::READABLE) {
-                say(&format!("could not wait for a client: {error}"));
+                self.say(&format!("could not wait for a client: {error}"));
                 continue;
             }
             self.next += 1;
@@ -314,7 +319,8 @@ impl Server {
         let Some(connection) = self.clients.get(&number) else { return };
         if let (Some((guest, what)), Reply::Done) = (&told, &reply) {
             let name = connection.name.as_deref().unwrap_or_default();
-            say(&format!("{guest} is {what} by {name} (process {})", client.pid));
+            let line = format!("{guest} is {what} by {name} (process {})", client.pid);
+            (self.hear)(Notice::Line(line));
         }
         let sent = packet::send(&connection.socket, &reply, &files);
         self.check_sent(number, sent);
@@ -341,7 +347,7 @@ impl Server {
         if let Some(why) = why {
             let pid = connection.client.pid;
             let why: String = why.chars().filter(|it| !it.is_control()).collect();
-            say(&format!("process {pid} is hung up on: {why}"));
+            self.say(&format!("process {pid} is hung up on: {why}"));
             // It may be unable to hear it.
             let _ = packet::send(&connection.socket, &Reply::from((Why::Wrong, why)), &[]);
         }

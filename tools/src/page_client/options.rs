@@ -42,10 +42,10 @@ Signals: SIGINT and SIGTERM stop it; while pages are missing the first one only 
 #[derive(Debug, Parser)]
 #[command(name = "page-client", version, about = ABOUT, long_about = LONG_ABOUT)]
 #[command(after_help = AFTER_HELP, max_term_width = 100)]
-pub(super) struct Options {
+pub struct Options {
     /// Where the VMM hands its memory over (unix:PATH)
     #[arg(long, value_name = "ADDR")]
-    pub(super) attach: Address,
+    pub attach: Address,
 
     /// Where the source listens: tcp:HOST:PORT or unix:PATH
     #[arg(
@@ -54,39 +54,39 @@ pub(super) struct Options {
         conflicts_with = "listen",
         required_unless_present = "listen"
     )]
-    pub(super) connect: Option<Address>,
+    pub connect: Option<Address>,
 
     /// Where the source connects: tcp:HOST:PORT, unix:PATH or fd:N (a listening socket)
     #[arg(long, value_name = "ADDR")]
-    pub(super) listen: Option<Address>,
+    pub listen: Option<Address>,
 
     /// Let memory travel unencrypted beyond this machine: whoever can read the network has
     /// the guest
     #[arg(long)]
-    pub(super) insecure_plaintext: bool,
+    pub insecure_plaintext: bool,
 
     /// Remember in this file who owns the guest, so that a restart can go on
     #[arg(long, value_name = "FILE", requires = "keeper")]
-    pub(super) state: Option<PathBuf>,
+    pub state: Option<PathBuf>,
 
     /// The afterimage-keeper that holds the guest's descriptors while no page-client runs
     #[arg(long, value_name = "ADDR", requires = "state", requires = "guest")]
-    pub(super) keeper: Option<Address>,
+    pub keeper: Option<Address>,
 
     /// What the guest is called at the keeper
     #[arg(long, value_name = "NAME", requires = "keeper")]
-    pub(super) guest: Option<String>,
+    pub guest: Option<String>,
 
     /// How long the thread that serves faults polls before it sleeps, for example 50us; 0s
     /// never polls
     #[arg(long, value_name = "TIME", default_value = "50us", value_parser = parse_time)]
-    pub(super) polling: Duration,
+    pub polling: Duration,
 
     /// Verify every frame with a CRC-32C, if the source can do it too
     #[arg(long)]
-    pub(super) checksums: bool,
+    pub checksums: bool,
 
     /// Print one JSON object to the standard output at the end
     #[arg(long)]
-    pub(super) json: bool,
+    pub json: bool,
 }

@@ -122,6 +122,7 @@ impl Serving {
             }
             let stats = self.destination.stats();
             self.progress.update(stats.pages_complete, stats.pages_total);
+            self.progress.count(&stats);
             let interval = self.progress.interval();
             let came = self.waiter.wait(interval).map_err(Failure::of("wait for the session"))?;
             if came > 0
@@ -184,7 +185,9 @@ impl Serving {
         match event {
             DestinationEvent::Attached(session) => {
                 self.journal.attached(&session.to_string());
-                self.note("attached", "a source is attached");
+                self.journal.note("attached");
+                self.progress.count(&self.destination.stats());
+                self.progress.attached();
             }
             DestinationEvent::Disconnected => {
                 self.note("disconnected", "the source is away; waiting for it to come back");

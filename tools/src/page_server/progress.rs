@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
-use afterimage::Address;
+use afterimage::{Address, DestinationStats};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Between updates of a bar.
@@ -15,12 +15,17 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Between lines without a terminal.
 const PAUSE: Duration = Duration::from_secs(5);
 
-/// What a program hears that serves by [`run`](super::run).
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What a program hears that does by a function what a command does.
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Notice {
-    /// Destinations can connect here, and a VMM where it is to hand its guest over.
+    /// Clients can connect here, and a VMM where it is to hand its guest over.
     Listening(Address),
+    /// A source is attached, perhaps again.
+    Attached,
+    /// What the destination has done so far; from a page-client, before it says anything else
+    /// that follows from it.
+    Counted(Box<DestinationStats>),
     /// Anything else, in words.
     Line(String),
 }
@@ -38,7 +43,8 @@ pub(crate) struct Progress {
 enum Voice {
     Bar(ProgressBar),
     Lines,
-    Hearer(Box<dyn Fn(Notice)>),
+    /// With the pause between looks.
+    Hearer(Box<dyn Fn(Notice)>, Duration),
 }
 
 impl fmt::Debug for Voice {
@@ -46,7 +52,7 @@ impl fmt::Debug for Voice {
         f.write_str(match self {
             Self::Bar(_) => "Bar",
             Self::Lines => "Lines",
-            Self::Hearer(_) => "Hearer",
+            Self::Hearer(..) => "Hearer",
         })
     }
 }
@@ -67,13 +73,23 @@ impl Progress {
     /// Tells `hearer` instead of the standard error.
     #[must_use]
     pub(crate) fn to(hearer: impl Fn(Notice) + 'static) -> Self {
-        Self { tool: "", voice: Voice::Hearer(Box::new(hearer)), said: None }
+        Self::to_often(hearer, LOOK)
+    }
+
+    /// The same, with so long a pause between looks.
+    #[must_use]
+    pub(crate) fn to_often(hearer: impl Fn(Notice) + 'static, pause: Duration) -> Self {
+        Self { tool: "", voice: Voice::Hearer(Box::new(hearer), pause), said: None }
     }
 
     /// How long to wait before [`update`](Self::update) has something new to say.
     #[must_use]
     pub(crate) fn interval(&self) -> Duration {
-        if matches!(self.voice, Voice::Bar(_)) { FRAME } else { LOOK }
+        match self.voice {
+            Voice::Bar(_) => FRAME,
+            Voice::Lines => LOOK,
+            Voice::Hearer(_, pause) => pause,
+        }
     }
 
     /// Says a line.
@@ -82,15 +98,38 @@ impl Progress {
         match &self.voice {
             Voice::Bar(bar) => bar.suspend(|| eprintln!("{tool}: {line}")),
             Voice::Lines => eprintln!("{tool}: {line}"),
-            Voice::Hearer(hear) => hear(Notice::Line(line.to_owned())),
+            Voice::Hearer(hear, _) => hear(Notice::Line(line.to_owned())),
         }
     }
 
     /// Says where destinations can connect.
     pub(crate) fn listening(&self, address: &Address) {
         match &self.voice {
-            Voice::Hearer(hear) => hear(Notice::Listening(address.clone())),
+            Voice::Hearer(hear, _) => hear(Notice::Listening(address.clone())),
             _ => self.say(&format!("listening on {address}")),
+        }
+    }
+
+    /// Says where a VMM can have its memory served.
+    pub(crate) fn open(&self, address: &Address) {
+        match &self.voice {
+            Voice::Hearer(hear, _) => hear(Notice::Listening(address.clone())),
+            _ => self.say(&format!("a VMM can have its memory served at {address}")),
+        }
+    }
+
+    /// Says that a source is attached.
+    pub(crate) fn attached(&self) {
+        match &self.voice {
+            Voice::Hearer(hear, _) => hear(Notice::Attached),
+            _ => self.say("a source is attached"),
+        }
+    }
+
+    /// Tells a program all that was counted.
+    pub(crate) fn count(&self, stats: &DestinationStats) {
+        if let Voice::Hearer(hear, _) = &self.voice {
+            hear(Notice::Counted(Box::new(stats.clone())));
         }
     }
 

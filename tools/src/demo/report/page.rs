@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::outages::OutageReport;
 use super::{DemoError, Report, plural, time};
 use crate::report_page::{
     BucketSeries, FILE_NAME, HeatMap, LatencyBuckets, Mark, Page, Section, Table, TimeLine, Verdict,
@@ -92,7 +93,8 @@ impl Report {
 
     fn time_section(&self, samples: &[ArrivalSample]) -> Section {
         let label = format!("the guest runs again, after {}", time(self.blackout_us as f64));
-        let marks = [Mark { at_us: self.blackout_us as f64, label }];
+        let mut marks = vec![Mark { at_us: self.blackout_us as f64, label }];
+        marks.extend(self.outages.iter().flat_map(OutageReport::marks));
         let line = TimeLine {
             pages_total: self.pages_total,
             vcpus: self.asked.vcpus,
@@ -103,9 +105,10 @@ impl Report {
         let caption = format!(
             "Above: pages that had arrived, in percent of all {}, stacked by the way they came. \
              Below, on the same axis: the share of the vCPUs' time that went by in waiting for \
-             pages, from sample to sample ({} in all).",
+             pages, from sample to sample ({} in all).{}",
             self.pages_total,
-            samples.len()
+            samples.len(),
+            self.outages.as_ref().map(OutageReport::caption).unwrap_or_default()
         );
         Section::new("How the pages came").picture("time-line", &line, &caption)
     }
