@@ -75,7 +75,7 @@ fn recoveries_and_what_a_source_frees_are_measured_and_drawn() {
     let object = object(&output);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(object["verified"], true);
-    let value = |name| row(&object, name)["value"].as_f64().expect("a value");
+    let value = |name: &str| row(&object, name)["value"].as_f64().expect("a value");
     for name in ["recovery", "recovery_connected", "recovery_connected_64_gib"] {
         assert!(value(name) > 1.0, "{name}: nothing comes sooner than a round trip");
     }
