@@ -83,8 +83,9 @@ fn exchange(address: &str, message: [u8; 16]) -> Result<(), BenchError> {
     let socket = Socket::connect(address)?;
     socket.send(&message).doing("sending a ping")?;
     let mut answer = [0; 16];
-    match socket.receive(&mut answer, Wait::Blocking).doing("receiving a ping")? {
-        true if answer == message => Ok(()),
-        _ => Err(BenchError::Failed("a ping came back wrong".into())),
+    if socket.receive(&mut answer, Wait::Blocking).doing("receiving a ping")? && answer == message {
+        Ok(())
+    } else {
+        Err(BenchError::Failed("a ping came back wrong".into()))
     }
 }
