@@ -16,8 +16,8 @@ use crate::network::Socket;
 /// Bytes passed on in one go.
 const BUFFER: usize = 64 << 10;
 
-/// Listens in the source's place. Threads that pass bytes on end with their connections; the
-/// one that accepts ends with [`cut`](Self::cut), or with the process.
+/// Listens in the source's place. Threads that pass bytes on end with their connections, and
+/// these with the relay at the latest.
 #[derive(Debug)]
 pub(super) struct Relay {
     address: SocketAddr,
@@ -110,6 +110,13 @@ impl Relay {
             }
         });
         self.accepting = Some(Accepting { listener, thread });
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        // What cannot be ended lasts as long as the process, and nobody uses it any more.
+        let _ = self.cut();
     }
 }
 
