@@ -2,12 +2,21 @@
 //! destination in another.
 
 pub mod destination;
+pub mod echo;
 mod footprint;
+mod recovery;
 mod relay;
+mod resident;
 pub mod source;
 
 use crate::floors::anonymous;
-use crate::unit::{BackgroundPlan, FaultPlan, Load, MemoryPlan, Residence, Unit, Wait};
+use crate::unit::{
+    BackgroundPlan, FaultPlan, Load, MemoryPlan, RecoveryPlan, Residence, Unit, Wait,
+};
+
+/// How long a guest takes to move whose source is watched while it frees: it gathers what it
+/// frees for a quarter of a second.
+const RESIDENT_SECONDS: u64 = 3;
 
 /// How a unit uses the engine, alike on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +42,10 @@ impl Setup {
                 (memory, streams, Wait::Blocking, Load::Saturating)
             }
             Unit::Release(memory) => (memory, 1, Wait::Blocking, Load::Saturating),
+            Unit::ResidentSource(memory) => {
+                (memory, 1, Wait::Blocking, Load::Limited(memory.bytes / RESIDENT_SECONDS))
+            }
+            Unit::Recovery(RecoveryPlan { memory, .. }) => (memory, 1, Wait::Polling, Load::Idle),
             Unit::Switchover(memory) | Unit::Wire(memory) | Unit::Footprint(memory) => {
                 (memory, 1, Wait::Polling, Load::Saturating)
             }

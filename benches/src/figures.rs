@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::outcome::{Figure, Outcome};
+use crate::outcome::{Figure, Outcome, ResidentSample};
 use crate::pair::Measured;
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -45,6 +45,11 @@ pub fn of(measured: &Measured) -> Figures {
         figures.insert("switchover_us", (runs - stopped) / 1000.0);
     }
     footprint(&mut figures, source, destination);
+    recovery(&mut figures, destination);
+    if let [.., last] = source.resident[..] {
+        figures.insert("resident_at_end", last.resident);
+        figures.extend(resident_at_half(&source.resident).map(|it| ("resident_at_half", it)));
+    }
     if let Some(duplicates) = destination.get(Figure::DuplicatePages) {
         figures.insert("duplicate_pages", duplicates);
     }
@@ -77,6 +82,32 @@ fn footprint(figures: &mut Figures, source: &Outcome, destination: &Outcome) {
         figures.insert("wire_bytes", wire);
         figures.insert("wire_overhead_bytes", wire - moved);
     }
+}
+
+fn recovery(figures: &mut Figures, destination: &Outcome) {
+    let names = [
+        ("round_trip_us", Figure::RoundTripUs),
+        ("pause_us", Figure::PauseUs),
+        ("agreement_us", Figure::AgreementUs),
+        ("request_us", Figure::RequestUs),
+    ];
+    for (name, figure) in names {
+        figures.extend(destination.get(figure).map(|value| (name, value)));
+    }
+}
+
+/// What was left when half of the pages were acknowledged, between the two samples around that
+/// moment.
+fn resident_at_half(samples: &[ResidentSample]) -> Option<f64> {
+    let index = samples.iter().position(|sample| sample.acknowledged >= 0.5)?;
+    let after = samples[index];
+    let before = samples[index.saturating_sub(1)];
+    let way = after.acknowledged - before.acknowledged;
+    if way <= 0.0 {
+        return Some(after.resident);
+    }
+    let part = (0.5 - before.acknowledged) / way;
+    Some(before.resident + part * (after.resident - before.resident))
 }
 
 /// A figure over all rounds.
@@ -121,6 +152,16 @@ mod tests {
         assert_eq!(summary.rounds.len(), 5);
         assert!((Summary::of(vec![1.0, 2.0]).unwrap().median - 1.5).abs() < 1e-9);
         assert_eq!(Summary::of(vec![]), None);
+    }
+
+    #[test]
+    fn what_is_left_at_the_half_is_between_two_samples() {
+        let sample =
+            |acknowledged, resident| ResidentSample { seconds: 0.0, acknowledged, resident };
+        let samples = [sample(0.0, 1.0), sample(0.4, 0.7), sample(0.6, 0.5), sample(1.0, 0.1)];
+        assert!((resident_at_half(&samples).unwrap() - 0.6).abs() < 1e-9);
+        assert!((resident_at_half(&samples[3..]).unwrap() - 0.1).abs() < 1e-9);
+        assert_eq!(resident_at_half(&samples[..2]), None);
     }
 
     #[test]

@@ -38,6 +38,14 @@ pub enum Figure {
     ZeroPages,
     /// Operations that the guest did.
     Operations,
+    /// Connecting, and 16 bytes there and back, in microseconds.
+    RoundTripUs,
+    /// From the return of a link to the first new connection, in microseconds.
+    PauseUs,
+    /// From there to the first new data channel: greetings, planes.
+    AgreementUs,
+    /// From there to the page that somebody waited for.
+    RequestUs,
 }
 
 /// What one process measured.
@@ -48,6 +56,19 @@ pub struct Outcome {
     pub latencies: Option<Latencies>,
     /// What arrived when, if that was watched.
     pub samples: Vec<ArrivalSample>,
+    /// What was left at the source when, if that was watched.
+    pub resident: Vec<ResidentSample>,
+}
+
+/// Guest memory of a source that frees what has arrived, at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResidentSample {
+    /// Seconds since the switchover.
+    pub seconds: f64,
+    /// The part of the guest that is acknowledged, 0 to 1.
+    pub acknowledged: f64,
+    /// The part that is still in memory at the source, of what was at the switchover.
+    pub resident: f64,
 }
 
 impl Outcome {

@@ -8,6 +8,7 @@ use afterimage_tools::report_page::{
     Series, Table, TimeLine, Verdict, YScale,
 };
 
+use crate::outcome::ResidentSample;
 use crate::report::{self, Report, number};
 use crate::run::Measurements;
 use crate::suite::{Step, Units, sparse, sweeps};
@@ -15,6 +16,8 @@ use crate::unit::{Mechanism, Shape, Think, Unit, Wait};
 
 const GIB: f64 = (1u64 << 30) as f64;
 const MIB: f64 = (1u64 << 20) as f64;
+/// Points of a line that was sampled.
+const MOST_POINTS: usize = 200;
 
 /// Writes the page into `directory` and says where it is.
 ///
@@ -35,6 +38,7 @@ pub fn write(
         pictures.one_run(),
         pictures.streams(),
         pictures.switchover(),
+        pictures.resident_source(),
     ] {
         page = page.section(section);
     }
@@ -222,5 +226,33 @@ impl Pictures<'_> {
                 .map(|value| Floor { name: "one round trip".into(), value }),
         };
         Section::new("Switchover by size of RAM").picture("switchover", &scaling, &caption)
+    }
+
+    fn resident_source(&self) -> Section {
+        let kinds = [("anonymous", Backing::Anonymous), ("memfd", Backing::Memfd)];
+        let mut series = Vec::new();
+        for (name, backing) in kinds {
+            let step = self.units.resident_source(backing).into();
+            let samples = self.measurements.resident.get(&step).map_or(&[][..], Vec::as_slice);
+            let line = |name: String, part: fn(&ResidentSample) -> f64| {
+                let thin = samples.iter().step_by(samples.len().div_ceil(MOST_POINTS).max(1));
+                let points = thin.map(|sample| (sample.seconds, 100.0 * part(sample))).collect();
+                Series { name, points }
+            };
+            series.push(line(format!("in memory, {name}"), |sample| sample.resident));
+            series.push(line(format!("not arrived, {name}"), |it| 1.0 - it.acknowledged));
+        }
+        let scaling = Scaling {
+            x_title: "seconds since the switchover".into(),
+            y_title: "% of the guest".into(),
+            series,
+            floor: None,
+        };
+        Section::new("What is left at a source that frees").picture(
+            "resident-source",
+            &scaling,
+            "Guest memory that the source still has, and what the destination has not yet \
+             acknowledged. What has arrived is gathered for a quarter of a second, then freed.",
+        )
     }
 }

@@ -122,7 +122,7 @@ impl Workers {
             self.source.tell(&Order::Serve { unit, listen: self.listen.clone() })?;
         } else {
             source = Some(Outcome::default());
-            self.destination.tell(&Order::Measure { unit, address: None })?;
+            self.destination.tell(&Order::Measure { unit, source: None })?;
         }
         loop {
             if let (Some(source), Some(destination)) = (&mut source, &mut destination) {
@@ -131,8 +131,8 @@ impl Workers {
             }
             let (side, answer) = self.next(unit)?;
             match answer {
-                Some(Answer::Listening(address)) => {
-                    self.destination.tell(&Order::Measure { unit, address: Some(address) })?;
+                Some(Answer::Listening(source)) => {
+                    self.destination.tell(&Order::Measure { unit, source: Some(source) })?;
                 }
                 Some(Answer::Done(outcome)) if side == Side::Source => source = Some(*outcome),
                 Some(Answer::Done(outcome)) => destination = Some(*outcome),

@@ -12,6 +12,7 @@ use crate::figures;
 use crate::interrupt;
 use crate::latency::Latencies;
 use crate::machine;
+use crate::outcome::ResidentSample;
 use crate::pair::{Network, Pair};
 use crate::suite::{Over, Round, Step};
 use crate::unit::{MemoryPlan, Unit};
@@ -43,6 +44,8 @@ pub struct Measurements {
     pub latencies: BTreeMap<Step, Latencies>,
     /// What arrived when, in the last round that was watched.
     pub samples: BTreeMap<Step, Vec<ArrivalSample>>,
+    /// What was left at the source when, in the last round.
+    pub resident: BTreeMap<Step, Vec<ResidentSample>>,
     /// What the machine lacked.
     pub lacking: BTreeMap<Step, String>,
     /// What failed, once at least.
@@ -99,6 +102,9 @@ impl Measurements {
                 round.insert(step, figures::of(&measured));
                 if !measured.destination.samples.is_empty() {
                     self.samples.insert(step, measured.destination.samples);
+                }
+                if !measured.source.resident.is_empty() {
+                    self.resident.insert(step, measured.source.resident);
                 }
             }
             Err(BenchError::Wrong(what)) => {

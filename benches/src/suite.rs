@@ -156,6 +156,13 @@ impl Units {
         Unit::Release(MemoryPlan { backing, bytes, shape })
     }
 
+    /// The same watched.
+    #[must_use]
+    pub const fn resident_source(&self, backing: Backing) -> Unit {
+        let (bytes, shape) = (self.sizes.guest, Shape::Dense);
+        Unit::ResidentSource(MemoryPlan { backing, bytes, shape })
+    }
+
     /// All of a guest by streams.
     #[must_use]
     pub const fn background(&self, backing: Backing, shape: Shape, streams: u16) -> Unit {
@@ -225,6 +232,11 @@ const PLACES: [Mechanism; 3] =
 pub const DENSE_GIB: MemoryPlan = anonymous(1 << 30);
 /// A guest of 1 TiB with almost none.
 pub const SPARSE_TIB: MemoryPlan = sparse(1 << 40);
+
+/// A guest of 1 GiB with almost no content.
+pub const SPARSE_GIB: MemoryPlan = sparse(1 << 30);
+/// A guest of 64 GiB with almost no content.
+pub const SPARSE_64_GIB: MemoryPlan = sparse(64 << 30);
 
 /// Anonymous memory with almost no content.
 #[must_use]

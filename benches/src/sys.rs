@@ -287,13 +287,25 @@ pub fn now_ns() -> u64 {
 /// # Errors
 /// If the kernel does not say.
 pub fn resident() -> io::Result<u64> {
+    status_bytes(&["RssAnon:", "RssFile:", "VmPTE:"])
+}
+
+/// Bytes of anonymous memory of this process.
+///
+/// # Errors
+/// If the kernel does not say.
+pub fn resident_anonymous() -> io::Result<u64> {
+    status_bytes(&["RssAnon:"])
+}
+
+/// The sum of lines of `/proc/self/status`.
+fn status_bytes(keys: &[&str]) -> io::Result<u64> {
     let status = fs::read_to_string("/proc/self/status")?;
     let kib = |key: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(key))?;
         line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
     };
-    let sum = ["RssAnon:", "RssFile:", "VmPTE:"].map(kib);
-    let sum: Option<u64> = sum.into_iter().sum();
+    let sum: Option<u64> = keys.iter().map(|key| kib(key)).sum();
     let sum = sum.ok_or_else(|| io::Error::other("/proc/self/status has other lines"))?;
     Ok(sum * 1024)
 }

@@ -37,6 +37,10 @@ pub enum Unit {
     Background(BackgroundPlan),
     /// The same by one stream, and the source frees what has arrived.
     Release(MemoryPlan),
+    /// The same, and what is still there at the source is watched: that costs a little.
+    ResidentSource(MemoryPlan),
+    /// The engine: a link that is cut and comes back, while a guest waits for a page.
+    Recovery(RecoveryPlan),
     /// The engine: from the stop at the source until the guest may run.
     Switchover(MemoryPlan),
     /// The engine: what both sides need beside guest RAM.
@@ -194,6 +198,37 @@ pub struct BackgroundPlan {
     pub streams: u16,
 }
 
+/// A link that is cut while a guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RecoveryPlan {
+    /// Guest memory.
+    pub memory: MemoryPlan,
+    /// How long the link is away.
+    pub outage: Outage,
+}
+
+/// How long a link is away, each time it is cut in a unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outage {
+    /// About 100 ms.
+    Short,
+    /// About two seconds: pauses between attempts have grown.
+    Long,
+}
+
+impl Outage {
+    /// One for each cut; they differ, so that attempts to connect are met at any moment between
+    /// two of them.
+    pub fn times(self) -> impl Iterator<Item = Duration> {
+        let (first_ms, step_ms, cuts) = match self {
+            Self::Short => (60, 11, 8),
+            Self::Long => (1500, 430, 3),
+        };
+        (0..cuts).map(move |cut| Duration::from_millis(first_ms + cut * step_ms))
+    }
+}
+
 /// Where the pages of a working set are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Residence {
@@ -213,6 +248,12 @@ const FLOOR_BYTES: u64 = 64 << 20;
 const MOST_MOVED: u64 = 6 << 30;
 
 impl Unit {
+    /// Whether its source frees its memory.
+    #[must_use]
+    pub const fn releases(&self) -> bool {
+        matches!(self, Self::Release(_) | Self::ResidentSource(_))
+    }
+
     /// Whether it needs a source.
     #[must_use]
     pub const fn has_source(&self) -> bool {
@@ -234,9 +275,11 @@ impl Unit {
             Self::WorkingSet(plan) => return plan.bytes,
             Self::PingPong(_) | Self::LocalFault(_) | Self::Fill(_) => return FLOOR_BYTES,
             Self::Background(plan) => plan.memory,
+            Self::Recovery(plan) => plan.memory,
             Self::Switchover(memory)
             | Self::Footprint(memory)
             | Self::Wire(memory)
+            | Self::ResidentSource(memory)
             | Self::Release(memory) => *memory,
             Self::Stream(_, bytes) => return *bytes,
             Self::Place(mechanism, bytes) => {
@@ -258,6 +301,7 @@ impl Unit {
             Self::Switchover(memory)
             | Self::Footprint(memory)
             | Self::Wire(memory)
+            | Self::ResidentSource(memory)
             | Self::Release(memory) => Some(*memory),
             _ => floors::source_plan(*self),
         };
@@ -291,6 +335,12 @@ impl fmt::Display for Unit {
                 write!(f, "background, {memory}, streams {streams}")
             }
             Self::Release(memory) => write!(f, "background with release, {memory}, streams 1"),
+            Self::ResidentSource(memory) => {
+                write!(f, "what is left at the source with release, {memory}")
+            }
+            Self::Recovery(RecoveryPlan { memory, outage }) => {
+                write!(f, "recovery after {outage}, {memory}")
+            }
             Self::Switchover(memory) => write!(f, "switchover, {memory}"),
             Self::Footprint(memory) => write!(f, "footprint, {memory}"),
             Self::Wire(memory) => write!(f, "wire, {memory}"),
@@ -335,6 +385,15 @@ impl fmt::Display for MemoryPlan {
             Shape::Empty => "empty",
         };
         write!(f, "{} {backing}, {shape}", Size(self.bytes))
+    }
+}
+
+impl fmt::Display for Outage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Short => "100 ms without a link",
+            Self::Long => "2 s without a link",
+        })
     }
 }
 

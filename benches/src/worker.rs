@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 
+use crate::engine::echo::Echo;
 use crate::engine::{self, Setup};
 use crate::error::{BenchError, Doing};
 use crate::floors::{self, fill, local_fault, ping_pong, place, remote_fault, stream};
@@ -33,8 +34,17 @@ pub enum Order {
         /// What is measured.
         unit: Unit,
         /// Where the source listens, if there is one.
-        address: Option<String>,
+        source: Option<Listening>,
     },
+}
+
+/// Where a source is to be reached.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Listening {
+    /// For the unit itself.
+    pub address: String,
+    /// For round trips of the same link, if the unit needs them.
+    pub echo: Option<String>,
 }
 
 /// What a worker says.
@@ -42,7 +52,7 @@ pub enum Order {
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
     /// The source of the unit listens here.
-    Listening(String),
+    Listening(Listening),
     /// The unit is done.
     Done(Box<Outcome>),
     /// The unit could not be done.
@@ -65,7 +75,7 @@ pub fn run(corrupt_one_byte: bool) -> io::Result<()> {
     for line in io::stdin().lock().lines() {
         let answer = match serde_json::from_str(&line?)? {
             Order::Serve { unit, listen } => serve(unit, &listen, &mut memories),
-            Order::Measure { unit, address } => measure(unit, address.as_deref()),
+            Order::Measure { unit, source } => measure(unit, source.as_ref()),
         };
         say(&match answer {
             Ok(outcome) => Answer::Done(Box::new(outcome)),
@@ -83,15 +93,18 @@ fn say(answer: &Answer) -> io::Result<()> {
     output.flush()
 }
 
-fn listening(address: String) -> Result<(), BenchError> {
-    say(&Answer::Listening(address)).doing("saying where the source listens")
+fn listening(address: String, echo: Option<&Echo>) -> Result<(), BenchError> {
+    let echo = echo.map(|echo| echo.address().to_owned());
+    say(&Answer::Listening(Listening { address, echo })).doing("saying where the source listens")
 }
 
 fn serve(unit: Unit, listen: &str, memories: &mut Memories) -> Result<Outcome, BenchError> {
     if let Some(setup) = Setup::of(unit) {
         let memory = memories.get(setup.memory)?;
-        let served = engine::source::serve(unit, memory, setup, listen, listening);
-        if matches!(unit, Unit::Release(_)) {
+        let echo = matches!(unit, Unit::Recovery(_)).then(|| Echo::start(listen)).transpose()?;
+        let say = |address| listening(address, echo.as_ref());
+        let served = engine::source::serve(unit, memory, setup, listen, echo.as_ref(), say);
+        if unit.releases() {
             memories.drop_last();
         }
         return served;
@@ -100,7 +113,7 @@ fn serve(unit: Unit, listen: &str, memories: &mut Memories) -> Result<Outcome, B
     let plan = floor.ok_or_else(|| BenchError::Failed(format!("{unit} has no source")))?;
     let memory = memories.get(plan)?;
     let listener = Listener::bind(listen)?;
-    listening(listener.address()?)?;
+    listening(listener.address()?, None)?;
     match unit {
         Unit::PingPong(wait) => ping_pong::source(memory, wait, &listener),
         Unit::RemoteFault(plan) => remote_fault::source(memory, plan, &listener),
@@ -109,12 +122,13 @@ fn serve(unit: Unit, listen: &str, memories: &mut Memories) -> Result<Outcome, B
     }
 }
 
-fn measure(unit: Unit, address: Option<&str>) -> Result<Outcome, BenchError> {
+fn measure(unit: Unit, source: Option<&Listening>) -> Result<Outcome, BenchError> {
     sys::warm_up(unit.destination_bytes().min(MOST_WARMED));
-    let source = || address.ok_or_else(|| BenchError::Failed(format!("{unit} needs a source")));
+    let listening = || source.ok_or_else(|| BenchError::Failed(format!("{unit} needs a source")));
     if let Some(setup) = Setup::of(unit) {
-        return engine::destination::receive(unit, setup, source()?);
+        return engine::destination::receive(unit, setup, listening()?);
     }
+    let source = || listening().map(|it| it.address.as_str());
     match unit {
         Unit::PingPong(wait) => ping_pong::destination(wait, source()?),
         Unit::LocalFault(wait) => local_fault::run(wait),

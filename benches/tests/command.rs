@@ -57,12 +57,53 @@ fn rows_are_measured_in_every_round_and_verified() {
     assert!(!object["machine"]["kernel"].as_str().unwrap().is_empty());
 }
 
+/// Rows of a link that is cut, and of a source that frees.
+const RELIABILITY: &str = "recovery_us,recovery,recovery_connected,recovery_connected_64_gib,\
+                           recovery_us_after_2_s,resident_source,resident_source_end,\
+                           resident_source_memfd,resident_source_memfd_end";
+
+#[test]
+fn recoveries_and_what_a_source_frees_are_measured_and_drawn() {
+    if !require::userfaultfd() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().to_str().expect("a name");
+    let arguments =
+        ["--json", "--memory", "64M", "--rounds", "1", "--only", RELIABILITY, "--report", path];
+    let output = bench(&arguments);
+    let object = object(&output);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(object["verified"], true);
+    let value = |name: &str| row(&object, name)["value"].as_f64().expect("a value");
+    for name in ["recovery", "recovery_connected", "recovery_connected_64_gib"] {
+        assert!(value(name) > 1.0, "{name}: nothing comes sooner than a round trip");
+    }
+    assert!(value("recovery_us") > 0.0 && value("recovery_us_after_2_s") > 0.0);
+    let scenarios = object["scenarios"].as_object().expect("scenarios");
+    let short = &scenarios["recovery after 100 ms without a link, 1 GiB anonymous, sparse"];
+    assert_eq!(short["count"]["median"], 8.0, "one for each cut");
+    for part in ["round_trip_us", "pause_us", "agreement_us", "request_us"] {
+        assert!(short[part]["median"].as_f64().expect("a figure") > 0.0, "{part}");
+    }
+    // On a busy machine more waits to be freed than the half that has arrived, never less.
+    for kind in ["resident_source", "resident_source_memfd"] {
+        let (half, end) = (value(kind), value(&format!("{kind}_end")));
+        assert!((0.45..1.0).contains(&half), "{kind}: {half}");
+        assert!(end < half, "{kind}: {end} at the end, {half} before");
+    }
+    let page = std::fs::read_to_string(directory.path().join("index.html")).expect("the page");
+    assert!(page.contains("What is left at a source that frees"));
+}
+
 #[test]
 fn one_wrong_byte_fails_the_run_whatever_moved_it() {
     if !require::userfaultfd() {
         return;
     }
-    for row in ["fault_idle_p50_blocking", "background_limit_anonymous", "working_set_time"] {
+    for row in
+        ["fault_idle_p50_blocking", "background_limit_anonymous", "working_set_time", "recovery"]
+    {
         let arguments = ["--json", "--memory", "8M", "--rounds", "1", "--only", row];
         let output = bench(&[&arguments[..], &["--corrupt-one-byte"]].concat());
         assert_eq!(output.status.code(), Some(1), "{row}");

@@ -7,8 +7,8 @@ use afterimage_protocol::wire::{Refusal, RefuseCode};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reconnect {
-    /// The side that connects does so again, with pauses that grow to a second, without end;
-    /// the side that listens goes on listening.
+    /// The side that connects does so again, without end, with pauses that grow to 250 ms, or to
+    /// a second where its peer is there and refuses; the side that listens goes on listening.
     #[default]
     Automatic,
     /// It pauses, as if `pause` had been called, until `recover` is.

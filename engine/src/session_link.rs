@@ -14,9 +14,13 @@ use std::time::{Duration, Instant};
 /// The token of the session thread's inbox.
 pub(crate) const INBOX: Token = Token(0);
 const CONTROL: Token = Token(1);
-/// The first pause before a broken connection is made again; it doubles up to the last.
+/// The first time from one attempt to connect to the next; it doubles up to the last. Whoever
+/// waits in a fault when the link comes back waits for the next attempt.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const LAST_PAUSE: Duration = Duration::from_secs(1);
+const LAST_PAUSE: Duration = Duration::from_millis(250);
+/// The same where the peer refuses, and for data channels: the link is there, and something else
+/// is wrong.
+const LAST_PAUSE_WITH_PEER: Duration = Duration::from_secs(1);
 
 /// A data channel that held for so long was no failure.
 const HELD: Duration = Duration::from_secs(1);
@@ -75,6 +79,8 @@ pub(crate) struct SessionLink {
     checksums: bool,
     origin: Instant,
     pause: Duration,
+    /// When the last attempt began.
+    dialed_at: Option<Instant>,
     redial_at: Option<Instant>,
     /// By hand: no connection is made or taken.
     is_paused: bool,
@@ -95,6 +101,7 @@ impl SessionLink {
             checksums: false,
             origin: Instant::now(),
             pause: FIRST_PAUSE,
+            dialed_at: None,
             redial_at: None,
             is_paused: false,
             data: Redials::default(),
@@ -113,8 +120,11 @@ impl SessionLink {
     }
 
     /// Makes a connection, if this side does.
-    pub(crate) fn dial(&self, hello: Hello) {
+    pub(crate) fn dial(&mut self, hello: Hello) {
         if let Line::Dials(dialer) = &self.line {
+            if hello.channel == Channel::Control {
+                self.dialed_at = Some(Instant::now());
+            }
             dialer.dial(hello);
         }
     }
@@ -126,9 +136,24 @@ impl SessionLink {
 
     /// After a pause that grows with each failure.
     pub(crate) fn redial_later(&mut self) {
+        self.redial_within(LAST_PAUSE);
+    }
+
+    /// The same where the peer is there and refuses: nobody waits for a link, and the pause may
+    /// grow longer.
+    pub(crate) fn redial_refused(&mut self) {
+        self.redial_within(LAST_PAUSE_WITH_PEER);
+    }
+
+    fn redial_within(&mut self, most: Duration) {
         if self.dials() && self.redial_at.is_none() && !self.is_paused {
-            self.redial_at = Some(Instant::now() + self.pause);
-            self.pause = (self.pause * 2).min(LAST_PAUSE);
+            let now = Instant::now();
+            let pause = self.pause.min(most);
+            // An attempt that nobody answered has taken its time already. But never at once: the
+            // session may have more to say about what has just broken.
+            let since = self.dialed_at.unwrap_or(now);
+            self.redial_at = Some((since + pause).max(now + FIRST_PAUSE));
+            self.pause = (pause * 2).min(most);
         }
     }
 
@@ -405,7 +430,7 @@ impl Redials {
             slot.pause = Duration::ZERO;
         }
         slot.due = Some((now + slot.pause, epoch));
-        slot.pause = (slot.pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
+        slot.pause = (slot.pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE_WITH_PEER);
     }
 
     /// The next channel that it is time to open.
@@ -429,5 +454,57 @@ pub(crate) fn forward<T: Send + 'static>(
 ) -> impl FnMut(crate::transport::Accepted) + Send + 'static {
     move |accepted| {
         outlet.send(wrap(accepted));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::{Address, Plaintext};
+
+    /// Of a link that dials, though nothing is dialed here.
+    fn link() -> SessionLink {
+        let address = Address::Tcp("127.0.0.1:1".to_owned());
+        let hook = crate::threads::ThreadHook::default();
+        let dialer = Dialer::start(address, Plaintext::LoopbackOnly, &hook, drop).unwrap();
+        SessionLink::new(Poll::new().unwrap(), Line::Dials(dialer))
+    }
+
+    /// How long after the last attempt `began` the next one is due.
+    fn next(link: &mut SessionLink, redial: fn(&mut SessionLink), began: Instant) -> Duration {
+        link.dialed_at = Some(began);
+        redial(link);
+        link.redial_at.take().unwrap().duration_since(began)
+    }
+
+    #[test]
+    fn pauses_double_to_250_ms_without_a_link_and_to_a_second_with_a_peer_that_refuses() {
+        // In the future, so that no test machine is too slow.
+        let began = Instant::now() + Duration::from_mins(10);
+        let mut link = link();
+        for ms in [20, 40, 80, 160, 250, 250] {
+            let pause = next(&mut link, SessionLink::redial_later, began);
+            assert_eq!(pause, Duration::from_millis(ms));
+        }
+        for ms in [250, 500, 1000, 1000] {
+            let pause = next(&mut link, SessionLink::redial_refused, began);
+            assert_eq!(pause, Duration::from_millis(ms));
+        }
+        let pause = next(&mut link, SessionLink::redial_later, began);
+        assert_eq!(pause, Duration::from_millis(250), "the link is lost after a refusal");
+        link.agreed();
+        assert_eq!(next(&mut link, SessionLink::redial_later, began), FIRST_PAUSE);
+    }
+
+    #[test]
+    fn an_attempt_that_took_its_time_is_followed_soon_but_not_at_once() {
+        let mut link = link();
+        let before = Instant::now();
+        for _ in 0..10 {
+            link.dialed_at = before.checked_sub(Duration::from_secs(1));
+            link.redial_later();
+            let at = link.redial_at.take().unwrap();
+            assert!(before + FIRST_PAUSE <= at && at <= Instant::now() + FIRST_PAUSE);
+        }
     }
 }

@@ -12,28 +12,32 @@ use afterimage_tools::ram::Backing;
 use afterimage_tools::sampling::ArrivalSample;
 use afterimage_tools::{migrate, sampling};
 
+use super::Setup;
 use super::footprint::Footprint;
-use super::{Setup, relay};
+use super::recovery::{Cuts, Recoveries};
+use super::relay::Relay;
 use crate::error::{BenchError, Doing};
 use crate::guest;
 use crate::memory::{self, Memory, PAGE};
 use crate::outcome::{Figure, Meter, Outcome, Reading};
 use crate::sys;
 use crate::unit::Unit;
+use crate::worker::Listening;
 
 /// How long one event may be waited for.
-const LIMIT: Duration = Duration::from_mins(5);
+pub(super) const LIMIT: Duration = Duration::from_mins(5);
 /// Bytes of an entry in a page table.
 const ENTRY: u64 = 8;
 
-/// Gets a guest from `address`, lets it do what the unit says, and verifies its memory.
+/// Gets a guest from `source`, lets it do what the unit says, and verifies its memory.
 ///
 /// # Errors
 /// If the engine fails, the guest is not here within minutes, or a page is not what it must
 /// be.
-pub fn receive(unit: Unit, setup: Setup, address: &str) -> Result<Outcome, BenchError> {
-    let relayed = matches!(unit, Unit::Wire(_)).then(|| relay::start(address)).transpose()?;
-    let address = relayed.as_ref().map_or(address, |(address, _)| address);
+pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, BenchError> {
+    let is_relayed = matches!(unit, Unit::Wire(_) | Unit::Recovery(_));
+    let mut relay = is_relayed.then(|| Relay::start(&source.address)).transpose()?;
+    let address = relay.as_ref().map_or_else(|| source.address.clone(), Relay::address);
     let memory = Memory::empty(setup.memory)?;
     let footprint = Footprint::start()?;
     // SAFETY: `memory` outlives the destination; it is reached by raw pointers and atomics.
@@ -47,7 +51,18 @@ pub fn receive(unit: Unit, setup: Setup, address: &str) -> Result<Outcome, Bench
     options.plaintext = Plaintext::Anywhere;
     let (destination, events) = Destination::start(registered, Endpoint::Connect(address), options)
         .doing("starting the destination")?;
-    let run = run(unit, &destination, &events, &memory, footprint)?;
+    begin(&destination, &events)?;
+    let (at, meter) = (sys::now_ns(), Meter::start());
+    let recoveries = match (unit, &mut relay, &source.echo) {
+        (Unit::Recovery(plan), Some(relay), Some(echo)) => {
+            Some(Cuts::new(relay, echo, &events, &memory)?.measure(plan.outage)?)
+        }
+        _ => None,
+    };
+    let mut run = run(unit, &destination, &events, &memory, (at, meter, footprint))?;
+    if let Some(recoveries) = recoveries {
+        run.guest = GuestOutcome::Recovered(recoveries);
+    }
     let stats = destination.stats();
     drop(destination);
     if unit.is_given_up() {
@@ -55,7 +70,7 @@ pub fn receive(unit: Unit, setup: Setup, address: &str) -> Result<Outcome, Bench
     } else {
         run.guest.verify(&memory)?;
     }
-    let wire = relayed.map(|(_, count)| count.load(Ordering::Relaxed));
+    let wire = relay.as_ref().map(Relay::bytes);
     Ok(outcome(run, &stats, &memory, wire))
 }
 
@@ -90,6 +105,15 @@ fn outcome(run: Run, stats: &DestinationStats, memory: &Memory, wire: Option<u64
     match run.guest {
         GuestOutcome::Idle => {}
         GuestOutcome::Faulted(latencies) => outcome.latencies = Some(latencies),
+        GuestOutcome::Recovered(recoveries) => {
+            let us = |time: Duration| time.as_secs_f64() * 1e6;
+            outcome = outcome
+                .with(Figure::RoundTripUs, us(recoveries.round_trip))
+                .with(Figure::PauseUs, us(recoveries.pause))
+                .with(Figure::AgreementUs, us(recoveries.agreement))
+                .with(Figure::RequestUs, us(recoveries.request));
+            outcome.latencies = Some(recoveries.latencies);
+        }
         GuestOutcome::Worked { seconds, added } => {
             let operations: u64 = added.iter().sum();
             outcome =
@@ -97,6 +121,13 @@ fn outcome(run: Run, stats: &DestinationStats, memory: &Memory, wire: Option<u64
         }
     }
     outcome
+}
+
+/// Until the guest may run.
+fn begin(destination: &Destination, events: &Events<DestinationEvent>) -> Result<(), BenchError> {
+    until(events, |event| matches!(event, DestinationEvent::State(_)))?;
+    destination.ready().doing("being ready")?;
+    until(events, |event| *event == DestinationEvent::Run)
 }
 
 struct Run {
@@ -112,13 +143,8 @@ fn run(
     destination: &Destination,
     events: &Events<DestinationEvent>,
     memory: &Memory,
-    footprint: Footprint,
+    (at, meter, footprint): (u64, Meter, Footprint),
 ) -> Result<Run, BenchError> {
-    until(events, |event| matches!(event, DestinationEvent::State(_)))?;
-    destination.ready().doing("being ready")?;
-    until(events, |event| *event == DestinationEvent::Run)?;
-    let at = sys::now_ns();
-    let meter = Meter::start();
     if unit.is_given_up() {
         return Ok(Run {
             at,
@@ -162,6 +188,7 @@ enum GuestOutcome {
     Idle,
     Faulted(crate::latency::Latencies),
     Worked { seconds: f64, added: Vec<u64> },
+    Recovered(Recoveries),
 }
 
 impl GuestOutcome {
@@ -205,7 +232,7 @@ pub fn resident(bytes: u64) -> Result<Outcome, BenchError> {
         .with(Figure::Operations, operations as f64))
 }
 
-fn until(
+pub(super) fn until(
     events: &Events<DestinationEvent>,
     is_it: impl Fn(&DestinationEvent) -> bool,
 ) -> Result<(), BenchError> {

@@ -13,7 +13,9 @@ use afterimage::{
 use afterimage_tools::migrate;
 
 use super::Setup;
+use super::echo::Echo;
 use super::footprint::Footprint;
+use super::resident::Resident;
 use crate::error::{BenchError, Doing};
 use crate::memory::Memory;
 use crate::outcome::{Figure, Meter, Outcome};
@@ -26,7 +28,8 @@ const LIMIT: Duration = Duration::from_mins(5);
 const STATE_BYTES: usize = 8192;
 
 /// Serves `memory` once, from the switchover to the end of `unit`; `listening` is called with the
-/// address as soon as there is one.
+/// address as soon as there is one. With an `echo`, only what is asked for is sent until that has
+/// heard that it is enough.
 ///
 /// # Errors
 /// If the engine fails, or the destination is not done within minutes.
@@ -35,6 +38,7 @@ pub fn serve(
     memory: &Memory,
     setup: Setup,
     listen: &str,
+    echo: Option<&Echo>,
     listening: impl FnOnce(String) -> Result<(), BenchError>,
 ) -> Result<Outcome, BenchError> {
     let address: Address = listen.parse().doing("the address of the source")?;
@@ -43,17 +47,62 @@ pub fn serve(
         let _ = std::fs::remove_file(path);
     }
     // Without encryption on purpose: the other side is on this machine.
-    let plaintext = Plaintext::Anywhere;
-    let listener = Listener::bind(&address, plaintext).doing(&format!("listening at {listen}"))?;
+    let listener = Listener::bind(&address, Plaintext::Anywhere);
+    let listener = listener.doing(&format!("listening at {listen}"))?;
     let bound = listener.address().to_string();
     let footprint = Footprint::start()?;
     // SAFETY: `memory` outlives the source, which is dropped below, and nobody writes it.
     let served = unsafe { migrate::source_memory(memory.ram()) }.doing("the source's memory")?;
+    let options = options(unit, setup);
+    let (source, events) = Source::start(Arc::new(served), Endpoint::Listen(listener), options)
+        .doing("starting the source")?;
+    listening(bound)?;
+    until(&events, |event| matches!(event, SourceEvent::Attached(_)))?;
+    let state = StateSection { name: "vcpus".into(), version: 1, bytes: vec![7; STATE_BYTES] };
+    let last = if unit.is_given_up() { SourceEvent::Running } else { SourceEvent::Finished };
+    let resident = matches!(unit, Unit::ResidentSource(_)).then(|| Resident::start(memory));
+    let resident = resident.transpose()?;
+    let is_over = AtomicBool::new(false);
+    let (at, reading, extra, samples) = thread::scope(|scope| {
+        let (source, is_over) = (&source, &is_over);
+        let watch = matches!(unit, Unit::Footprint(_))
+            .then(|| scope.spawn(move || footprint.watch(|| 0, is_over)));
+        let resident = resident.map(|it| scope.spawn(move || it.watch(source, is_over)));
+        let meter = Meter::start();
+        let at = sys::now_ns();
+        let served = source
+            .switch_over(vec![state])
+            .doing("switching over")
+            .and_then(|()| echo.map_or(Ok(()), |echo| send_all_after(echo, source)))
+            .and_then(|()| until(&events, |event| *event == last));
+        let reading = meter.read();
+        is_over.store(true, Ordering::Release);
+        let extra = watch.map(|watch| watch.join().expect("watching does not panic"));
+        let samples = resident.map(|watch| watch.join().expect("watching does not panic"));
+        served.and_then(|()| Ok((at, reading, extra, samples.transpose()?)))
+    })?;
+    drop(source);
+    let mut outcome = Outcome::default().metered(reading).with(Figure::AtNanoseconds, at as f64);
+    if let Some(extra) = extra {
+        outcome = outcome.with(Figure::ExtraBytes, extra as f64);
+    }
+    outcome.resident = samples.unwrap_or_default();
+    Ok(outcome)
+}
+
+/// Sends nothing by itself until the destination has measured enough.
+fn send_all_after(echo: &Echo, source: &Source) -> Result<(), BenchError> {
+    echo.wait(LIMIT)?;
+    source.set_background(Background::Unlimited);
+    Ok(())
+}
+
+fn options(unit: Unit, setup: Setup) -> SourceOptions {
     let mut options = SourceOptions::default();
     options.streams = setup.streams;
     options.polling = setup.wait.polling();
-    options.plaintext = plaintext;
-    if matches!(unit, Unit::Release(_)) {
+    options.plaintext = Plaintext::Anywhere;
+    if unit.releases() {
         options.release = Release::Free(ReleaseLedger::volatile());
     }
     options.background = match setup.background {
@@ -64,33 +113,7 @@ pub fn serve(
             Background::Limited { bytes_per_second }
         }
     };
-    let (source, events) = Source::start(Arc::new(served), Endpoint::Listen(listener), options)
-        .doing("starting the source")?;
-    listening(bound)?;
-    until(&events, |event| matches!(event, SourceEvent::Attached(_)))?;
-    let state = StateSection { name: "vcpus".into(), version: 1, bytes: vec![7; STATE_BYTES] };
-    let last = if unit.is_given_up() { SourceEvent::Running } else { SourceEvent::Finished };
-    let is_over = AtomicBool::new(false);
-    let (at, reading, extra) = thread::scope(|scope| {
-        let watch = matches!(unit, Unit::Footprint(_))
-            .then(|| scope.spawn(|| footprint.watch(|| 0, &is_over)));
-        let meter = Meter::start();
-        let at = sys::now_ns();
-        let served = source
-            .switch_over(vec![state])
-            .doing("switching over")
-            .and_then(|()| until(&events, |event| *event == last));
-        let reading = meter.read();
-        is_over.store(true, Ordering::Release);
-        let extra = watch.map(|watch| watch.join().expect("watching does not panic"));
-        served.map(|()| (at, reading, extra))
-    })?;
-    drop(source);
-    let outcome = Outcome::default().metered(reading).with(Figure::AtNanoseconds, at as f64);
-    Ok(match extra {
-        Some(extra) => outcome.with(Figure::ExtraBytes, extra as f64),
-        None => outcome,
-    })
+    options
 }
 
 fn until(

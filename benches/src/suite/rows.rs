@@ -1,5 +1,7 @@
 //! The rows, and what each is to reach.
 
+mod reliability;
+
 use afterimage_tools::ram::Backing;
 
 use super::{Better, DENSE_GIB, Over, Round, Row, SPARSE_TIB, Sizes, Step, Units, Value};
@@ -30,7 +32,9 @@ pub fn all(sizes: Sizes) -> Vec<Row> {
     rows.extend(switchover());
     rows.extend(cost(&units));
     rows.push(working_set(&units));
-    rows.extend(release(&units));
+    rows.extend(reliability::release(&units));
+    rows.extend(reliability::resident_source(&units));
+    rows.extend(reliability::recovery());
     rows.extend(gigabit());
     rows
 }
@@ -287,21 +291,6 @@ fn working_set(units: &Units) -> Row {
     let postcopy: Step = units.working_set(false).into();
     let what = "time of work in 64 MiB that are still at the source, to the same when resident";
     ratio("working_set_time", what, (postcopy, resident), "seconds", Better::Lower, None)
-}
-
-fn release(units: &Units) -> Vec<Row> {
-    let row = |name, what, backing| {
-        let steps = (units.release(backing).into(), units.dense(backing).into());
-        ratio(name, what, steps, "seconds", Better::Lower, None)
-    };
-    vec![
-        row(
-            "release_cost",
-            "time of a dense guest whose source frees what has arrived, to one whose does not",
-            Backing::Anonymous,
-        ),
-        row("release_cost_memfd", "the same of a memfd", Backing::Memfd),
-    ]
 }
 
 fn gigabit() -> Vec<Row> {

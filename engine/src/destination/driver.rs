@@ -276,7 +276,7 @@ impl Driver {
                 tracing::warn!(%refusal, "the source refuses");
                 self.session.refused(refusal);
                 self.session.disconnected();
-                self.link.redial_later();
+                self.link.redial_refused();
             }
             (Channel::Control, Err(error)) => {
                 let error: &dyn std::error::Error = &error;
@@ -296,7 +296,7 @@ impl Driver {
     fn greeted(&mut self, stream: Stream, theirs: &Hello) {
         if let Err(refusal) = self.session.greeted(theirs, self.link.now()) {
             refuse(&stream, refusal);
-            self.link.redial_later();
+            self.link.redial_refused();
             return;
         }
         let common = self.options.capabilities().common(theirs.capabilities);

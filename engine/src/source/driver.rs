@@ -250,10 +250,12 @@ impl Driver {
                 self.session.disconnected();
                 if let ConnectError::Refused(refusal) = &error {
                     self.is_dismissed = refusal.code == RefuseCode::Ended;
+                    self.link.redial_refused();
+                } else {
+                    self.link.redial_later();
                 }
                 let error: &dyn std::error::Error = &error;
                 tracing::info!(error, "no connection to the destination yet");
-                self.link.redial_later();
             }
             (channel, Ok((stream, _))) => self.open_data(channel, stream, ours.stamp),
             (channel, Err(error)) => {
@@ -269,7 +271,7 @@ impl Driver {
         if let Err(refusal) = self.session.greeted(theirs, self.link.now()) {
             refuse(&stream, refusal);
             self.shared.set_away(true);
-            self.link.redial_later();
+            self.link.redial_refused();
             return;
         }
         let common = self.options.capabilities().common(theirs.capabilities);

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// After a failed attempt the next outcome is told only after a pause, which doubles.
+/// After a failed attempt at a data channel the next outcome is told only after a pause, which
+/// doubles. For a control connection it is told at once: the session makes pauses of its own.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LAST_PAUSE: Duration = Duration::from_millis(500);
 
@@ -56,7 +57,7 @@ impl Dialer {
                 let outcome = connect(&address, plaintext, hello, attempt);
                 if outcome.is_ok() {
                     pause = FIRST_PAUSE;
-                } else {
+                } else if hello.channel != Channel::Control {
                     // Whoever asked will ask again.
                     attempt.pause(pause);
                     pause = (pause * 2).min(LAST_PAUSE);

@@ -170,6 +170,7 @@ impl Driver {
     }
 
     pub(super) fn hang_up(&mut self, refusal: Option<Refusal>) {
+        let refuses = refusal.is_some();
         if let Some(refusal) = refusal {
             self.link.send(&ControlFrame::Refuse(refusal));
         }
@@ -186,7 +187,11 @@ impl Driver {
             threads::join(thread);
         }
         if !self.session.is_over() {
-            self.link.redial_later();
+            if refuses {
+                self.link.redial_refused();
+            } else {
+                self.link.redial_later();
+            }
         }
     }
 }

@@ -183,6 +183,7 @@ impl Driver {
     }
 
     pub(super) fn hang_up(&mut self, refusal: Option<Refusal>) {
+        let refuses = refusal.is_some();
         if let Some(refusal) = refusal {
             self.link.send(&ControlFrame::Refuse(refusal));
         }
@@ -201,7 +202,11 @@ impl Driver {
             threads::join(channel.thread);
         }
         if self.wants_link() {
-            self.link.redial_later();
+            if refuses {
+                self.link.redial_refused();
+            } else {
+                self.link.redial_later();
+            }
         }
     }
 }
