@@ -373,21 +373,6 @@ impl SessionLink {
         }
     }
 
-    /// Waits until the peer hangs up, so that what was said last is not lost with the
-    /// connection, but not longer than `limit`.
-    pub(crate) fn linger(&mut self, limit: Duration) {
-        let end = self.now() + limit;
-        while self.connection.is_some() && self.now() < end {
-            if self.flush().is_err() || self.wait(Some(end)).is_err() {
-                break;
-            }
-            while let Ok(Some(_)) = self.receive() {}
-            if self.receive().is_err() {
-                break;
-            }
-        }
-    }
-
     /// Ends the connection, if there is one.
     pub(crate) fn disconnect(&mut self) {
         self.stream = None;

@@ -34,12 +34,13 @@ use channels::DataChannel;
 use crossbeam_channel::Sender;
 use releasing::Releasing;
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How long a source that is done waits for the destination to have heard so.
-const LINGER: Duration = Duration::from_secs(1);
+const LINGER: Duration = Duration::from_secs(2);
 
 /// What comes to the session thread.
 #[derive(Debug)]
@@ -87,6 +88,8 @@ pub(super) struct Driver {
     state: Option<Arc<Vec<StateSection>>>,
     /// The destination has said that the session is over for it.
     is_dismissed: bool,
+    /// The destination has hung up on a session that is over.
+    was_heard: bool,
     attachments: u64,
     /// How long nothing may come of each background channel.
     patience: BTreeMap<Channel, Patience>,
@@ -127,6 +130,7 @@ impl Driver {
             releasing: None,
             state: None,
             is_dismissed: false,
+            was_heard: false,
             attachments: 0,
             patience: BTreeMap::new(),
             refused: None,
@@ -138,39 +142,42 @@ impl Driver {
         if self.link.dials() {
             self.session.open();
         }
-        loop {
-            self.act();
-            let due = SessionLink::unless_waiting(self.session.next_tick(), &self.inbox);
-            if let Err(error) = self.link.wait(due) {
-                tracing::error!(%error, "the source's session thread cannot wait; it stops");
-                break;
-            }
-            while let Some(input) = self.inbox.next() {
-                if matches!(input, Input::Stop) {
-                    self.stop();
-                    return;
-                }
-                self.take(input);
-                self.act();
-            }
-            // What lies in the socket is read before anybody judges how long the peer has been
-            // silent: this thread may have been kept from its work.
-            let (looked, looked_at) = (self.link.now(), Instant::now());
-            self.receive();
-            if self.link.take_heard() {
-                // A long frame may take longer than the silence on a slow link.
-                self.session.heard(self.link.now());
-            }
-            self.give_up_stalled(looked_at);
-            self.session.tick(looked);
-            while let Some((channel, epoch)) = self.link.data.due() {
-                self.dial_data(channel, epoch);
-            }
-            if self.link.redial_is_due() && self.wants_link() {
-                self.session.open();
-            }
-        }
+        while self.round(None).is_continue() {}
         self.stop();
+    }
+
+    /// Waits for news, until `most` at most, and deals with all of it.
+    fn round(&mut self, most: Option<Duration>) -> ControlFlow<()> {
+        self.act();
+        let due = self.session.next_tick().into_iter().chain(most).min();
+        if let Err(error) = self.link.wait(SessionLink::unless_waiting(due, &self.inbox)) {
+            tracing::error!(%error, "the source's session thread cannot wait; it stops");
+            return ControlFlow::Break(());
+        }
+        while let Some(input) = self.inbox.next() {
+            if matches!(input, Input::Stop) {
+                return ControlFlow::Break(());
+            }
+            self.take(input);
+            self.act();
+        }
+        // What lies in the socket is read before anybody judges how long the peer has been
+        // silent: this thread may have been kept from its work.
+        let (looked, looked_at) = (self.link.now(), Instant::now());
+        self.receive();
+        if self.link.take_heard() {
+            // A long frame may take longer than the silence on a slow link.
+            self.session.heard(self.link.now());
+        }
+        self.give_up_stalled(looked_at);
+        self.session.tick(looked);
+        while let Some((channel, epoch)) = self.link.data.due() {
+            self.dial_data(channel, epoch);
+        }
+        if self.link.redial_is_due() && self.wants_link() {
+            self.session.open();
+        }
+        ControlFlow::Continue(())
     }
 
     /// Whether a connection is to be made. A bye may have been lost, and a destination that
@@ -180,9 +187,18 @@ impl Driver {
         !self.session.is_over() || (has_finished && !self.is_dismissed)
     }
 
+    /// Whether the destination may not know that it has everything.
+    fn owes_bye(&self) -> bool {
+        self.session.is_finished() && !self.was_heard && !self.is_dismissed
+    }
+
     fn stop(&mut self) {
-        if self.session.is_over() {
-            self.link.linger(LINGER);
+        // Who has not heard the bye comes back for it, and finds nobody if this side is quicker.
+        let end = self.link.now() + LINGER;
+        while self.owes_bye() && self.link.now() < end {
+            if self.round(Some(end)).is_break() {
+                break;
+            }
         }
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the source was shut down")));
     }
@@ -274,6 +290,7 @@ impl Driver {
             self.link.redial_refused();
             return;
         }
+        self.was_heard = false;
         let common = self.options.capabilities().common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
         let connected =
@@ -414,6 +431,8 @@ impl Driver {
                     if let Some(refusal) = &refusal {
                         tracing::warn!(%refusal, "the destination breaks the protocol");
                     }
+                    // After its bye the destination hangs up.
+                    self.was_heard |= self.session.is_finished();
                     self.hang_up(refusal);
                     self.session.disconnected();
                     self.act();

@@ -140,6 +140,13 @@ impl SourceSession {
         is_over_for_good || (self.told_finished && self.is_snapshot())
     }
 
+    /// Whether the session is over because the destination has everything.
+    #[must_use]
+    pub const fn is_finished(&self) -> bool {
+        matches!(self.record.ownership, SourceOwnership::Finished)
+            || (self.told_finished && self.is_snapshot())
+    }
+
     /// The layout in which pages are served and numbered: that of the destination which
     /// attached last, or this side's own. Its page count is the size of the [`Book`] that a
     /// [`SourceAction::ResetBook`] asks for.
