@@ -383,3 +383,30 @@ fn the_least_that_is_left_of_memory_counts() {
     let mixed = Memory::new(&[(Kind::Memfd, MIB), (Kind::Anonymous, MIB)]);
     assert_eq!(mixed.as_source().lifetime(), MemoryLifetime::Process);
 }
+
+/// The table of promises, and the files with the tests that it names.
+#[test]
+fn each_promise_names_tests_that_exist() {
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    let text = std::fs::read_to_string(root.join("docs/reliability.md")).expect("the table");
+    let rows: Vec<_> = text.lines().filter(|line| line.starts_with("| ")).collect();
+    for number in 1..=9 {
+        let start = format!("| {number} |");
+        let row = rows.iter().find(|row| row.starts_with(&start)).expect("nine promises");
+        let proof = row.rsplit('|').nth(1).expect("a last column");
+        // `name`, `name` in file, `name` in file
+        let mut names = Vec::new();
+        for part in proof.split(", ") {
+            let (name, file) = part.split_once(" in ").unwrap_or((part, ""));
+            names.push(name.trim().trim_matches('`').to_owned());
+            if file.is_empty() {
+                continue;
+            }
+            let code = std::fs::read_to_string(root.join(file.trim())).expect("a file of tests");
+            for name in names.drain(..) {
+                assert!(code.contains(&format!("#[test]\nfn {name}()")), "{name} in {file}");
+            }
+        }
+        assert_eq!(names, Vec::<String>::new(), "promise {number} names no file");
+    }
+}
