@@ -6,7 +6,7 @@ mod common;
 use afterimage::{Background, Checksums, DestinationEvent, SourceEvent};
 use afterimage_protocol::wire::Channel;
 use common::counters::Counters;
-use common::proxy::{Cut, Proxy};
+use common::proxy::{Cut, Proxy, Way};
 use common::{Kind, Listening, Pair, Random, Setup, Toucher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -79,16 +79,16 @@ impl Load {
 /// Damages a channel in each way, `page` and those after it being asked for meanwhile.
 fn damage(pair: &Pair, proxy: &Proxy, counters: &Arc<Counters>, wanted: Channel, page: &mut u64) {
     let is_wanted = |channel| channel == wanted;
-    for how in DAMAGES {
+    for (how, way) in DAMAGES.into_iter().flat_map(|how| [(how, Way::Forth), (how, Way::Back)]) {
         common::wait_until("the channel", || pair.dump(), || proxy.open(is_wanted) == 1);
         let seen = proxy.seen(is_wanted);
-        assert_eq!(proxy.cut(how, is_wanted), 1);
+        assert_eq!(proxy.damage(how, way, is_wanted), 1);
         let (counting, fresh) = (Arc::clone(counters), *page);
         *page += 1;
-        Toucher::start(move || counting.add_one(fresh))
-            .finish(&format!("a page, {wanted:?} {how:?}"), || pair.dump());
+        let what = format!("{wanted:?} {how:?} {way:?}");
+        Toucher::start(move || counting.add_one(fresh)).finish(&what, || pair.dump());
         let next = || proxy.is_settled() && proxy.seen(is_wanted) > seen;
-        common::wait_until(&format!("the end of {wanted:?}, {how:?}"), || pair.dump(), next);
+        common::wait_until(&format!("the end of {what}"), || pair.dump(), next);
     }
 }
 
@@ -122,6 +122,7 @@ fn damage_to_what_comes_in_background_is_found() {
         let (pair, proxy) = start(listening, Background::Unlimited);
         let counters = Counters::prepare(&pair.old, Arc::clone(&pair.new));
         let is_wanted = |channel| matches!(channel, Channel::Background(_));
+        let way = if listening == Listening::Source { Way::Back } else { Way::Forth };
         proxy.hold_at(1);
         pair.switch(&[]);
         let load = Load::start(&counters, pair.old.small_pages() / 4, &mut random);
@@ -130,7 +131,7 @@ fn damage_to_what_comes_in_background_is_found() {
             proxy.hold_at(goal);
             let is_time = || proxy.bytes() >= goal && proxy.open(is_wanted) == 2;
             common::wait_until("bytes, and both streams", || pair.dump(), is_time);
-            assert_eq!(proxy.cut(how, is_wanted), 2);
+            assert_eq!(proxy.damage(how, way, is_wanted), 2);
             let what = format!("the end of both streams, {how:?}");
             common::wait_until(&what, || pair.dump(), || trickles(&proxy, Proxy::is_settled));
         }

@@ -26,7 +26,7 @@ pub enum Cut {
     Vanish = 4,
     /// A bit is turned round, and all else goes on.
     Corrupt = 5,
-    /// Some bytes are left out, and all else goes on.
+    /// A byte is left out, and all else goes on.
     Omit = 6,
     /// Ends, for both, somewhere in what is being sent.
     Truncate = 7,
@@ -54,6 +54,8 @@ pub const GREETING_BYTES: u64 = 72;
 struct Link {
     channel: Channel,
     cut: AtomicU8,
+    /// Damaged this way.
+    damaged_way: Mutex<Option<Way>>,
     is_damaged: AtomicBool,
     is_over: AtomicBool,
     /// It is reset once so many bytes have passed this way.
@@ -143,6 +145,16 @@ impl Proxy {
         open.count()
     }
 
+    /// Does damage to what goes one way, once, on the connections whose channel is wanted;
+    /// returns how many there were. They are [settled](Self::is_settled) when a side has hung
+    /// up over it.
+    pub fn damage(&self, how: Cut, way: Way, is_wanted: impl Fn(Channel) -> bool) -> usize {
+        for link in self.shared.links.lock().expect("not poisoned").iter() {
+            *link.damaged_way.lock().expect("not poisoned") = Some(way);
+        }
+        self.cut(how, is_wanted)
+    }
+
     /// Whether every connection that was cut has come to its end.
     pub fn is_settled(&self) -> bool {
         let links = self.shared.links.lock().expect("not poisoned");
@@ -196,8 +208,11 @@ impl Drop for Proxy {
 
 impl Link {
     /// Does to a piece what is to be done to the connection once; how much of it is left.
-    fn damage(&self, piece: &mut [u8], length: usize) -> usize {
+    fn damage(&self, piece: &mut [u8], length: usize, way: Way) -> usize {
         let cut = self.cut.load(Ordering::Acquire);
+        if *self.damaged_way.lock().expect("not poisoned") != Some(way) {
+            return length;
+        }
         let damages = [Cut::Corrupt, Cut::Omit, Cut::Truncate].map(|cut| cut as u8);
         if !damages.contains(&cut) || self.is_damaged.swap(true, Ordering::AcqRel) {
             return length;
@@ -206,7 +221,8 @@ impl Link {
             piece[length / 2] ^= 0x10;
             return length;
         }
-        length / 2
+        // Less than any frame: nobody would miss a whole one.
+        if cut == Cut::Omit as u8 { length - 1 } else { length / 2 }
     }
 }
 
@@ -236,6 +252,7 @@ impl Shared {
         let link = Arc::new(Link {
             channel: hello.channel,
             cut: AtomicU8::new(0),
+            damaged_way: Mutex::new(None),
             is_damaged: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
             allowance,
@@ -313,7 +330,7 @@ impl Shared {
             // Greetings have no checksum.
             let is_greeted = way == Way::Forth || passed >= GREETING_BYTES;
             passed += got as u64;
-            let passing = if is_greeted { link.damage(&mut buffer, passing) } else { passing };
+            let passing = if is_greeted { link.damage(&mut buffer, passing, way) } else { passing };
             let mut rest = &buffer[..passing];
             while !rest.is_empty() {
                 match to.write(rest) {
