@@ -187,8 +187,9 @@ fn goes_on(victim: Victim, step: &str, has_file: bool, releases: bool) {
                 guest = Some(thread::spawn(move || works(&map)));
             }
             AttachmentEvent::Finished if has_died => break,
-            AttachmentEvent::NotHere(reason) => panic!("{step}: {reason}"),
-            AttachmentEvent::Failed(reason) => panic!("{step}: {reason}"),
+            AttachmentEvent::NotHere(reason) | AttachmentEvent::Failed(reason) => {
+                panic!("{step}: {reason}")
+            }
             // The victim dies of what it does last.
             _ => {}
         }
