@@ -4,7 +4,7 @@
 //! A VMM calls [`Attachment::attach`]; page-client receives with [`receive`]. The protocol is
 //! described byte by byte in docs/page-client.md.
 //!
-//! Invariant: the guest runs only after [`Word::Run`], which page-client says only once it is
+//! Invariant: the guest runs only after `Word::Run`, which page-client says only once it is
 //! on record. page-client may die at any moment; the VMM connects to its successor, and what
 //! either has said may be said again.
 
