@@ -8,6 +8,7 @@
 //! | to do | use |
 //! | --- | --- |
 //! | describe memory at the source | [`SourceRegion`], [`SourceMemory`] |
+//! | see what the death of its process would leave of it | [`MemoryLifetime`] |
 //! | serve it in a migration | [`Source`], [`SourceOptions`], [`SourceEvent`] |
 //! | limit what nobody has asked for | [`Background`] |
 //! | free at the source what has arrived | [`Release`], [`ReleaseLedger`] |
@@ -134,10 +135,10 @@ pub use events::{Events, NoEvent};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
 pub use reconnect::Reconnect;
 pub use source::{
-    Background, CallError, Checksums, Endpoint, Incarnation, Release, ReleaseError, ReleaseLedger,
-    SessionId, SnapshotServer, SnapshotStats, Source, SourceEvent, SourceLedger, SourceMemory,
-    SourceMemoryError, SourceOptions, SourceOwnership, SourcePages, SourceRecord, SourceRegion,
-    StartError, StateSection,
+    Background, CallError, Checksums, Endpoint, Incarnation, MemoryLifetime, Release, ReleaseError,
+    ReleaseLedger, SessionId, SnapshotServer, SnapshotStats, Source, SourceEvent, SourceLedger,
+    SourceMemory, SourceMemoryError, SourceOptions, SourceOwnership, SourcePages, SourceRecord,
+    SourceRegion, StartError, StateSection,
 };
 pub use state_file::{
     DestinationStateFile, LayoutDigest, SourceStateFile, StateFile, StateFileError, StateRecord,

@@ -2,5 +2,6 @@
 
 mod command;
 mod deaths;
+mod network;
 mod steps;
 mod support;

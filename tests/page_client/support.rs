@@ -91,6 +91,13 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
+    /// Whether a signal has stopped it.
+    pub(crate) fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        // The name of the command may have spaces in it.
+        stat.rsplit(')').next().unwrap().starts_with(" T")
+    }
+
     /// Waits for its end: exit status and what it printed.
     pub(crate) fn end(mut self) -> (i32, String, Vec<String>) {
         let mut text = String::new();

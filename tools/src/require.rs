@@ -9,6 +9,7 @@ use std::fmt::Display;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::ram::HugePages;
 
@@ -58,7 +59,10 @@ pub fn userfaultfd() -> bool {
 /// If they cannot and `AFTERIMAGE_REQUIRE` names `netns`.
 #[must_use]
 pub fn network_namespaces() -> bool {
-    let name = format!("require-{}", std::process::id());
+    // Several tests of a process may ask at once.
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let asked = ASKED.fetch_add(1, Ordering::Relaxed);
+    let name = format!("require-{}-{asked}", std::process::id());
     let ip = |verb: &str| {
         let output = Command::new("ip").args(["netns", verb, &name]).output();
         let output = output.map_err(|error| format!("ip: {error}"))?;

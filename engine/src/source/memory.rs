@@ -31,6 +31,22 @@ struct FileRegion {
     offset: u64,
     /// Its pages are huge, and so large.
     huge: Option<u64>,
+    lifetime: MemoryLifetime,
+}
+
+/// What is left of a guest's memory when the process that serves it dies, as far as can be seen
+/// from here. The least comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum MemoryLifetime {
+    /// Some of it is private to this process and goes with it: a guest that the destination
+    /// has not got all of is lost, wherever it runs.
+    Process,
+    /// Some of it is in files without a name, such as memfds: it lasts as long as any process
+    /// has a descriptor of them, for instance afterimage-keeper.
+    Descriptors,
+    /// It is in files that have names, and lasts as long as these.
+    Files,
 }
 
 /// Why a file cannot be a source's memory.
@@ -75,7 +91,8 @@ pub enum SourceMemoryError {
 
 impl SourceRegion {
     /// Private anonymous memory that the VMM has mapped in this process. Memory that has a
-    /// file is served from its file: [`file`](Self::file).
+    /// file is served from its file: [`file`](Self::file). If this process dies while the
+    /// destination lacks pages, the guest is lost ([`MemoryLifetime::Process`]).
     ///
     /// # Safety
     /// `start` must be a mapping of `length` readable bytes that stays in place as long as the
@@ -104,14 +121,19 @@ impl SourceRegion {
     ) -> Result<Self, SourceMemoryError> {
         let wrap = |operation| move |source| SourceMemoryError::Io { operation, source };
         let file = File::from(file);
-        let size = file.metadata().map_err(wrap("read the size of the memory file"))?.len();
+        let found = file.metadata().map_err(wrap("read the size of the memory file"))?;
+        let size = found.len();
         if offset.checked_add(length).is_none_or(|end| end > size) {
             return Err(SourceMemoryError::TooShort { guest_address, size, offset, length });
         }
         let region = Region::new(guest_address, length, PageSize::KIB_4, Backing::Shared);
         let huge = mapping::huge_page_bytes(&file)
             .map_err(wrap("see on which file system the memory file is"))?;
-        Ok(Self { region, file: Some(FileRegion { file, offset, huge }) })
+        let lifetime = match found.nlink() {
+            0 => MemoryLifetime::Descriptors,
+            _ => MemoryLifetime::Files,
+        };
+        Ok(Self { region, file: Some(FileRegion { file, offset, huge, lifetime }) })
     }
 }
 
@@ -169,6 +191,26 @@ impl SourceMemory {
     #[must_use]
     pub const fn layout(&self) -> &GuestLayout {
         &self.layout
+    }
+
+    /// What is left of the guest's memory when this process dies: that of the region of which
+    /// the least is left. Whether a file has a name was looked at when its region was described.
+    #[must_use]
+    pub fn lifetime(&self) -> MemoryLifetime {
+        let each = self.files.iter().map(|file| match file {
+            None => MemoryLifetime::Process,
+            Some(file) => file.lifetime,
+        });
+        each.min().unwrap_or(MemoryLifetime::Files)
+    }
+
+    pub(super) fn warn_if_it_goes_with_the_process(&self) {
+        if self.lifetime() == MemoryLifetime::Process {
+            tracing::warn!(
+                "guest memory is private to this process: if it dies before the destination has \
+                 every page, the guest is lost; serve memfds that a keeper holds to survive that"
+            );
+        }
     }
 
     /// Whether pages of all regions can be freed, each by itself.

@@ -11,7 +11,7 @@ mod request;
 mod serving;
 mod snapshot;
 
-pub use memory::{SourceMemory, SourceMemoryError, SourceRegion};
+pub use memory::{MemoryLifetime, SourceMemory, SourceMemoryError, SourceRegion};
 pub use pacing::Background;
 pub use release::{Release, ReleaseError, ReleaseLedger};
 pub use snapshot::{SnapshotServer, SnapshotStats};
@@ -387,6 +387,9 @@ impl Source {
     /// [`switch_over`](Self::switch_over), but connections are made and checked, so that the
     /// switch itself is short.
     ///
+    /// If memory goes with this process ([`MemoryLifetime::Process`]), a warning by `tracing`
+    /// says what that costs.
+    ///
     /// # Errors
     /// [`StartError`].
     pub fn start(
@@ -395,6 +398,7 @@ impl Source {
         options: SourceOptions,
     ) -> Result<(Self, Events<SourceEvent>), StartError> {
         options.check(&memory)?;
+        memory.warn_if_it_goes_with_the_process();
         let poll = Poll::new()?;
         let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
         let line = endpoint.line(

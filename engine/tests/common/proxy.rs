@@ -24,6 +24,14 @@ pub enum Cut {
     BlackHole = 3,
     /// What is sent vanishes for good, and nobody is told.
     Vanish = 4,
+    /// A bit is turned round, and all else goes on.
+    Corrupt = 5,
+    /// A byte is left out, and all else goes on.
+    Omit = 6,
+    /// Ends, for both, somewhere in what is being sent.
+    Truncate = 7,
+    /// Nothing goes on until [`Proxy::resume`]; then all of it does.
+    Stall = 8,
 }
 
 /// Which way bytes go.
@@ -46,6 +54,9 @@ pub const GREETING_BYTES: u64 = 72;
 struct Link {
     channel: Channel,
     cut: AtomicU8,
+    /// Damaged this way.
+    damaged_way: Mutex<Option<Way>>,
+    is_damaged: AtomicBool,
     is_over: AtomicBool,
     /// It is reset once so many bytes have passed this way.
     allowance: Option<(Way, u64)>,
@@ -134,11 +145,30 @@ impl Proxy {
         open.count()
     }
 
+    /// Does damage to what goes one way, once, on the connections whose channel is wanted;
+    /// returns how many there were. They are [settled](Self::is_settled) when a side has hung
+    /// up over it.
+    pub fn damage(&self, how: Cut, way: Way, is_wanted: impl Fn(Channel) -> bool) -> usize {
+        for link in self.shared.links.lock().expect("not poisoned").iter() {
+            *link.damaged_way.lock().expect("not poisoned") = Some(way);
+        }
+        self.cut(how, is_wanted)
+    }
+
     /// Whether every connection that was cut has come to its end.
     pub fn is_settled(&self) -> bool {
         let links = self.shared.links.lock().expect("not poisoned");
         let mut cut = links.iter().filter(|link| link.cut.load(Ordering::Acquire) != 0);
         cut.all(|link| link.is_over.load(Ordering::Acquire))
+    }
+
+    /// What was [stalled](Cut::Stall) goes on.
+    pub fn resume(&self) {
+        for link in self.shared.links.lock().expect("not poisoned").iter() {
+            let (stalled, well) = (Cut::Stall as u8, 0);
+            // Others are left as they are.
+            let _ = link.cut.compare_exchange(stalled, well, Ordering::AcqRel, Ordering::Relaxed);
+        }
     }
 
     /// The next control connection is reset once so many bytes have passed one way.
@@ -176,6 +206,26 @@ impl Drop for Proxy {
     }
 }
 
+impl Link {
+    /// Does to a piece what is to be done to the connection once; how much of it is left.
+    fn damage(&self, piece: &mut [u8], length: usize, way: Way) -> usize {
+        let cut = self.cut.load(Ordering::Acquire);
+        if *self.damaged_way.lock().expect("not poisoned") != Some(way) {
+            return length;
+        }
+        let damages = [Cut::Corrupt, Cut::Omit, Cut::Truncate].map(|cut| cut as u8);
+        if !damages.contains(&cut) || self.is_damaged.swap(true, Ordering::AcqRel) {
+            return length;
+        }
+        if cut == Cut::Corrupt as u8 {
+            piece[length / 2] ^= 0x10;
+            return length;
+        }
+        // Less than any frame: nobody would miss a whole one.
+        if cut == Cut::Omit as u8 { length - 1 } else { length / 2 }
+    }
+}
+
 impl Shared {
     fn carry(self: &Arc<Self>, mut client: TcpStream) -> std::io::Result<()> {
         let mut prefix = [0; GREETING_PREFIX];
@@ -202,6 +252,8 @@ impl Shared {
         let link = Arc::new(Link {
             channel: hello.channel,
             cut: AtomicU8::new(0),
+            damaged_way: Mutex::new(None),
+            is_damaged: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
             allowance,
         });
@@ -227,7 +279,7 @@ impl Shared {
 
     fn pump(&self, link: &Link, mut from: TcpStream, mut to: TcpStream, way: Way) {
         let mut buffer = vec![0; 64 << 10];
-        let mut grace = 20;
+        let (mut grace, mut passed) = (20, 0);
         let greeted = if way == Way::Forth { GREETING_BYTES } else { 0 };
         let mut left = link.allowance.filter(|(at, _)| *at == way).map(|(_, all)| all - greeted);
         loop {
@@ -241,8 +293,12 @@ impl Shared {
                     grace -= 1;
                 }
                 cut if cut == Cut::BlackHole as u8 => grace -= 1,
-                cut if cut == Cut::Vanish as u8 => {}
-                _ => return,
+                cut if cut == Cut::Stall as u8 && !self.stop.load(Ordering::Acquire) => {
+                    thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                cut if cut == Cut::Reset as u8 || cut == Cut::Stall as u8 => return,
+                _ => {}
             }
             if grace == 0 || link.is_over.load(Ordering::Acquire) {
                 return;
@@ -271,6 +327,10 @@ impl Shared {
             }
             let passing = left.map_or(got, |left| got.min(left as usize));
             left = left.map(|left| left - passing as u64);
+            // Greetings have no checksum.
+            let is_greeted = way == Way::Forth || passed >= GREETING_BYTES;
+            passed += got as u64;
+            let passing = if is_greeted { link.damage(&mut buffer, passing, way) } else { passing };
             let mut rest = &buffer[..passing];
             while !rest.is_empty() {
                 match to.write(rest) {
@@ -288,6 +348,13 @@ impl Shared {
                         return;
                     }
                 }
+            }
+            if link.cut.load(Ordering::Acquire) == Cut::Truncate as u8
+                && link.is_damaged.load(Ordering::Acquire)
+            {
+                link.is_over.store(true, Ordering::Release);
+                let _ = (to.shutdown(Shutdown::Both), from.shutdown(Shutdown::Both));
+                return;
             }
             if left == Some(0) {
                 self.resets.fetch_add(1, Ordering::AcqRel);

@@ -1,13 +1,15 @@
 //! Destinations that are declared dead.
 
 use std::fs::{self, File};
+use std::thread;
+use std::time::Instant;
 
-use afterimage::DestinationEvent;
+use afterimage::{Address, DestinationEvent};
 use afterimage_tools::keeper::{Keeper, KeptGuest};
 use nix::sys::signal::Signal;
 
 use super::scene::{LENGTH, PAGES, Scene, state};
-use crate::support::{Server, Target, pattern, read};
+use crate::support::{LIMIT, Server, Target, pattern, read};
 
 fn fence(scene: &Scene, more: &[&str]) -> (i32, serde_json::Value, Vec<String>) {
     let state = scene.text("state");
@@ -92,4 +94,31 @@ fn a_guest_that_is_elsewhere_for_good_is_not_fenced() {
     let (status, report, _) = fence(&scene, &[]);
     let error = report["error"].as_str().unwrap();
     assert!(status == 1 && error.contains("the destination has everything"), "{error}");
+}
+
+#[test]
+fn a_guest_of_which_pages_were_freed_is_not_fenced() {
+    let mut scene = Scene::new();
+    // Where files can have holes.
+    scene.directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    scene.address = Address::Unix(scene.path("pages.sock"));
+    fs::write(scene.path("ram"), pattern(PAGES, 93)).unwrap();
+    let mut server =
+        scene.serve(&["--memory", &scene.text("ram"), "--bandwidth", "4M", "--release"]);
+    let line = server.line("the guest is lost");
+    assert!(line.contains("if the destination dies after it ran the guest"), "{line}");
+    let target = running(&scene, &mut server);
+    let begun = Instant::now();
+    while !fs::read_to_string(scene.path("state")).unwrap().contains("pages=released") {
+        assert!(begun.elapsed() < LIMIT, "nothing was freed");
+        thread::yield_now();
+    }
+    drop(target);
+    drop(server);
+    let before = fs::read_to_string(scene.path("state")).unwrap();
+    let (status, report, _) = fence(&scene, &[]);
+    let error = report["error"].as_str().unwrap();
+    assert!(status == 1 && error.contains("(--release)"), "{error}");
+    assert!(error.contains("exists only at the destination"), "{error}");
+    assert_eq!(fs::read_to_string(scene.path("state")).unwrap(), before);
 }
