@@ -6,7 +6,6 @@
 use super::Driver;
 use crate::patience::Patience;
 use afterimage_protocol::wire::{Channel, ControlFrame, Generation, Stamp};
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 impl Driver {
@@ -14,10 +13,6 @@ impl Driver {
     /// been acknowledged for too long when the control channel was read, which was after
     /// `looked`.
     pub(super) fn give_up_stalled(&mut self, looked: Instant) {
-        // Pages that cannot be read are under way for ever: nobody acknowledges them.
-        if self.shared.counters.unreadable.load(Ordering::Relaxed) > 0 {
-            return;
-        }
         let silence = self.options.silence;
         for (channel, data) in &mut self.data {
             if !matches!(channel, Channel::Background(_)) || data.is_given_up {
