@@ -28,7 +28,8 @@ use afterimage_protocol::session::{
     SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode, Stamp,
+    Capabilities, Channel, ControlFrame, Epoch, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode,
+    Stamp,
 };
 use channels::DataChannel;
 use crossbeam_channel::Sender;
@@ -50,6 +51,8 @@ pub(crate) enum Input {
     Dialed(Dialed),
     /// A data channel is at its end.
     DataEnded { channel: Channel, stamp: Stamp },
+    /// The thread that frees pages is at its end.
+    ReleaseEnded(Epoch),
     /// The VMM calls.
     Call(Call, Sender<Result<(), CallError>>),
     /// The end.
@@ -84,6 +87,10 @@ pub(super) struct Driver {
     /// Replaced channels whose threads have not ended.
     retired: Vec<(Channel, DataChannel)>,
     releasing: Option<Releasing>,
+    /// Of an earlier connection: its thread has not ended.
+    retired_releasing: Option<Releasing>,
+    /// The session lets pages be freed, as long as this connection lasts.
+    may_release: bool,
     state: Option<Arc<Vec<StateSection>>>,
     /// The destination has said that the session is over for it.
     is_dismissed: bool,
@@ -125,6 +132,8 @@ impl Driver {
             data: BTreeMap::new(),
             retired: Vec::new(),
             releasing: None,
+            retired_releasing: None,
+            may_release: false,
             state: None,
             is_dismissed: false,
             attachments: 0,
@@ -180,6 +189,7 @@ impl Driver {
             self.link.linger(LINGER);
         }
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the source was shut down")));
+        self.leave_releasing();
     }
 
     fn take(&mut self, input: Input) {
@@ -195,6 +205,7 @@ impl Driver {
             Input::Dialed(dialed) if !self.link.wants(&dialed) => {}
             Input::Dialed(Dialed { hello, outcome, .. }) => self.dialed(hello, outcome),
             Input::DataEnded { channel, stamp } => self.data_ended(channel, stamp),
+            Input::ReleaseEnded(epoch) => self.release_ended(epoch),
             Input::Call(call, reply) => {
                 let result = self.call(call);
                 // The caller may have given up.

@@ -194,6 +194,7 @@ impl Driver {
         self.slots.close();
         if let Some(serving) = self.serving.take() {
             serving.close();
+            serving.wait_for_freeing();
         }
         self.stop_releasing();
         // Their sockets are shut down and they are told to close: they do not wait. What
