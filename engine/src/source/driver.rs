@@ -1,6 +1,7 @@
 //! The source's session thread: carries out what the session says; its data channels are in
 //! `channels`.
 
+mod arriving;
 mod by_hand;
 mod channels;
 mod releasing;
@@ -15,12 +16,12 @@ use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Ledger;
 use crate::patience::Patience;
-use crate::reconnect::{Reconnect, is_paused_here};
+use crate::reconnect::is_paused_here;
 use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
 use crate::steps;
 use crate::sys::words::LazyWords;
-use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
+use crate::transport::{Accepted, ConnectError, Dialed, Stream, refuse};
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
@@ -34,7 +35,7 @@ use afterimage_protocol::wire::{
 use channels::DataChannel;
 use crossbeam_channel::Sender;
 use releasing::Releasing;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -74,6 +75,8 @@ pub(super) struct Driver {
     link: SessionLink,
     inbox: Inbox<Input>,
     outlet: Outlet<Input>,
+    /// What was looked through and is still to be taken, before the inbox.
+    backlog: VecDeque<Input>,
     memory: Arc<SourceMemory>,
     options: SourceOptions,
     ledger: Ledger<SourceRecord>,
@@ -122,6 +125,7 @@ impl Driver {
             link,
             inbox,
             outlet,
+            backlog: VecDeque::new(),
             memory,
             options,
             shared,
@@ -153,7 +157,7 @@ impl Driver {
                 tracing::error!(%error, "the source's session thread cannot wait; it stops");
                 break;
             }
-            while let Some(input) = self.inbox.next() {
+            while let Some(input) = self.next_input() {
                 if matches!(input, Input::Stop) {
                     self.stop();
                     return;
@@ -229,23 +233,6 @@ impl Driver {
             Call::Fence => Ok(self.session.fence()?),
             Call::Pause => self.pause(),
             Call::Recover(endpoint) => self.recover(endpoint),
-        }
-    }
-
-    fn accept_control(&mut self, accepted: Accepted) {
-        match self.session.admits(&accepted.hello) {
-            Err(refusal) => refuse(&accepted.stream, refusal),
-            // The destination has noticed first that the link is lost.
-            Ok(()) if self.options.reconnect == Reconnect::ByHand && self.serving.is_some() => {
-                self.session.disconnected();
-                self.act();
-                refuse(&accepted.stream, is_paused_here());
-            }
-            Ok(()) => {
-                self.arriving = Some(accepted);
-                self.session.open();
-                self.act();
-            }
         }
     }
 
@@ -338,20 +325,6 @@ impl Driver {
             self.arriving = None;
         }
         self.session.persisted(record, result);
-    }
-
-    fn greet(&mut self, hello: Hello) {
-        match self.arriving.take() {
-            None => self.link.dial(hello),
-            Some(Accepted { stream, hello: theirs }) => match answer_with(&stream, hello) {
-                Ok(()) => self.greeted(stream, &theirs),
-                Err(error) => {
-                    tracing::info!(%error, "a destination went away while it was greeted");
-                    self.shared.set_away(true);
-                    self.session.disconnected();
-                }
-            },
-        }
     }
 
     fn send_state(&mut self) {
