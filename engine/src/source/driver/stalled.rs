@@ -174,8 +174,8 @@ mod tests {
         movement.last(since, since + 2 * SECOND, LIMITS, || Some(1007));
         let later = since + 3 * SECOND;
         assert_eq!(movement.last(later, later, LIMITS, || Some(1100)), later);
-        let end = later + 2 * SECOND;
-        assert_eq!(movement.last(later, end - SECOND, LIMITS, || Some(1200)), end - SECOND);
+        let (first, end) = (later + SECOND, later + 2 * SECOND);
+        assert_eq!(movement.last(later, first, LIMITS, || Some(1200)), first);
         assert_eq!(movement.last(later, end, LIMITS, || Some(2200)), end, "counted anew");
         assert_eq!(movement.last(later, end + SECOND, LIMITS, || None), later);
     }
