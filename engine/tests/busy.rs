@@ -11,7 +11,7 @@ use common::children::{Role, argument, say};
 use common::{EventLog, Kind, Listening, Memory, Pair, Setup, Toucher};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -93,6 +93,35 @@ fn a_disk_slower_than_the_silence_disconnects_nobody() {
         assert_eq!(pair.check_counts().recoveries, 0);
         pair.check_content();
     }
+}
+
+/// A destination waits five seconds for its greeting.
+#[test]
+fn a_disk_slower_than_the_greeting_keeps_nobody_out() {
+    prologue!("a_disk_slower_than_the_greeting");
+    const SLOWNESS: Duration = Duration::from_secs(7);
+    let records = Arc::new(AtomicU32::new(0));
+    let written = Arc::clone(&records);
+    let pair = Pair::start_with(
+        &Setup::default(),
+        |source, _| {
+            source.ledger = SourceLedger::new(move |record| {
+                if record.ownership == SourceOwnership::Owner {
+                    written.fetch_add(1, Ordering::AcqRel);
+                    // The disk.
+                    std::thread::sleep(SLOWNESS);
+                }
+                Ok(())
+            });
+        },
+        |address| address,
+    );
+    let pair = pair.expect("no huge pages");
+    pair.switch(&[]);
+    pair.finish();
+    pair.check_content();
+    let records = records.load(Ordering::Acquire);
+    assert!(records <= 2, "{records} epochs were recorded for one greeting");
 }
 
 #[test]

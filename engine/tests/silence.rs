@@ -3,13 +3,16 @@
 
 mod common;
 
-use afterimage::{Background, DestinationEvent, SourceEvent};
-use afterimage_protocol::wire::Channel;
+use afterimage::{Background, DestinationEvent, Endpoint, Incarnation, Source, SourceEvent};
+use afterimage_protocol::wire::{Channel, ControlFrame, Generation};
 use common::counters::Counters;
+use common::peer::HandDestination;
 use common::proxy::{Cut, Proxy};
-use common::{Kind, Listening, Pair, Random, Setup};
+use common::{Content, Kind, Listening, Memory, Pair, Random, Setup};
+use std::io::Write;
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
@@ -140,4 +143,53 @@ fn a_stream_that_is_only_slow_or_idle_is_not_replaced() {
     pair.finish();
     assert_undisturbed(&pair);
     pair.check_content();
+}
+
+/// Says every now and then that the destination is there, until it is told to stop.
+fn beat(hand: &HandDestination, stop: Arc<AtomicBool>) -> std::thread::JoinHandle<()> {
+    let mut socket = hand.control.socket.try_clone().expect("a socket");
+    let frame = ControlFrame::Heartbeat { token: 1 }.encode(hand.hello.stamp, false);
+    std::thread::spawn(move || {
+        while !stop.load(Ordering::Acquire) && socket.write_all(&frame).is_ok() {
+            std::thread::park_timeout(SILENCE / 10);
+        }
+    })
+}
+
+#[test]
+fn a_stream_whose_next_piece_takes_longer_than_any_patience_is_left_alone_while_bytes_move() {
+    let _watchdog = common::Watchdog::start("a_stream_whose_next_piece_takes_longer");
+    let silence = 2 * SILENCE;
+    let old = Memory::new(&[(Kind::Anonymous, 64 * MIB)]);
+    old.fill(5, Content::Dense);
+    let mut options = common::session::source_options(&Setup::default());
+    options.silence = silence;
+    let listener = common::session::listen();
+    let address = listener.address().clone();
+    let (source, _events) =
+        Source::start(old.as_source(), Endpoint::Listen(listener), options).expect("a source");
+    let mut hand = HandDestination::attach(&address, Incarnation([3; 16]));
+    let stop = Arc::new(AtomicBool::new(false));
+    let beats = beat(&hand, Arc::clone(&stop));
+    let (_requests, _) = hand.open(Channel::Request(0), 1);
+    let (mut stream, _) = hand.open(Channel::Background(0), 1);
+    source.switch_over(Vec::new()).expect("may switch over");
+    let end = hand.control.hear_control().said("device state");
+    assert_eq!(end, ControlFrame::StateEnd { sections: 0 });
+    // Nothing is acknowledged, and a little is read.
+    let dump = || format!("{:?}", source.stats());
+    let since = Instant::now();
+    while since.elapsed() < 4 * silence {
+        stream.receive(128 << 10).said("a stream that is only slow");
+        let read = Instant::now();
+        common::wait_until("a while", dump, || read.elapsed() >= silence / 20);
+    }
+    // Nothing is read.
+    let stopped = Instant::now();
+    let said = hand.control.hear_control().said("the stream to be given up");
+    let channel = Channel::Background(0);
+    assert_eq!(said, ControlFrame::Renew { channel, generation: Generation(1) });
+    assert!(stopped.elapsed() >= silence / 4, "it was given up while bytes moved");
+    stop.store(true, Ordering::Release);
+    beats.join().expect("no panic");
 }

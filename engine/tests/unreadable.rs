@@ -6,10 +6,13 @@ use afterimage::{
     Destination, DestinationEvent, DiscardNotice, Endpoint, GuestAddress, Source, SourceEvent,
     SourceMemory, SourceRegion, UnreadablePages,
 };
+use afterimage_protocol::wire::Channel;
+use common::proxy::{Cut, Proxy};
 use common::{EventLog, Kind, Memory, Setup};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 const PAGES: u64 = 256;
@@ -71,4 +74,59 @@ fn who_has_declared_to_handle_it_gets_an_error_instead_of_a_wait() {
     prologue!("who_has_declared_to_handle_it");
     fails_where_the_file_was_cut(Kind::Anonymous);
     fails_where_the_file_was_cut(Kind::Memfd);
+}
+
+/// A file full of sevens, as a region; all but its first bytes are cut off.
+fn sevens(at: u64, length: u64, left: u64) -> SourceRegion {
+    let file = tempfile::tempfile().expect("a file");
+    file.write_all_at(&vec![7; length as usize], 0).expect("written");
+    let same = file.try_clone().expect("a descriptor").into();
+    let region = SourceRegion::file(GuestAddress(at), same, 0, length).expect("a region");
+    file.set_len(left).expect("cut");
+    region
+}
+
+#[test]
+fn a_silent_stream_is_replaced_where_pages_cannot_be_read() {
+    prologue!("a_silent_stream_is_replaced_where_pages_cannot_be_read");
+    const SMALL: u64 = 64 << 10;
+    let large = 24 * MIB;
+    let regions = vec![sevens(0, SMALL, SMALL / 2), sevens(1 << 32, large, large)];
+    let memory = Arc::new(SourceMemory::new(regions).expect("a layout"));
+    let listener = common::session::listen();
+    let proxy = Proxy::start(listener.address());
+    let setup = Setup::default();
+    let mut options = common::session::source_options(&setup);
+    options.silence = Duration::from_secs(1);
+    let (source, at_source) =
+        Source::start(memory, Endpoint::Listen(listener), options).expect("a source");
+    proxy.hold_at(1);
+    source.switch_over(Vec::new()).expect("may switch over");
+    let new = Memory::new(&[(Kind::Anonymous, SMALL), (Kind::Anonymous, large)]);
+    let registered = new.register(DiscardNotice::Called).expect("registered");
+    let options = common::session::destination_options(&setup);
+    let (destination, events) =
+        Destination::start(registered, Endpoint::Connect(proxy.address()), options)
+            .expect("started");
+    let (events, at_source) = (EventLog::new(events), EventLog::new(at_source));
+    let dump = || format!("{:?} {:?}", source.stats(), destination.stats());
+    events.wait("state", dump, |event| matches!(event, DestinationEvent::State(_)));
+    destination.ready().expect("may be ready");
+    proxy.hold_at(4 * MIB);
+    let is_wanted = |channel| channel == Channel::Background(0);
+    common::wait_until("bytes", dump, || proxy.bytes() >= 4 * MIB);
+    assert_eq!(source.stats().pages_unreadable, 8, "they were first");
+    let seen = proxy.seen(is_wanted);
+    assert_eq!(proxy.cut(Cut::Vanish, is_wanted), 1);
+    proxy.hold_at(6 * MIB);
+    common::wait_until("the next one", dump, || proxy.seen(is_wanted) > seen);
+    proxy.hold_at(u64::MAX);
+    let readable = (SMALL / 2 + large) / 4096;
+    common::wait_until("the rest", dump, || destination.stats().pages_complete == readable);
+    for page in (0..SMALL / 2 / 4096).chain(SMALL / 4096..(SMALL + large) / 4096) {
+        let found = new.word(page, 9).load(std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(found, u64::from_ne_bytes([7; 8]), "page {page}");
+    }
+    assert_eq!(destination.stats().recoveries, 0);
+    assert!(!at_source.rest().contains(&SourceEvent::Disconnected));
 }

@@ -233,6 +233,7 @@ impl<'s> Streamer<'s> {
                 let lost = if brought.is_cut { run.pages.count - done } else { 1 };
                 let lost = pages(done, lost);
                 tracing::error!(pages = %lost, "the source's memory cannot be read here");
+                self.underway.unreadable(lost);
                 self.push(DataFrame::Unreadable(lost), None);
                 done += lost.count;
             }

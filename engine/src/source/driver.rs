@@ -1,6 +1,7 @@
 //! The source's session thread: carries out what the session says; its data channels are in
 //! `channels`.
 
+mod arriving;
 mod by_hand;
 mod channels;
 mod releasing;
@@ -15,12 +16,12 @@ use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Ledger;
 use crate::patience::Patience;
-use crate::reconnect::{Reconnect, is_paused_here};
+use crate::reconnect::is_paused_here;
 use crate::session_link::{Beat, SessionLink};
 use crate::slots::Slots;
 use crate::steps;
 use crate::sys::words::LazyWords;
-use crate::transport::{Accepted, ConnectError, Dialed, Stream, answer_with, refuse};
+use crate::transport::{Accepted, ConnectError, Dialed, Stream, refuse};
 use afterimage_protocol::bitmap::words_for;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
@@ -28,12 +29,13 @@ use afterimage_protocol::session::{
     SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode, Stamp,
+    Capabilities, Channel, ControlFrame, Epoch, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode,
+    Stamp,
 };
 use channels::DataChannel;
 use crossbeam_channel::Sender;
 use releasing::Releasing;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -51,6 +53,8 @@ pub(crate) enum Input {
     Dialed(Dialed),
     /// A data channel is at its end.
     DataEnded { channel: Channel, stamp: Stamp },
+    /// The thread that frees pages is at its end.
+    ReleaseEnded(Epoch),
     /// The VMM calls.
     Call(Call, Sender<Result<(), CallError>>),
     /// The end.
@@ -72,6 +76,8 @@ pub(super) struct Driver {
     link: SessionLink,
     inbox: Inbox<Input>,
     outlet: Outlet<Input>,
+    /// What was looked through and is still to be taken, before the inbox.
+    backlog: VecDeque<Input>,
     memory: Arc<SourceMemory>,
     options: SourceOptions,
     ledger: Ledger<SourceRecord>,
@@ -85,6 +91,10 @@ pub(super) struct Driver {
     /// Replaced channels whose threads have not ended.
     retired: Vec<(Channel, DataChannel)>,
     releasing: Option<Releasing>,
+    /// Of an earlier connection: its thread has not ended.
+    retired_releasing: Option<Releasing>,
+    /// The session lets pages be freed, as long as this connection lasts.
+    may_release: bool,
     state: Option<Arc<Vec<StateSection>>>,
     /// The destination has said that the session is over for it.
     is_dismissed: bool,
@@ -118,6 +128,7 @@ impl Driver {
             link,
             inbox,
             outlet,
+            backlog: VecDeque::new(),
             memory,
             options,
             shared,
@@ -128,6 +139,8 @@ impl Driver {
             data: BTreeMap::new(),
             retired: Vec::new(),
             releasing: None,
+            retired_releasing: None,
+            may_release: false,
             state: None,
             is_dismissed: false,
             was_heard: false,
@@ -149,12 +162,13 @@ impl Driver {
     /// Waits for news, until `most` at most, and deals with all of it.
     fn round(&mut self, most: Option<Duration>) -> ControlFlow<()> {
         self.act();
-        let due = self.session.next_tick().into_iter().chain(most).min();
+        let now = (!self.backlog.is_empty()).then_some(Duration::ZERO);
+        let due = self.session.next_tick().into_iter().chain(most).chain(now).min();
         if let Err(error) = self.link.wait(SessionLink::unless_waiting(due, &self.inbox)) {
             tracing::error!(%error, "the source's session thread cannot wait; it stops");
             return ControlFlow::Break(());
         }
-        while let Some(input) = self.inbox.next() {
+        while let Some(input) = self.next_input() {
             if matches!(input, Input::Stop) {
                 return ControlFlow::Break(());
             }
@@ -201,6 +215,7 @@ impl Driver {
             }
         }
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the source was shut down")));
+        self.leave_releasing();
     }
 
     fn take(&mut self, input: Input) {
@@ -216,6 +231,7 @@ impl Driver {
             Input::Dialed(dialed) if !self.link.wants(&dialed) => {}
             Input::Dialed(Dialed { hello, outcome, .. }) => self.dialed(hello, outcome),
             Input::DataEnded { channel, stamp } => self.data_ended(channel, stamp),
+            Input::ReleaseEnded(epoch) => self.release_ended(epoch),
             Input::Call(call, reply) => {
                 let result = self.call(call);
                 // The caller may have given up.
@@ -239,23 +255,6 @@ impl Driver {
             Call::Fence => Ok(self.session.fence()?),
             Call::Pause => self.pause(),
             Call::Recover(endpoint) => self.recover(endpoint),
-        }
-    }
-
-    fn accept_control(&mut self, accepted: Accepted) {
-        match self.session.admits(&accepted.hello) {
-            Err(refusal) => refuse(&accepted.stream, refusal),
-            // The destination has noticed first that the link is lost.
-            Ok(()) if self.options.reconnect == Reconnect::ByHand && self.serving.is_some() => {
-                self.session.disconnected();
-                self.act();
-                refuse(&accepted.stream, is_paused_here());
-            }
-            Ok(()) => {
-                self.arriving = Some(accepted);
-                self.session.open();
-                self.act();
-            }
         }
     }
 
@@ -351,20 +350,6 @@ impl Driver {
             self.arriving = None;
         }
         self.session.persisted(record, result);
-    }
-
-    fn greet(&mut self, hello: Hello) {
-        match self.arriving.take() {
-            None => self.link.dial(hello),
-            Some(Accepted { stream, hello: theirs }) => match answer_with(&stream, hello) {
-                Ok(()) => self.greeted(stream, &theirs),
-                Err(error) => {
-                    tracing::info!(%error, "a destination went away while it was greeted");
-                    self.shared.set_away(true);
-                    self.session.disconnected();
-                }
-            },
-        }
     }
 
     fn send_state(&mut self) {

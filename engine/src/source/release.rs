@@ -133,8 +133,10 @@ pub(crate) struct Released {
     file: Option<LedgerFile>,
     /// Pages that were freed; those noted by an earlier process, perhaps in vain, included.
     freed: AtomicU64,
-    /// Whether an earlier process may have noted pages and not freed them.
+    /// Whether an earlier process or connection may have noted pages and not freed them.
     is_in_doubt: AtomicBool,
+    /// Whoever notes and frees pages holds it.
+    turn: Mutex<()>,
     /// That pages could not be freed has been told.
     has_failed: AtomicBool,
 }
@@ -145,7 +147,8 @@ impl Released {
         let noted = bitmap.count();
         let (freed, is_in_doubt) = (AtomicU64::new(noted), AtomicBool::new(noted > 0));
         let has_failed = AtomicBool::new(false);
-        Self { session, bitmap, file, freed, is_in_doubt, has_failed }
+        let turn = Mutex::default();
+        Self { session, bitmap, file, freed, is_in_doubt, turn, has_failed }
     }
 
     /// Record and ledger must tell one story: pages that were freed and are not known would be

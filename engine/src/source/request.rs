@@ -142,6 +142,7 @@ impl<'s> Responder<'s> {
         let sent = if content.length < length {
             serving.counters.unreadable.fetch_add(1, Ordering::Relaxed);
             tracing::error!(page = page.0, "the source's memory cannot be read here");
+            self.underway.unreadable(pages);
             self.send(DataFrame::Unreadable(pages), None)
         } else if is_zero {
             self.send(DataFrame::Zero(pages), None)

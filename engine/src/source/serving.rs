@@ -53,6 +53,8 @@ pub(super) struct Serving {
     /// Which channels are reading memory.
     pub(super) hands: Hands,
     closing: AtomicBool,
+    /// Held while a few pages are freed.
+    freeing: Mutex<()>,
 }
 
 /// Things that threads wait for: memory to become final, pages to be handed out again, acks
@@ -118,6 +120,7 @@ impl Serving {
             signal: Signal::default(),
             hands: Hands::default(),
             closing: AtomicBool::new(false),
+            freeing: Mutex::default(),
         }
     }
 
@@ -134,6 +137,18 @@ impl Serving {
         self.closing.store(true, Ordering::Release);
         self.signal.look_again();
         self.pace.wake();
+    }
+
+    /// Frees a few pages by `free`, unless it is time to stop.
+    pub(super) fn while_open<T>(&self, free: impl FnOnce() -> T) -> Option<T> {
+        let _freeing = self.freeing.lock().unwrap_or_else(PoisonError::into_inner);
+        (!self.is_closing()).then(free)
+    }
+
+    /// After [`close`](Self::close): waits for the pages that are being freed at the moment.
+    /// None is freed after that, whatever the thread that does so is waiting for.
+    pub(super) fn wait_for_freeing(&self) {
+        drop(self.freeing.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Waits until a piece of at most `most` bytes may leave in background; `None` if it is

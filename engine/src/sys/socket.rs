@@ -124,6 +124,38 @@ pub(crate) unsafe fn send_all(fd: BorrowedFd<'_>, pieces: &mut [Piece]) -> io::R
     Ok(())
 }
 
+/// The first fields of the kernel's `tcp_info`, which only ever grows at its end.
+#[repr(C)]
+struct TcpInfo {
+    /// Eight bytes of states, 24 numbers of 32 bits, two rates.
+    before: [u64; 15],
+    /// `tcpi_bytes_acked`, since Linux 4.1.
+    bytes_acked: u64,
+}
+
+/// How many bytes the peer's kernel has acknowledged on a TCP connection.
+pub(crate) fn tcp_bytes_acked(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut info = TcpInfo { before: [0; 15], bytes_acked: 0 };
+    let mut length = size_of::<TcpInfo>() as u32;
+    // SAFETY: writes at most `length` bytes to `info`, which may hold any.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if (length as usize) < size_of::<TcpInfo>() {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    Ok(info.bytes_acked)
+}
+
 /// Sets an integer option.
 pub(crate) fn set_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
     // SAFETY: the value is an int that lives through the call, with its length.

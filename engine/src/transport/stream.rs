@@ -96,6 +96,12 @@ impl Stream {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
+    /// How many bytes the peer's kernel has taken so far; `None` where nobody knows, as for a
+    /// Unix socket. Does not wait.
+    pub(crate) fn bytes_taken(&self) -> Option<u64> {
+        if self.is_tcp { socket::tcp_bytes_acked(self.as_fd()).ok() } else { None }
+    }
+
     /// Receives some bytes; the end of the stream is an error.
     pub(crate) fn receive(&self, into: &mut [u8], wait: Wait) -> io::Result<usize> {
         not_the_end(socket::receive(self.as_fd(), into, wait)?)

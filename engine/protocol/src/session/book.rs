@@ -168,6 +168,23 @@ impl InFlight {
         self.runs.push_back(pages);
     }
 
+    /// Takes pages out that nobody will acknowledge.
+    pub fn withdraw(&mut self, pages: PageRange) {
+        let (from, end) = (pages.start.0, pages.start.0 + pages.count);
+        let is_hit = |run: &PageRange| run.start.0 < end && from < run.start.0 + run.count;
+        // It was pushed a moment ago.
+        while let Some(at) = self.runs.iter().rposition(is_hit) {
+            let Some(run) = self.runs.remove(at) else { return };
+            let run_end = run.start.0 + run.count;
+            if end < run_end {
+                self.runs.insert(at, PageRange::new(PageNumber(end), run_end - end));
+            }
+            if run.start.0 < from {
+                self.runs.insert(at, PageRange::new(run.start, from - run.start.0));
+            }
+        }
+    }
+
     /// Drops what has been acknowledged from the front.
     pub fn settle<W: Words>(&mut self, book: &Book<W>) {
         while let Some(front) = self.runs.front_mut() {
@@ -191,7 +208,8 @@ impl InFlight {
     }
 
     /// How many separate runs are under way: never more than one above
-    /// [`MAX_IN_FLIGHT_RUNS`] where [`is_full`](Self::is_full) is heeded.
+    /// [`MAX_IN_FLIGHT_RUNS`] where [`is_full`](Self::is_full) is heeded, and one more for each
+    /// [`withdraw`](Self::withdraw) from what was pushed last.
     #[must_use]
     pub fn runs(&self) -> usize {
         self.runs.len()

@@ -232,3 +232,26 @@ fn what_was_acknowledged_is_not_handed_out_while_channels_die() {
     });
     assert_eq!(take(&book, PageNumber(0), PAGES), None);
 }
+
+#[test]
+fn what_is_withdrawn_is_waited_for_no_more_and_all_else_is() {
+    let range = |start, count| PageRange::new(PageNumber(start), count);
+    let book = book(100);
+    let mut channel = InFlight::default();
+    for run in [range(0, 10), range(20, 10), range(40, 10)] {
+        assert_eq!(book.take_in(run), Some(run));
+        channel.push(run);
+    }
+    channel.withdraw(range(30, 10));
+    assert_eq!(channel.runs(), 3, "that was not under way");
+    channel.withdraw(range(43, 2));
+    channel.withdraw(range(20, 10));
+    assert_eq!(channel.runs(), 3);
+    for run in [range(0, 10), range(40, 3)] {
+        book.acknowledge(run);
+    }
+    channel.settle(&book);
+    assert_eq!((channel.runs(), channel.first()), (1, Some(PageNumber(45))));
+    channel.requeue(&book);
+    assert_eq!(book.unsent(), 70 + 5);
+}

@@ -5,6 +5,7 @@ use super::super::background::Streamer;
 use super::super::request::Responder;
 use super::super::serving::{Serving, ServingOptions, Underway};
 use super::Driver;
+use super::stalled::Movement;
 use crate::slots::Party;
 use crate::threads::{self, ThreadRole};
 use crate::transport::{Stream, answer_with, refuse};
@@ -24,6 +25,7 @@ pub(super) struct DataChannel {
     thread: JoinHandle<()>,
     /// It was shut down because nothing came of it; its thread has not ended yet.
     pub(super) is_given_up: bool,
+    pub(super) movement: Movement,
 }
 
 impl Driver {
@@ -105,8 +107,9 @@ impl Driver {
         match started {
             Ok(thread) => {
                 let generation = stamp.generation;
-                let is_given_up = false;
-                let data = DataChannel { generation, stream, underway, thread, is_given_up };
+                let (is_given_up, movement) = (false, Movement::default());
+                let data =
+                    DataChannel { generation, stream, underway, thread, is_given_up, movement };
                 self.data.insert(channel, data);
             }
             Err(error) => {
@@ -192,6 +195,7 @@ impl Driver {
         self.slots.close();
         if let Some(serving) = self.serving.take() {
             serving.close();
+            serving.wait_for_freeing();
         }
         self.stop_releasing();
         // Their sockets are shut down and they are told to close: they do not wait. What

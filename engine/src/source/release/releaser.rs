@@ -4,13 +4,18 @@
 //! freed when no channel can be reading it any more: each took it before it was acknowledged,
 //! if at all, and what is still being sent is left for later
 //! ([`Hands`](crate::source::hands::Hands)). So nobody ever reads a freed page.
+//!
+//! A connection that ends waits for the step of freeing that is under way, and not for a disk
+//! that is slow to note pages. Those are noted then and not freed: whoever comes next frees
+//! them. Of all releasers of a ledger one works at a time, so that nothing is freed that another
+//! has not noted to the end.
 
 use super::{PAGE_BYTES, Released, overlapping};
 use crate::source::serving::Serving;
 use afterimage_protocol::bitmap::Bitmap;
 use afterimage_protocol::layout::{PageNumber, PageRange};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 /// How long pages gather before they are freed.
@@ -19,7 +24,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(2);
 /// Pages of the source in a chunk: 8 MiB.
 const CHUNK_PAGES: u64 = 2048;
-/// What is noted, and freed, in one go. A connection that ends waits for at most so much.
+/// What is noted, and freed, in one go.
 const BATCH_PAGES: u64 = 4096;
 /// Separate runs in one go.
 const BATCH_RUNS: usize = 4096;
@@ -84,8 +89,10 @@ impl Releaser {
         Self { serving, released, arrived, batch, batch_pages, has_failed }
     }
 
-    /// Until the connection ends.
+    /// Until the connection ends, after every earlier releaser of this ledger.
     pub(in crate::source) fn run(mut self) {
+        let released = Arc::clone(&self.released);
+        let _turn = released.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if self.released.is_in_doubt.load(Ordering::Acquire) && !self.free_again() {
             return;
         }
@@ -95,15 +102,16 @@ impl Releaser {
         }
     }
 
-    /// Frees what an earlier process noted, and perhaps no more than that. All of it has been
+    /// Frees what an earlier process or connection noted, and perhaps no more than that. All of it has been
     /// acknowledged: that was compared when the destination attached. `false` if it is time to
     /// stop.
     fn free_again(&self) -> bool {
         for run in self.released.bitmap.runs() {
-            if !self.free(run, || self.serving.is_closing()) {
+            if !self.free(run) {
                 return false;
             }
         }
+        self.released.freed.store(self.released.noted(), Ordering::Relaxed);
         self.released.is_in_doubt.store(false, Ordering::Release);
         true
     }
@@ -176,11 +184,12 @@ impl Releaser {
         batch.sort_unstable_by_key(|run| run.start.0);
         match self.released.note(&batch) {
             Ok(news) => {
-                for run in batch {
-                    self.free(run, || false);
-                }
-                self.released.freed.fetch_add(news, Ordering::Relaxed);
                 self.has_failed = false;
+                if batch.into_iter().all(|run| self.free(run)) {
+                    self.released.freed.fetch_add(news, Ordering::Relaxed);
+                } else {
+                    self.released.is_in_doubt.store(true, Ordering::Release);
+                }
                 true
             }
             Err(error) => {
@@ -213,19 +222,18 @@ impl Releaser {
     }
 
     /// Frees pages that are noted. If that fails they take memory, and are lost nevertheless.
-    /// `false` if it was to stop before the end.
-    fn free(&self, pages: PageRange, is_to_stop: impl Fn() -> bool) -> bool {
+    /// `false` if the connection ended before.
+    fn free(&self, pages: PageRange) -> bool {
         let memory = &self.serving.memory;
         for piece in memory.layout().split(pages) {
             let step = STEP_BYTES.max(memory.grain(piece.region).bytes);
             let mut done = 0;
             while done < piece.length {
                 let length = step.min(piece.length - done);
-                if is_to_stop() {
-                    return false;
-                }
                 self.serving.stand_back();
-                if let Err(error) = memory.free(piece.region, piece.offset + done, length)
+                let free = || memory.free(piece.region, piece.offset + done, length);
+                let Some(freed) = self.serving.while_open(free) else { return false };
+                if let Err(error) = freed
                     && !self.released.has_failed.swap(true, Ordering::Relaxed)
                 {
                     tracing::error!(%error, region = piece.region, "pages could not be freed");

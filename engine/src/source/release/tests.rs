@@ -176,15 +176,16 @@ impl Bench {
         let destination = layout(&[(0, length, served_size)]);
         let served = memory.layout().serving(&destination).unwrap();
         let book = book(served.page_count());
-        let poll = mio::Poll::new().unwrap();
-        let (_inbox, outlet) = Inbox::new(&poll, INBOX).unwrap();
-        let options = ServingOptions { checksums: false, polling: Duration::ZERO };
-        let shared = SourceShared::default();
-        let serving =
-            Serving::new(Arc::clone(&memory), served, book, Epoch(1), options, &shared, outlet);
+        let serving = connection(&memory, served, book);
         let released = ReleaseLedger::volatile().open(&whole(), length / PAGE).unwrap();
         let arrived = Arrived::everything(length / PAGE);
-        Some(Self { area, serving: Arc::new(serving), released, arrived })
+        Some(Self { area, serving, released, arrived })
+    }
+
+    /// The connection has ended, and there is another.
+    fn reconnect(&mut self) {
+        let Serving { memory, layout, book, .. } = &*self.serving;
+        self.serving = connection(memory, layout.clone(), Arc::clone(book));
     }
 
     /// Pages of the destination's have arrived.
@@ -208,6 +209,18 @@ impl Bench {
     fn noted(&self) -> Vec<u64> {
         self.released.bitmap.runs().flat_map(|run| run.iter()).map(|page| page.0).collect()
     }
+}
+
+fn connection(
+    memory: &Arc<SourceMemory>,
+    served: GuestLayout,
+    book: Arc<Book<LazyWords>>,
+) -> Arc<Serving> {
+    let poll = mio::Poll::new().unwrap();
+    let (_inbox, outlet) = Inbox::new(&poll, INBOX).unwrap();
+    let options = ServingOptions { checksums: false, polling: Duration::ZERO };
+    let (memory, shared) = (Arc::clone(memory), SourceShared::default());
+    Arc::new(Serving::new(memory, served, book, Epoch(1), options, &shared, outlet))
 }
 
 #[test]
@@ -330,6 +343,37 @@ fn what_an_earlier_process_noted_is_freed_at_once() {
     thread.join().unwrap();
     let gone = bench.gone();
     assert!((20..25).all(|page| gone.contains(&page)), "{gone:?}");
+}
+
+#[test]
+fn nothing_is_freed_once_the_connection_has_ended_and_the_next_frees_what_was_noted() {
+    let Some(mut bench) = Bench::new(Kind::Anonymous, 100, PageSize::KIB_4) else { return };
+    bench.arrive(range(0, 50));
+    let mut releaser = bench.releaser();
+    // It ends between noting and freeing.
+    let thread = bench.serving.while_open(|| {
+        let thread = std::thread::spawn(move || releaser.pass());
+        while bench.released.noted() < 50 {
+            assert!(!thread.is_finished());
+            std::thread::yield_now();
+        }
+        bench.serving.close();
+        thread
+    });
+    bench.serving.wait_for_freeing();
+    assert!(thread.unwrap().join().unwrap());
+    assert_eq!((bench.gone().len(), bench.released.freed()), (0, 0));
+    assert!(bench.released.is_in_doubt.load(Ordering::Acquire));
+    bench.reconnect();
+    let releaser = bench.releaser();
+    let thread = std::thread::spawn(move || releaser.run());
+    while bench.released.is_in_doubt.load(Ordering::Acquire) {
+        assert!(!thread.is_finished());
+        std::thread::yield_now();
+    }
+    bench.serving.close();
+    thread.join().unwrap();
+    assert_eq!((bench.gone().len(), bench.released.freed()), (50, 50));
 }
 
 #[test]
