@@ -99,7 +99,7 @@ fn a_disk_slower_than_the_silence_disconnects_nobody() {
 #[test]
 fn a_disk_slower_than_the_greeting_keeps_nobody_out() {
     prologue!("a_disk_slower_than_the_greeting");
-    const SLOWNESS: Duration = Duration::from_secs(7);
+    let slowness = Duration::from_secs(7);
     let records = Arc::new(AtomicU32::new(0));
     let written = Arc::clone(&records);
     let pair = Pair::start_with(
@@ -109,7 +109,7 @@ fn a_disk_slower_than_the_greeting_keeps_nobody_out() {
                 if record.ownership == SourceOwnership::Owner {
                     written.fetch_add(1, Ordering::AcqRel);
                     // The disk.
-                    std::thread::sleep(SLOWNESS);
+                    std::thread::sleep(slowness);
                 }
                 Ok(())
             });

@@ -89,9 +89,8 @@ fn sevens(at: u64, length: u64, left: u64) -> SourceRegion {
 #[test]
 fn a_silent_stream_is_replaced_where_pages_cannot_be_read() {
     prologue!("a_silent_stream_is_replaced_where_pages_cannot_be_read");
-    const SMALL: u64 = 64 << 10;
-    let large = 24 * MIB;
-    let regions = vec![sevens(0, SMALL, SMALL / 2), sevens(1 << 32, large, large)];
+    let (small, large) = (64 << 10, 24 * MIB);
+    let regions = vec![sevens(0, small, small / 2), sevens(1 << 32, large, large)];
     let memory = Arc::new(SourceMemory::new(regions).expect("a layout"));
     let listener = common::session::listen();
     let proxy = Proxy::start(listener.address());
@@ -102,7 +101,7 @@ fn a_silent_stream_is_replaced_where_pages_cannot_be_read() {
         Source::start(memory, Endpoint::Listen(listener), options).expect("a source");
     proxy.hold_at(1);
     source.switch_over(Vec::new()).expect("may switch over");
-    let new = Memory::new(&[(Kind::Anonymous, SMALL), (Kind::Anonymous, large)]);
+    let new = Memory::new(&[(Kind::Anonymous, small), (Kind::Anonymous, large)]);
     let registered = new.register(DiscardNotice::Called).expect("registered");
     let options = common::session::destination_options(&setup);
     let (destination, events) =
@@ -121,9 +120,9 @@ fn a_silent_stream_is_replaced_where_pages_cannot_be_read() {
     proxy.hold_at(6 * MIB);
     common::wait_until("the next one", dump, || proxy.seen(is_wanted) > seen);
     proxy.hold_at(u64::MAX);
-    let readable = (SMALL / 2 + large) / 4096;
+    let readable = (small / 2 + large) / 4096;
     common::wait_until("the rest", dump, || destination.stats().pages_complete == readable);
-    for page in (0..SMALL / 2 / 4096).chain(SMALL / 4096..(SMALL + large) / 4096) {
+    for page in (0..small / 2 / 4096).chain(small / 4096..(small + large) / 4096) {
         let found = new.word(page, 9).load(std::sync::atomic::Ordering::Relaxed);
         assert_eq!(found, u64::from_ne_bytes([7; 8]), "page {page}");
     }
