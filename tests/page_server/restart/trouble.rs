@@ -143,11 +143,15 @@ fn a_full_disk_under_the_state_file_is_said_and_waited_for() {
             thread::yield_now();
         }
         let fillers = [disk.join("filler"), disk.join("rest")];
-        fillers.iter().for_each(|filler| fill(filler));
+        for filler in &fillers {
+            fill(filler);
+        }
         let reader = Reader::start(&scene.address, 104);
         let line = server.line("could not be written");
         assert!(line.contains("tried again"), "{line}");
-        fillers.iter().for_each(|filler| fs::remove_file(filler).unwrap());
+        for filler in &fillers {
+            fs::remove_file(filler).unwrap();
+        }
         reader.finish(104);
         assert_eq!(server.end().0, 0);
     });
