@@ -3,15 +3,16 @@
 mod common;
 
 use afterimage::{
-    Destination, DestinationEvent, DiscardNotice, Endpoint, GuestAddress, Source, SourceEvent,
-    SourceMemory, SourceRegion, UnreadablePages,
+    Background, Destination, DestinationEvent, DiscardNotice, Endpoint, GuestAddress, Source,
+    SourceEvent, SourceMemory, SourceRegion, UnreadablePages,
 };
 use afterimage_protocol::wire::Channel;
 use common::proxy::{Cut, Proxy};
-use common::{EventLog, Kind, Memory, Setup};
+use common::{Content, EventLog, Kind, Memory, Setup, Toucher};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -74,6 +75,83 @@ fn who_has_declared_to_handle_it_gets_an_error_instead_of_a_wait() {
     prologue!("who_has_declared_to_handle_it");
     fails_where_the_file_was_cut(Kind::Anonymous);
     fails_where_the_file_was_cut(Kind::Memfd);
+}
+
+#[repr(C)]
+struct PoisonArgument {
+    start: u64,
+    length: u64,
+    mode: u64,
+    updated: i64,
+}
+
+nix::ioctl_readwrite!(
+    /// Makes missing pages fail: `UFFDIO_POISON`.
+    uffdio_poison,
+    0xAA,
+    0x08,
+    PoisonArgument
+);
+
+/// Makes pages that were never touched fail, as memory does that the kernel has taken out of
+/// use: whoever touches one is ended by SIGBUS. `false`, said aloud, before Linux 6.6.
+fn make_fail(memory: &Memory, pages: &[u64]) -> bool {
+    let uffd = userfaultfd::UffdBuilder::new().user_mode_only(true).create().expect("one");
+    for &page in pages {
+        let start = std::ptr::from_ref(memory.word(page, 0)) as *mut _;
+        uffd.register(start, 4096).expect("registered");
+        let (address, length) = (start as u64, 4096);
+        let mut poison = PoisonArgument { start: address, length, mode: 0, updated: 0 };
+        // SAFETY: the argument has the kernel's layout; the page is ours, and missing.
+        if let Err(error) = unsafe { uffdio_poison(uffd.as_raw_fd(), &raw mut poison) } {
+            common::skip("userfaultfd-poison", &error.to_string());
+            return false;
+        }
+        uffd.unregister(start, 4096).expect("registered before");
+        assert_eq!(take_byte(memory, page), Err(Some(libc::EFAULT)));
+    }
+    true
+}
+
+#[test]
+fn memory_that_has_failed_at_the_source_is_told_and_ends_nobody() {
+    prologue!("memory_that_has_failed_at_the_source");
+    let (content, seed) = (Content::Scattered, 3);
+    let old = Memory::new(&[(Kind::Anonymous, MIB)]);
+    // One that is asked for, and one that comes to its turn between others.
+    let (asked, other) = (5, 101);
+    if !make_fail(&old, &[asked, other]) {
+        return;
+    }
+    old.fill(seed, content);
+    let listener = common::session::listen();
+    let address = listener.address().clone();
+    let setup = Setup::default();
+    let mut options = common::session::source_options(&setup);
+    options.background = Background::OnRequest;
+    let (source, _at_source) =
+        Source::start(old.as_source(), Endpoint::Listen(listener), options).expect("a source");
+    source.switch_over(Vec::new()).expect("may switch over");
+    let new = Memory::new(&[(Kind::Anonymous, MIB)]);
+    let registered = new.register(DiscardNotice::Called).expect("registered");
+    let options = common::session::destination_options(&setup);
+    let (destination, events) =
+        Destination::start(registered, Endpoint::Connect(address), options).expect("started");
+    let events = EventLog::new(events);
+    let dump = || format!("{:?} {:?}", source.stats(), destination.stats());
+    events.wait("state", dump, |event| matches!(event, DestinationEvent::State(_)));
+    destination.ready().expect("may be ready");
+    let touched = Arc::clone(&new);
+    let waits = Toucher::start(move || touched.word(asked, 0).load(Ordering::Relaxed));
+    let told = |page| DestinationEvent::Unreadable { first_page: page, pages: 1 };
+    events.wait("the page that was asked for", dump, |event| *event == told(asked));
+    source.set_background(Background::Unlimited);
+    events.wait("the other", dump, |event| *event == told(other));
+    common::wait_until("the rest", dump, || destination.stats().pages_complete == PAGES - 2);
+    for page in (0..PAGES).filter(|page| ![asked, other].contains(page)) {
+        new.check_pages(seed, content, page, page + 1);
+    }
+    assert!(waits.is_waiting(), "whoever touches it waits");
 }
 
 /// A file full of sevens, as a region; all but its first bytes are cut off.

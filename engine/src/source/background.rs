@@ -8,6 +8,7 @@ mod sight;
 
 use super::hands::Hand;
 use super::serving::{LOOK_AFTER, NO_HINT, Serving, Underway};
+use crate::sys::holes::Presence;
 use crate::sys::mapping::{RawRun, is_zero};
 use crate::transport::Stream;
 use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
@@ -60,6 +61,8 @@ struct Next {
     bytes: u64,
     /// Bytes of staging that it needs.
     staging: u64,
+    /// Whether all of it is in memory.
+    presence: Presence,
 }
 
 impl<'s> Streamer<'s> {
@@ -163,7 +166,7 @@ impl<'s> Streamer<'s> {
             } else if let Some(run) = self.serving.layout.split(pages).next() {
                 debug_assert_eq!(run.pages, pages, "within one region");
                 looked += run.length;
-                self.push_run(&run);
+                self.push_run(&run, next.presence);
             }
         }
     }
@@ -180,7 +183,10 @@ impl<'s> Streamer<'s> {
         let RegionRun { region, offset, length: page_bytes, .. } =
             layout.split(PageRange::one(first)).next()?;
         let look_end = layout.regions()[region].length.min(offset + page_bytes.max(LOOK_AHEAD));
-        let (is_hole, end) = match self.sight.content_at(memory, region, offset, look_end) {
+        let sight = self.sight.content_at(memory, region, offset, look_end);
+        // A larger page may hold what another look would find too.
+        let presence = sight.filter(|_| page_bytes == 4096).map(|extent| extent.presence);
+        let (is_hole, end) = match sight {
             None => (true, look_end),
             // A page that is partly data is data.
             Some(extent) if extent.start >= offset + page_bytes => {
@@ -195,7 +201,9 @@ impl<'s> Streamer<'s> {
         let is_read = !is_hole && memory.is_file(region);
         let bytes = pages * page_bytes;
         let staging = if is_read { bytes } else { 0 };
-        Some(Next { pages: PageRange::new(first, pages), is_hole, bytes, staging })
+        let (pages, presence) =
+            (PageRange::new(first, pages), presence.unwrap_or(Presence::Unknown));
+        Some(Next { pages, is_hole, bytes, staging, presence })
     }
 
     /// Where content of files is read to.
@@ -206,7 +214,7 @@ impl<'s> Streamer<'s> {
     }
 
     /// Frames for a run of which not everything may be readable.
-    fn push_run(&mut self, run: &RegionRun) {
+    fn push_run(&mut self, run: &RegionRun, presence: Presence) {
         let memory = &self.serving.memory;
         let is_file = memory.is_file(run.region);
         let page_bytes = run.length / run.pages.count;
@@ -220,7 +228,7 @@ impl<'s> Streamer<'s> {
                 // SAFETY: the rest of the batch's staging, which nobody else uses.
                 into = unsafe { self.room().part(0, length as usize).bytes_mut() };
             }
-            let brought = memory.bring(run.region, run.offset + at, length, into);
+            let brought = memory.bring(run.region, run.offset + at, length, presence, into);
             let whole = brought.run.length as u64 / page_bytes;
             let (zero, kept) = self.push_content(pages(done, whole), brought.run, page_bytes);
             first_zero = first_zero.or_else(|| zero.map(|zero| at + zero * page_bytes));

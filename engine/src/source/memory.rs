@@ -6,7 +6,7 @@
 //! where the file has been cut short.
 
 use super::release::ReleaseError;
-use crate::sys::holes::{self, Extent, Pagemap};
+use crate::sys::holes::{self, Extent, Pagemap, Presence};
 use crate::sys::mapping::{self, RawRun};
 use crate::sys::maps::{self, MappingError};
 use afterimage_protocol::layout::{
@@ -271,18 +271,23 @@ impl SourceMemory {
 
     /// `length` bytes of a region from `offset`, where they lie, or read into `staging`, which
     /// for a file must be as long. The run may be shorter: the byte behind its end cannot be
-    /// read.
+    /// read. `presence` is what was found of these bytes.
     pub(crate) fn bring(
         &self,
         region: usize,
         offset: u64,
         length: u64,
+        presence: Presence,
         staging: &mut [u8],
     ) -> Brought {
         let Some(FileRegion { file, offset: base, .. }) = &self.files[region] else {
             let found = &self.layout.regions()[region];
             assert!(offset.checked_add(length).is_some_and(|end| end <= found.length));
             let start = found.local.unwrap_or_default().0 + offset;
+            let length = match presence {
+                Presence::Present => length,
+                Presence::Unknown => mapping::readable(start, length),
+            };
             let run = RawRun { start: start as *mut u8, length: length as usize };
             return Brought { run, is_cut: false };
         };
@@ -310,13 +315,13 @@ impl SourceMemory {
     /// large: `end` is given back. What was cut off a file is no hole: it is read, and found
     /// missing.
     pub(crate) fn next_data(&self, region: usize, from: u64, end: u64) -> Option<Extent> {
-        let whole = Extent { start: from, end };
+        let whole = Extent { start: from, end, presence: Presence::Unknown };
         let found = match (&self.files[region], &self.pagemap) {
             (Some(file), _) => file.next_data(from, end),
             (None, Some(pagemap)) => {
                 let base = self.layout.regions()[region].local.unwrap_or_default().0;
                 pagemap.next_present(base + from, base + end).map(|extent| {
-                    extent.map(|it| Extent { start: it.start - base, end: it.end - base })
+                    extent.map(|it| Extent { start: it.start - base, end: it.end - base, ..it })
                 })
             }
             (None, None) => return Some(whole),
@@ -338,12 +343,12 @@ impl SourceMemory {
         };
         let base = self.layout.regions()[region].local.unwrap_or_default().0;
         let looked = pagemap.each_present(base + from, base + end, |it| {
-            found.push(Extent { start: it.start - base, end: it.end - base });
+            found.push(Extent { start: it.start - base, end: it.end - base, ..it });
         });
         if let Err(error) = looked {
             tracing::debug!(%error, "holes cannot be told");
             found.clear();
-            found.push(Extent { start: from, end });
+            found.push(Extent { start: from, end, presence: Presence::Unknown });
         }
     }
 }
@@ -391,12 +396,16 @@ impl FileRegion {
     fn next_data(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
         let start = holes::next_data(&self.file, self.offset + from, self.offset + end)?;
         if let Some(start) = start {
-            return Ok(Some(Extent { start: start - self.offset, end }));
+            return Ok(Some(Extent {
+                start: start - self.offset,
+                end,
+                presence: Presence::Unknown,
+            }));
         }
         // Nothing more: is it a hole, or the end? A page that was cut in two is lost too.
         let size = self.file.metadata()?.len().saturating_sub(self.offset);
         let cut = from.max(size / 4096 * 4096);
-        Ok((size < end).then_some(Extent { start: cut, end }))
+        Ok((size < end).then_some(Extent { start: cut, end, presence: Presence::Unknown }))
     }
 }
 
@@ -408,7 +417,7 @@ mod tests {
     /// Whether bytes can be read, and are all zero.
     fn look(memory: &SourceMemory, offset: u64, length: u64) -> (bool, bool) {
         let mut staging = vec![1; length as usize];
-        let brought = memory.bring(0, offset, length, &mut staging);
+        let brought = memory.bring(0, offset, length, Presence::Unknown, &mut staging);
         let is_whole = brought.run.length as u64 == length;
         (is_whole, is_whole && staging.iter().all(|byte| *byte == 0))
     }
@@ -448,12 +457,12 @@ mod tests {
 
         file.set_len(offset + (512 << 10) + 5).unwrap();
         assert_eq!(memory.next_data(0, 8192, 512 << 10), None, "still a hole");
-        let lost = Extent { start: 512 << 10, end };
-        assert_eq!(memory.next_data(0, 8192, end), Some(lost));
-        assert_eq!(memory.next_data(0, 600 << 10, end), Some(Extent { start: 600 << 10, end }));
+        let lost = |start| Some(Extent { start, end, presence: Presence::Unknown });
+        assert_eq!(memory.next_data(0, 8192, end), lost(512 << 10));
+        assert_eq!(memory.next_data(0, 600 << 10, end), lost(600 << 10));
         assert_eq!(look(&memory, 0, 8192), (true, false));
         assert_eq!(look(&memory, 512 << 10, 4096), (false, false), "half of it is gone");
-        let brought = memory.bring(0, 600 << 10, 4096, &mut [0; 4096]);
+        let brought = memory.bring(0, 600 << 10, 4096, Presence::Unknown, &mut [0; 4096]);
         assert!(brought.is_cut && brought.run.length == 0);
     }
 }

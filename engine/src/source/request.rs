@@ -4,6 +4,7 @@ use super::hands::Hand;
 use super::serving::{Serving, Underway};
 use crate::polling::{AdaptivePolling, Idle};
 use crate::steps;
+use crate::sys::holes::Presence;
 use crate::sys::mapping::{RawRun, Staging, is_zero};
 use crate::sys::socket::{Piece, Wait};
 use crate::transport::Stream;
@@ -128,14 +129,20 @@ impl<'s> Responder<'s> {
         let length = run.length as usize;
         let is_file = memory.is_file(run.region);
         let end = run.offset + run.length;
-        if !is_file && memory.next_data(run.region, run.offset, end).is_none() {
-            // Nothing of it is read: it may go, however long the peer takes.
-            drop(taking);
-            return self.send(DataFrame::Zero(pages), None);
+        let mut presence = Presence::Unknown;
+        if !is_file {
+            let Some(data) = memory.next_data(run.region, run.offset, end) else {
+                // Nothing of it is read: it may go, however long the peer takes.
+                drop(taking);
+                return self.send(DataFrame::Zero(pages), None);
+            };
+            if data.start == run.offset && data.end >= end {
+                presence = data.presence;
+            }
         }
         let mut staging = std::mem::take(&mut self.staging);
         let into = staging.bytes(if is_file { length } else { 0 });
-        let content = memory.bring(run.region, run.offset, run.length, into).run;
+        let content = memory.bring(run.region, run.offset, run.length, presence, into).run;
         // SAFETY: readable memory of a whole page, aligned to words.
         let is_zero = content.length == length && unsafe { is_zero(content) };
         let _sending = taking.sends(std::iter::once(pages));

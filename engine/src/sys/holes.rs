@@ -13,6 +13,16 @@ use std::os::fd::{AsFd, AsRawFd};
 pub(crate) struct Extent {
     pub(crate) start: u64,
     pub(crate) end: u64,
+    pub(crate) presence: Presence,
+}
+
+/// Whether the pages of a mapping are in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Presence {
+    /// All of them were when somebody looked.
+    Present,
+    /// They may be swapped out, or have failed: who touches one of those is ended by SIGBUS.
+    Unknown,
 }
 
 /// Where the next content of a file at or after `from`, before `end`, begins. Where it ends is
@@ -74,7 +84,7 @@ impl Pagemap {
     }
 
     /// The next run of private memory at or after `from`, before `end`, that has pages of
-    /// its own, present or swapped out. Addresses are multiples of 4 KiB.
+    /// its own, all of them present, or none. Addresses are multiples of 4 KiB.
     pub(crate) fn next_present(&self, from: u64, end: u64) -> io::Result<Option<Extent>> {
         let mut found = [PageRegion::default()];
         let mut next = None;
@@ -110,9 +120,11 @@ impl Pagemap {
         }
         match self.scan(from, end, found) {
             Ok(count) => {
-                found[..count]
-                    .iter()
-                    .for_each(|it| present(Extent { start: it.start, end: it.end }));
+                for it in &found[..count] {
+                    let is_out = it.categories & PAGE_IS_SWAPPED != 0;
+                    let presence = if is_out { Presence::Unknown } else { Presence::Present };
+                    present(Extent { start: it.start, end: it.end, presence });
+                }
                 Ok(())
             }
             // PAGEMAP_SCAN came with Linux 6.7.
@@ -137,8 +149,8 @@ impl Pagemap {
             category_inverted: 0,
             category_mask: 0,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            // No difference between present and swapped: one run where they alternate.
-            return_mask: 0,
+            // A page that has failed counts as swapped.
+            return_mask: PAGE_IS_SWAPPED,
         };
         // SAFETY: the argument has the kernel's layout; `found` is the vector that it points
         // to, with its length; both live through the call.
@@ -156,27 +168,33 @@ impl Pagemap {
     ) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
         let mut buffer = [0_u8; 8 * 512];
-        let (mut at, mut start, mut count) = (from, None, 0);
+        let (mut at, mut run, mut count) = (from, None::<Extent>, 0);
         while at < end {
             let pages = ((end - at) / 4096).min(512) as usize;
             self.file.read_exact_at(&mut buffer[..pages * 8], at / 4096 * 8)?;
             for entry in buffer[..pages * 8].chunks_exact(8) {
                 // Bits 63 and 62: present, swapped; little-endian puts them in the last byte.
-                let has_page = entry[7] & 0xc0 != 0;
-                if has_page {
-                    start.get_or_insert(at);
-                } else if let Some(start) = start.take() {
-                    present(Extent { start, end: at });
+                let presence = match entry[7] & 0xc0 {
+                    0 => None,
+                    0x80 => Some(Presence::Present),
+                    _ => Some(Presence::Unknown),
+                };
+                if let Some(ended) = run.take_if(|run| Some(run.presence) != presence) {
+                    present(ended);
                     count += 1;
                     if count == most {
                         return Ok(());
                     }
                 }
                 at += 4096;
+                if let Some(presence) = presence {
+                    let start = run.map_or(at - 4096, |run| run.start);
+                    run = Some(Extent { start, end: at, presence });
+                }
             }
         }
-        if let Some(start) = start {
-            present(Extent { start, end });
+        if let Some(run) = run {
+            present(run);
         }
         Ok(())
     }
@@ -253,7 +271,11 @@ mod tests {
         }
         let page = |piece: u64| start + 2 * piece * PAGE;
         let expected = (0..pieces as u64)
-            .map(|piece| Extent { start: page(piece), end: page(piece) + PAGE })
+            .map(|piece| Extent {
+                start: page(piece),
+                end: page(piece) + PAGE,
+                presence: Presence::Present,
+            })
             .collect::<Vec<_>>();
         assert_eq!(found, expected);
         assert!(looks <= 4, "{looks} looks");

@@ -150,6 +150,38 @@ pub(crate) unsafe fn is_zero(run: RawRun) -> bool {
     })
 }
 
+/// How many bytes from `start`, of `length`, can be touched without being ended by SIGBUS: brings
+/// in what is swapped out. Both are multiples of 4 KiB.
+///
+/// Blocks as long as the swap takes.
+pub(crate) fn readable(start: u64, length: u64) -> u64 {
+    if populate_to_read(start, length).is_ok() {
+        return length;
+    }
+    let mut pages = (0..length).step_by(4096);
+    pages.find(|at| populate_to_read(start + at, 4096).is_err()).unwrap_or(length)
+}
+
+/// An error if a page has failed (`EHWPOISON`), or cannot be read for another lasting reason.
+/// Other failures are left to whoever touches the page.
+fn populate_to_read(start: u64, length: u64) -> io::Result<()> {
+    loop {
+        // SAFETY: populating for reading changes no content, and says so if nothing is mapped.
+        let result =
+            unsafe { libc::madvise(start as *mut _, length as usize, libc::MADV_POPULATE_READ) };
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            _ if result == 0 => return Ok(()),
+            Some(libc::EINTR) => {}
+            Some(libc::EHWPOISON | libc::EFAULT) => return Err(error),
+            _ => {
+                tracing::debug!(%error, "memory cannot be brought in before it is read");
+                return Ok(());
+            }
+        }
+    }
+}
+
 /// Frees the pages of a file in a range: they read as zeros afterwards, through every
 /// mapping. Raises no userfaultfd event.
 pub(crate) fn punch_hole(file: impl AsFd, offset: u64, length: u64) -> io::Result<()> {
