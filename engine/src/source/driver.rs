@@ -244,7 +244,7 @@ impl Driver {
     fn call(&mut self, call: Call) -> Result<(), CallError> {
         match call {
             Call::SwitchOver(sections) => {
-                self.session.freeze()?;
+                self.session.bring_state()?;
                 self.state = Some(Arc::new(sections));
                 if let Some(serving) = &self.serving {
                     serving.signal.memory_is_final();

@@ -115,7 +115,7 @@ impl World {
         let may = !self.is_idle(Side::Source) && self.is_migration();
         if may && !self.source.gave_state && self.random.chance(400) {
             self.source.gave_state = true;
-            let frozen = self.with_source("freeze", |session, _| session.freeze());
+            let frozen = self.with_source("freeze", |session, _| session.bring_state());
             self.source.vmm_runs &= frozen.is_err();
         }
     }

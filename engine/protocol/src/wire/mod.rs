@@ -85,10 +85,13 @@ pub enum Kind {
     TakeBackDenied = 32,
     Refuse = 33,
     Renew = 34,
+    Stale = 35,
+    Pass = 36,
+    PassTaken = 37,
 }
 
 impl Kind {
-    const ALL: [Self; 23] = [
+    const ALL: [Self; 26] = [
         Self::PageRequest,
         Self::PageContent,
         Self::PageZero,
@@ -112,6 +115,9 @@ impl Kind {
         Self::TakeBackDenied,
         Self::Refuse,
         Self::Renew,
+        Self::Stale,
+        Self::Pass,
+        Self::PassTaken,
     ];
 
     /// The kind with this number, if there is one.
@@ -125,6 +131,8 @@ impl Kind {
 pub const FLAG_OPTIONAL: u16 = 1;
 /// The last of several frames that belong together.
 pub const FLAG_LAST: u16 = 2;
+/// On request and background channels: the guest may have written these pages since.
+pub const FLAG_EARLY: u16 = 4;
 
 /// The 32 bytes before every payload.
 #[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -232,6 +240,12 @@ impl Header {
     #[must_use]
     pub const fn is_last(&self) -> bool {
         self.flags.get() & FLAG_LAST != 0
+    }
+
+    /// Whether the guest may have written the pages since.
+    #[must_use]
+    pub const fn is_early(&self) -> bool {
+        self.flags.get() & FLAG_EARLY != 0
     }
 
     /// Bytes in the payload.

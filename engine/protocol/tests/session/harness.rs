@@ -120,7 +120,7 @@ impl Pair {
         let mut pair = Self::migration();
         pair.connect().expect("let in");
         pair.pump();
-        pair.source.freeze().expect("not yet frozen");
+        pair.source.bring_state().expect("not yet frozen");
         pair.pump();
         pair
     }
@@ -139,7 +139,7 @@ impl Pair {
         pair.restart_source();
         pair.connect().expect("let in");
         pair.pump();
-        pair.source.freeze().expect("not yet frozen");
+        pair.source.bring_state().expect("not yet frozen");
         pair.pump();
         pair.destination.ready().expect("all state is there");
         pair.drain();

@@ -230,6 +230,7 @@ fn frame() -> impl Strategy<Value = ControlFrame> {
         Phase::Refused,
         Phase::Running,
         Phase::Complete,
+        Phase::Early,
     ]);
     let plain = prop::sample::select(vec![
         ControlFrame::Begin,
@@ -254,6 +255,14 @@ fn frame() -> impl Strategy<Value = ControlFrame> {
         (".{0,100}", any::<u32>(), any::<bool>(), vec(any::<u8>(), 0..50)).prop_map(
             |(name, version, last, bytes)| ControlFrame::Section { name, version, last, bytes }
         ),
+        (vec(any::<bool>(), 0..400), 0..1_u64 << 40, any::<bool>()).prop_map(|of| {
+            let ControlFrame::Received { range, segment, .. } = received(of) else { panic!() };
+            ControlFrame::Stale { range, segment }
+        }),
+        (any::<u32>(), any::<bool>())
+            .prop_map(|(number, last)| ControlFrame::Pass { number, last }),
+        (any::<u32>(), any::<bool>())
+            .prop_map(|(number, last)| ControlFrame::PassTaken { number, last }),
         any::<u32>().prop_map(|sections| ControlFrame::StateEnd { sections }),
         vec(run(), 0..20).prop_map(ControlFrame::Ack),
         any::<u64>().prop_map(|token| ControlFrame::Heartbeat { token }),

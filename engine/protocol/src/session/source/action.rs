@@ -73,13 +73,25 @@ pub enum SourceAction {
     /// numbered as in [`SourceSession::served`](super::SourceSession::served), which may
     /// have more or fewer than before.
     ResetBook,
-    /// These pages are complete at the destination.
+    /// The destination has these pages.
     Received {
         /// What the segment covers.
         range: PageRange,
         /// The pages.
         segment: Segment,
     },
+    /// Send which early copies are out of date, as `Stale` frames: after a new attachment all
+    /// that the destination has said and this side does not vouch for, otherwise what has been
+    /// written since the last pass began.
+    TellStale,
+    /// Early copies of pages may be sent.
+    OpenPass {
+        /// Counts the passes.
+        number: u32,
+    },
+    /// The destination keeps early copies no more: those that were up to date are complete.
+    /// What was under way when memory became final, and is not acknowledged by now, is lost.
+    Settled,
     /// These pages are complete at the destination.
     Acknowledge(Vec<PageRange>),
     /// All that the destination has is in the book: see whether it has every page that was
@@ -121,6 +133,10 @@ pub enum SourceEvent {
     Attached(Incarnation),
     /// The connection is gone; nothing is lost.
     Disconnected,
+    /// Memory is final: the vCPUs are stopped.
+    Stopped,
+    /// The destination is ready, and the guest is [held](super::SourceSession::hold).
+    Held,
     /// The destination has restored the device state.
     Ready,
     /// The guest was given away: durably recorded, go is sent.

@@ -3,6 +3,7 @@
 mod action;
 mod admission;
 mod call;
+mod passes;
 mod record;
 mod release;
 
@@ -12,9 +13,10 @@ use super::pulse::{Due, Pulse};
 use super::{LostPages, SourceOwnership, SourcePages, SourceRecord};
 use crate::layout::{GuestLayout, PageRange};
 use crate::wire::{
-    Attach, Channel, ControlFrame, Generation, Hello, Incarnation, Phase, Refusal, RefuseCode,
-    Role, SessionKind, Stamp,
+    Attach, Capabilities, Channel, ControlFrame, Generation, Hello, Incarnation, Phase, Refusal,
+    RefuseCode, Role, SessionKind, Stamp,
 };
+use passes::Stage;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -55,11 +57,19 @@ pub struct SourceSession {
     stamp: Stamp,
     pulse: Option<Pulse>,
     served: GuestLayout,
+    /// What both sides of this connection can do.
+    common: Capabilities,
     incarnation: Option<Incarnation>,
-    /// The vCPUs are stopped and device state is there; memory is final.
+    /// The vCPUs are stopped; memory is final.
     frozen: bool,
     /// This process has the device state.
     has_state: bool,
+    stage: Stage,
+    /// The number of the newest pass.
+    pass: u32,
+    /// The guest is not given away before somebody says so.
+    holds: bool,
+    told_held: bool,
     destination_ready: bool,
     destination_running: bool,
     destination_complete: bool,
@@ -90,9 +100,14 @@ impl SourceSession {
             link: Link::Down,
             stamp: Stamp { epoch: record.epoch, generation: Generation(1) },
             pulse: None,
+            common: Capabilities::default(),
             incarnation: (record.ownership != SourceOwnership::Owner).then_some(record.incarnation),
             frozen: is_snapshot || record.ownership == SourceOwnership::Given,
             has_state: is_snapshot,
+            stage: Stage::Off,
+            pass: 0,
+            holds: false,
+            told_held: false,
             destination_ready: false,
             destination_running: false,
             destination_complete: false,
@@ -212,6 +227,7 @@ impl SourceSession {
             self.destination_ready = false;
             self.told_finished = false;
         }
+        self.common = self.config.capabilities.common(peer.capabilities);
         self.pulse = Some(Pulse::new(self.config.heartbeat, self.config.silence, now));
         self.link = Link::Offered;
         self.send(self.config.offer());
@@ -229,6 +245,7 @@ impl SourceSession {
         let was_up = self.link == Link::Up;
         self.link = Link::Down;
         self.pulse = None;
+        self.stage = Stage::Off;
         self.releases = false;
         self.actions.push_back(SourceAction::HangUp(refusal));
         if was_up && !self.is_over() {
@@ -322,6 +339,9 @@ impl SourceSession {
                 self.destination_complete = true;
                 self.finish_if_done();
             }
+            (ControlFrame::PassTaken { number, last }, Link::Up) => {
+                self.pass_taken(number, last)?;
+            }
             // Also the answer to a go, from a destination that has refused before this
             // source was restarted.
             (ControlFrame::TakeBackAgreed, Link::Up)
@@ -377,7 +397,10 @@ impl SourceSession {
             Phase::Running | Phase::Complete if !self.was_given() && !self.is_snapshot() => {
                 "the destination says that it runs a guest which it was not given"
             }
-            Phase::Fresh | Phase::Ready | Phase::Refused if self.knows_it_runs() => {
+            Phase::Early if !self.can_precopy() => {
+                "the destination has early copies, and one side cannot do precopy"
+            }
+            Phase::Fresh | Phase::Early | Phase::Ready | Phase::Refused if self.knows_it_runs() => {
                 "the destination has said that it runs the guest, and now says that it does not"
             }
             _ => return Ok(()),
@@ -408,8 +431,9 @@ impl SourceSession {
         if let Some(incarnation) = self.incarnation {
             self.actions.push_back(SourceAction::Event(SourceEvent::Attached(incarnation)));
         }
+        self.begin_passes(phase);
         match phase {
-            Phase::Fresh => {
+            Phase::Fresh | Phase::Early => {
                 self.destination_ready = false;
                 if self.reclaim_wanted {
                     self.send(ControlFrame::TakeBack);
@@ -443,7 +467,7 @@ impl SourceSession {
             self.send(ControlFrame::TakeBack);
         } else if self.was_given() {
             self.send(ControlFrame::Go);
-        } else {
+        } else if !self.is_held() {
             self.give();
         }
     }

@@ -1,0 +1,47 @@
+//! Precopy: early copies, which count once the source has said that memory is final.
+
+use super::{DestinationAction, DestinationEvent, DestinationSession};
+use crate::wire::{Capabilities, ControlFrame, Hello, Refusal, RefuseCode, SessionKind};
+
+impl DestinationSession {
+    /// Whether what has arrived is for good. Until then pages may be early copies, and nobody
+    /// is shown one.
+    #[must_use]
+    pub const fn is_settled(&self) -> bool {
+        self.settled
+    }
+
+    pub(super) fn note_capabilities(&mut self, peer: &Hello) {
+        self.common = self.config.capabilities.common(peer.capabilities);
+    }
+
+    /// A source that does no precopy does not know of early copies either: what an earlier one
+    /// has sent so is forgotten.
+    pub(super) fn settle_without_passes(&mut self) {
+        let is_migration = self.kind == Some(SessionKind::Migration);
+        if self.settled || (is_migration && self.common.has(Capabilities::PRECOPY)) {
+            return;
+        }
+        self.settled = true;
+        self.actions.push_back(DestinationAction::ForgetEarly);
+    }
+
+    pub(super) fn pass(&mut self, number: u32, last: bool) {
+        self.actions.push_back(DestinationAction::Pass { last });
+        self.send(ControlFrame::PassTaken { number, last });
+        if last {
+            self.settled = true;
+            self.actions.push_back(DestinationAction::Event(DestinationEvent::Stopped));
+        }
+    }
+
+    pub(super) fn check_stale(&self, range: crate::layout::PageRange) -> Result<(), Refusal> {
+        if self.config.layout.contains(range) {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            RefuseCode::Protocol,
+            format!("pages {range} do not exist, there are {}", self.config.layout.page_count()),
+        ))
+    }
+}
