@@ -1,9 +1,10 @@
 //! Frames on the control channel.
 
 use super::payload::{
-    bad_length, check_ack, check_layout, check_offer, check_renew, check_section, check_segment,
-    decode_ack, decode_attach, decode_offer, decode_renew, decode_section, decode_segment,
-    encode_layout, encode_offer, encode_segment, misplaced, payload_limit,
+    bad_length, check_ack, check_layout, check_offer, check_pass, check_renew, check_section,
+    check_segment, decode_ack, decode_attach, decode_offer, decode_pass, decode_renew,
+    decode_section, decode_segment, encode_layout, encode_offer, encode_segment, misplaced,
+    payload_limit,
 };
 use super::{
     Channel, FLAG_LAST, FLAG_OPTIONAL, Generation, Header, Kind, MAX_CONTROL_PAYLOAD, Refusal,
@@ -177,15 +178,15 @@ pub enum ControlFrame {
     /// Source → destination, after each `Stale` that belongs to it: a precopy pass begins, or
     /// the last of them has ended.
     Pass {
-        /// Counts them.
-        number: u32,
+        /// Counts them on this connection, from 1 to [`MAX_PASS`](super::MAX_PASS).
+        number: u16,
         /// Memory is final: every early copy that is not out of date is the page's content.
         last: bool,
     },
     /// Destination → source: it has taken in a `Pass` and all that came before it.
     PassTaken {
         /// The pass's.
-        number: u32,
+        number: u16,
         /// The pass's.
         last: bool,
     },
@@ -237,6 +238,9 @@ impl ControlFrame {
             Self::Section { name, bytes, .. } => check_section(name, bytes),
             Self::Ack(runs) => check_ack(runs),
             Self::Renew { channel, .. } => check_renew(*channel),
+            Self::Pass { number, .. } | Self::PassTaken { number, .. } => {
+                check_pass(self.kind(), (*number).into())
+            }
             _ => Ok(()),
         }
     }
@@ -271,7 +275,7 @@ impl ControlFrame {
                 encode_segment(segment, &mut payload);
             }
             Self::Pass { number, last } | Self::PassTaken { number, last } => {
-                count = *number;
+                count = u32::from(*number);
                 flags = if *last { FLAG_LAST } else { 0 };
             }
             Self::Section { name, version, last, bytes } => {
@@ -367,8 +371,10 @@ impl ControlFrame {
             Kind::TakeBackAgreed => Self::TakeBackAgreed,
             Kind::TakeBackDenied => Self::TakeBackDenied,
             Kind::Renew => decode_renew(header)?,
-            Kind::Pass => Self::Pass { number: header.count(), last: header.is_last() },
-            Kind::PassTaken => Self::PassTaken { number: header.count(), last: header.is_last() },
+            Kind::Pass => Self::Pass { number: decode_pass(header)?, last: header.is_last() },
+            Kind::PassTaken => {
+                Self::PassTaken { number: decode_pass(header)?, last: header.is_last() }
+            }
             Kind::PageRequest | Kind::PageContent | Kind::PageZero | Kind::PageUnreadable => {
                 return Err(misplaced(kind));
             }

@@ -4,7 +4,7 @@ use super::control::{
     Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTION_NAME,
     MAX_SHARDS, MAX_STREAMS, Offer, Phase, SessionKind,
 };
-use super::{Channel, Generation, Header, Kind, Refusal, WireError};
+use super::{Channel, Generation, Header, Kind, MAX_PASS, Refusal, WireError};
 use crate::bitmap::{MAX_SEGMENT_PAGES, Segment};
 use crate::layout::{Backing, GuestAddress, GuestLayout, PageNumber, PageRange, PageSize, Region};
 
@@ -127,6 +127,19 @@ pub(super) fn check_renew(channel: Channel) -> Result<(), WireError> {
         Some(Channel::Request(_) | Channel::Background(_)) => Ok(()),
         _ => Err(bad_value(Kind::Renew, "channel", renewed(number, slot))),
     }
+}
+
+pub(super) fn check_pass(kind: Kind, number: u32) -> Result<(), WireError> {
+    if (1..=u32::from(MAX_PASS)).contains(&number) {
+        return Ok(());
+    }
+    Err(bad_value(kind, "pass", number))
+}
+
+pub(super) fn decode_pass(header: &Header) -> Result<u16, WireError> {
+    let kind = if header.kind() == Ok(Kind::Pass) { Kind::Pass } else { Kind::PassTaken };
+    check_pass(kind, header.count())?;
+    Ok(header.count() as u16)
 }
 
 fn renewed(number: u8, slot: u16) -> u64 {

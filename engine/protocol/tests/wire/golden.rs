@@ -9,9 +9,9 @@ use crate::{STAMP, layout_of, range, region, split};
 use afterimage_protocol::bitmap::Segment;
 use afterimage_protocol::layout::{Backing, GuestAddress, PageSize, Region};
 use afterimage_protocol::wire::{
-    Attach, Capabilities, Channel, ControlFrame, DataFrame, Epoch, FLAG_EARLY, GREETING_PREFIX,
-    Generation, Greeting, HEADER_BYTES, Hello, Incarnation, Kind, Offer, Phase, Refusal,
-    RefuseCode, Role, SessionId, SessionKind, Stamp,
+    Attach, Capabilities, Channel, ControlFrame, DataFrame, Epoch, GREETING_PREFIX, Generation,
+    Greeting, HEADER_BYTES, Hello, Incarnation, Kind, Offer, Phase, Refusal, RefuseCode, Role,
+    SessionId, SessionKind, Stamp,
 };
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -38,15 +38,16 @@ fn control_frames_have_their_golden_bytes() {
 fn data_frames_have_their_golden_bytes() {
     // Large enough for the longest run of zero pages.
     let layout = layout_of(vec![region(0, 1 << 46, PageSize::KIB_4, Backing::Shared)]);
-    for (name, frame, flags, content) in data_frames() {
+    for (name, frame, pass, content) in data_frames() {
         let golden = read(name);
-        let header = frame.header(STAMP).with_flags(flags).sealed([content.as_slice()]);
+        let header = frame.header(STAMP);
+        let header = pass.map_or(header, |pass| header.of_pass(pass)).sealed([content.as_slice()]);
         assert_eq!(hex(header.bytes()), hex(&golden[..HEADER_BYTES]), "encoding {name}");
         let (header, payload) = split(&golden);
         assert!(payload == content, "content of {name}");
         assert_eq!(header.verify(payload.chunks(4096)), Ok(()), "{name}");
         assert_eq!(DataFrame::parse(&header, &layout, "request"), Ok(frame), "{name}");
-        assert_eq!(header.is_early(), flags == FLAG_EARLY, "{name}");
+        assert_eq!(header.pass(), pass, "{name}");
     }
 }
 
@@ -208,16 +209,16 @@ fn control_frames() -> Vec<(&'static str, ControlFrame)> {
     ]
 }
 
-/// A file, a frame, its flags, its content.
-fn data_frames() -> Vec<(&'static str, DataFrame, u16, Vec<u8>)> {
+/// A file, a frame, its precopy pass, its content.
+fn data_frames() -> Vec<(&'static str, DataFrame, Option<u16>, Vec<u8>)> {
     let two_pages = [[0xa1; 4096], [0xb2; 4096]].concat();
     vec![
-        ("page_request", DataFrame::Request(range(0x1234, 3)), 0, vec![]),
-        ("page_content", DataFrame::Content(range(5, 2), 8192), 0, two_pages),
-        ("page_zero", DataFrame::Zero(range(0x1_0000_0001, 0xffff_ffff)), 0, vec![]),
-        ("page_unreadable", DataFrame::Unreadable(range(77, 1)), 0, vec![]),
-        ("page_content_early", DataFrame::Content(range(5, 1), 4096), FLAG_EARLY, vec![0xa1; 4096]),
-        ("page_zero_early", DataFrame::Zero(range(0x1234, 3)), FLAG_EARLY, vec![]),
+        ("page_request", DataFrame::Request(range(0x1234, 3)), None, vec![]),
+        ("page_content", DataFrame::Content(range(5, 2), 8192), None, two_pages),
+        ("page_zero", DataFrame::Zero(range(0x1_0000_0001, 0xffff_ffff)), None, vec![]),
+        ("page_unreadable", DataFrame::Unreadable(range(77, 1)), None, vec![]),
+        ("page_content_early", DataFrame::Content(range(5, 1), 4096), Some(2), vec![0xa1; 4096]),
+        ("page_zero_early", DataFrame::Zero(range(0x1234, 3)), Some(4095), vec![]),
     ]
 }
 

@@ -57,9 +57,12 @@ pub enum DestinationAction {
         /// The pages.
         segment: Segment,
     },
-    /// A pass begins. At the end of the last, acknowledge what waits for it and then let every
-    /// early copy that is not out of date be complete, and take no more of them.
+    /// A pass begins: early copies of others are dropped. At the end of the last, acknowledge
+    /// what waits for it and then let every early copy that is not out of date be complete,
+    /// and take no more of them.
     Pass {
+        /// Its number.
+        number: u16,
         /// Whether it is the end of the last.
         last: bool,
     },

@@ -26,8 +26,8 @@ impl DestinationSession {
         self.actions.push_back(DestinationAction::ForgetEarly);
     }
 
-    pub(super) fn pass(&mut self, number: u32, last: bool) {
-        self.actions.push_back(DestinationAction::Pass { last });
+    pub(super) fn pass(&mut self, number: u16, last: bool) {
+        self.actions.push_back(DestinationAction::Pass { number, last });
         self.send(ControlFrame::PassTaken { number, last });
         if last {
             self.settled = true;

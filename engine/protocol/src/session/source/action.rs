@@ -87,10 +87,10 @@ pub enum SourceAction {
     /// Early copies of pages may be sent.
     OpenPass {
         /// Counts the passes.
-        number: u32,
+        number: u16,
     },
     /// The destination keeps early copies no more: those that were up to date are complete.
-    /// What was under way when memory became final, and is not acknowledged by now, is lost.
+    /// What is under way and not acknowledged by now is lost; background pages may leave.
     Settled,
     /// These pages are complete at the destination.
     Acknowledge(Vec<PageRange>),

@@ -66,7 +66,7 @@ pub struct SourceSession {
     has_state: bool,
     stage: Stage,
     /// The number of the newest pass.
-    pass: u32,
+    pass: u16,
     /// The guest is not given away before somebody says so.
     holds: bool,
     told_held: bool,

@@ -3,11 +3,12 @@
 //! Whatever a pass brings is an early copy, and counts only until the source says that it is
 //! stale. A pass begins when the destination has taken in what is stale so far, and nothing of
 //! the pass before is under way: so a copy is never overtaken by news that are older than it.
+//! Its number goes with each page, because a channel that was given up may bring one late.
 //! The last `Pass` says that memory is final, and is not waited for.
 
 use super::super::NotNow;
 use super::{Link, SourceAction, SourceEvent, SourceSession};
-use crate::wire::{Capabilities, ControlFrame, Phase, Refusal, RefuseCode, SessionKind};
+use crate::wire::{Capabilities, ControlFrame, MAX_PASS, Phase, Refusal, RefuseCode, SessionKind};
 
 /// What the passes of a connection are at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,12 +50,16 @@ impl SourceSession {
         if self.stage != Stage::Open {
             return Err(NotNow { call, reason: "no pass is open" });
         }
+        if self.pass >= MAX_PASS - 1 {
+            return Err(NotNow { call, reason: "there were too many on this connection" });
+        }
         self.say_pass();
         Ok(())
     }
 
     pub(super) fn begin_passes(&mut self, phase: Phase) {
         if phase == Phase::Early {
+            self.pass = 0;
             self.say_pass();
         }
     }
@@ -67,13 +72,13 @@ impl SourceSession {
     }
 
     fn say_pass(&mut self) {
-        self.pass = self.pass.wrapping_add(1);
+        self.pass += 1;
         self.stage = if self.frozen { Stage::Ending } else { Stage::Said };
         self.actions.push_back(SourceAction::TellStale);
         self.send(ControlFrame::Pass { number: self.pass, last: self.frozen });
     }
 
-    pub(super) fn pass_taken(&mut self, number: u32, last: bool) -> Result<(), Refusal> {
+    pub(super) fn pass_taken(&mut self, number: u16, last: bool) -> Result<(), Refusal> {
         match self.stage {
             Stage::Said if number == self.pass && !last => {
                 self.stage = Stage::Open;
@@ -84,7 +89,7 @@ impl SourceSession {
                 self.actions.push_back(SourceAction::Settled);
             }
             // Of the pass that was ended by the switchover.
-            Stage::Ending if number == self.pass.wrapping_sub(1) && !last => {}
+            Stage::Ending if number + 1 == self.pass && !last => {}
             _ => {
                 return Err(Refusal::new(
                     RefuseCode::Protocol,
