@@ -112,7 +112,9 @@ pub struct DestinationStats {
     pub pages_requested: u64,
     /// Pages put in place from background streams.
     pub pages_background: u64,
-    /// Pages that are zero at the source.
+    /// Pages of which an early copy, sent before the switchover, turned out to be right.
+    pub pages_precopy: u64,
+    /// Pages that are zero at the source, and not among the former.
     pub pages_zero: u64,
     /// Pages that the guest gave up before they arrived.
     pub pages_discarded: u64,

@@ -3,6 +3,7 @@
 
 mod by_hand;
 mod channels;
+mod passes;
 
 use super::arrivals::{Arrivals, Arrived};
 use super::faults::Order;
@@ -97,6 +98,8 @@ pub(super) struct Driver {
     is_section_open: bool,
     /// Why this side was turned away, if the VMM has been told and nothing has changed.
     turned_away: Option<Refusal>,
+    /// Maps what came by early copies.
+    mapper: Option<JoinHandle<()>>,
 }
 
 impl Driver {
@@ -132,6 +135,7 @@ impl Driver {
             state_bytes: 0,
             is_section_open: false,
             turned_away: None,
+            mapper: None,
         }
     }
 
@@ -183,6 +187,7 @@ impl Driver {
     }
 
     fn stop(&mut self) {
+        self.stop_mapping();
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the destination was shut down")));
         if self.arrived.pages.remaining() > 0 {
             self.events.send(DestinationEvent::Abandoned);
@@ -332,6 +337,9 @@ impl Driver {
                 DestinationAction::Section { name, version, last, bytes } => {
                     self.take_section(name, version, last, &bytes);
                 }
+                DestinationAction::Stale { range, segment } => self.stale(range, &segment),
+                DestinationAction::Pass { number, last } => self.pass(number, last),
+                DestinationAction::ForgetEarly => self.forget_early(),
                 DestinationAction::Event(event) => self.tell(event),
                 DestinationAction::HangUp(refusal) => self.hang_up(refusal),
                 other => tracing::error!(?other, "an action of a newer protocol"),
@@ -364,12 +372,13 @@ impl Driver {
     /// What is complete now. Pages that become complete from here on are acknowledged.
     fn send_received(&mut self) {
         self.arrived.forget_acks();
+        self.prepare_received();
         let arrived = Arc::clone(&self.arrived);
         let pages = arrived.pages.planes().pages();
         let segments = (0..pages).step_by(MAX_SEGMENT_PAGES as usize).map(move |start| {
             let count = MAX_SEGMENT_PAGES.min(pages - start);
             let range = PageRange::new(PageNumber(start), count);
-            let segment = Segment::encode(arrived.pages.planes().completed(), range);
+            let segment = Segment::encode(arrived.pages.present(), range);
             ControlFrame::Received { range, segment, last: start + count == pages }
         });
         self.link.send_stream(segments);
@@ -448,6 +457,7 @@ impl Driver {
                 self.pause_if_by_hand();
                 return;
             }
+            Said::Stopped => DestinationEvent::SourceStopped,
             Said::StateComplete => DestinationEvent::State(std::mem::take(&mut self.state)),
             Said::Run => {
                 self.arrived.note_running();

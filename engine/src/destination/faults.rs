@@ -299,6 +299,7 @@ impl FaultThread {
         let now = Instant::now();
         self.waits_for_nothing_else();
         let asked = Asked { since: None, last: now, first: now };
+        self.arrived.pages.promote(pages);
         for page in pages.iter() {
             if !self.arrived.pages.planes().is_complete(page) && !self.asked.contains_key(&page) {
                 self.asked.insert(page, asked);

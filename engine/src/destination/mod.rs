@@ -148,6 +148,9 @@ pub enum DestinationEvent {
     /// There is no connection, and none is made or taken until [`Destination::recover`]: by
     /// [`Destination::pause`], or because the link was lost under [`Reconnect::ByHand`].
     Paused,
+    /// The guest's vCPUs have been stopped at the source; device state follows. Not told where
+    /// one side cannot do precopy.
+    SourceStopped,
     /// All device state is there. Restore it, then call [`Destination::ready`].
     State(Vec<StateSection>),
     /// The guest may run from now on. Past the point of no return.

@@ -11,6 +11,12 @@ impl DestinationSession {
         self.settled
     }
 
+    /// Whether early copies may come on this connection.
+    #[must_use]
+    pub const fn can_precopy(&self) -> bool {
+        matches!(self.kind, Some(SessionKind::Migration)) && self.common.has(Capabilities::PRECOPY)
+    }
+
     pub(super) fn note_capabilities(&mut self, peer: &Hello) {
         self.common = self.config.capabilities.common(peer.capabilities);
     }
@@ -18,8 +24,7 @@ impl DestinationSession {
     /// A source that does no precopy does not know of early copies either: what an earlier one
     /// has sent so is forgotten.
     pub(super) fn settle_without_passes(&mut self) {
-        let is_migration = self.kind == Some(SessionKind::Migration);
-        if self.settled || (is_migration && self.common.has(Capabilities::PRECOPY)) {
+        if self.settled || self.can_precopy() {
             return;
         }
         self.settled = true;
