@@ -6,8 +6,7 @@ mod common;
 use afterimage::{Background, Release, ReleaseLedger, ThreadHook, ThreadRole};
 use common::proxy::{Cut, Proxy};
 use common::{Kind, Listening, Pair, Setup, Toucher};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -107,16 +106,20 @@ fn a_release_thread_that_hangs_holds_up_neither_a_recovery_nor_the_end() {
 #[test]
 fn a_release_thread_that_panics_has_a_successor_on_the_next_connection() {
     prologue!("a_release_thread_that_panics");
-    let came = Arc::new(AtomicU32::new(0));
-    let counted = Arc::clone(&came);
+    // What the first of them panics with, and is dropped by who joins it.
+    let (payload, joined) = mpsc::channel::<()>();
+    let payload = Mutex::new(Some(payload));
     let hook = ThreadHook::new(move |role, _| {
         if role == ThreadRole::Release {
-            assert_ne!(counted.fetch_add(1, Ordering::AcqRel), 0, "on purpose");
+            let payload = payload.lock().expect("not poisoned").take();
+            if let Some(payload) = payload {
+                std::panic::panic_any(payload);
+            }
         }
     });
     let (pair, proxy) = start(Listening::Source, hook);
-    let has_come = || came.load(Ordering::Acquire) == 1;
-    common::wait_until("a release thread", || pair.dump(), has_come);
+    let end = joined.recv_timeout(common::PATIENCE);
+    assert_eq!(end, Err(mpsc::RecvTimeoutError::Disconnected), "its end is noticed");
     proxy.cut(Cut::Reset, |_| true);
     common::wait_until(
         "pages to be freed",
