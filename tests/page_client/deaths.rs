@@ -1,12 +1,15 @@
 //! page-client is killed, and what it leaves behind is enough.
 
 use std::path::Path;
+use std::thread;
 
-use afterimage::{SourceEvent, StateSection};
-use afterimage_tools::attachment::AttachmentEvent;
+use afterimage::{DestinationStateFile, SourceEvent, StateSection};
+use afterimage_tools::attachment::{Attachment, AttachmentEvent};
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 
-use crate::support::{CLIENT, Daemon, KEEPER, Origin, Vcpu, Vmm};
+use crate::support::{CLIENT, Daemon, KEEPER, Origin, Vcpu, Vmm, register};
 
 /// A directory with a keeper, and how page-client is started in it.
 struct Host {
@@ -215,6 +218,51 @@ fn a_guest_is_only_continued_with_its_own_record() {
     vmm.check();
     vmm.memory.all_arrived();
     drop(another);
+}
+
+/// A process that dies between storing a guest and recording it leaves a record of memory that is
+/// gone; in memory that nobody has begun to serve, no guest has run.
+#[test]
+fn a_guest_that_was_stored_and_not_recorded_is_begun() {
+    for has_record in [false, true] {
+        let origin = Origin::start(64);
+        let mut host = Host::new(&origin.address);
+        let (map, memory) = register(64, true);
+        if has_record {
+            let state = host.path("state");
+            DestinationStateFile::open_or_create(Path::new(&state), memory.layout()).unwrap();
+        }
+        // Who writes a record writes this first, and waits here for a reader.
+        let new = host.path("state.new");
+        mkfifo(new.as_str(), Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        let mut client = host.client();
+        client.line("a VMM can have its memory served");
+        let path = host.attach_path();
+        thread::scope(|scope| {
+            let attaching = scope.spawn(|| Attachment::attach(&path, "guest", &memory));
+            host.keeper.line("vm7 is stored");
+            client.signal(Signal::SIGKILL);
+            client.end();
+            assert!(attaching.join().unwrap().is_err(), "it is taken before it is recorded");
+        });
+        // The next cannot record it, and ends.
+        std::fs::remove_file(&new).unwrap();
+        std::fs::create_dir(&new).unwrap();
+        let (status, _, said) = host.client().end();
+        assert_eq!(status, 1, "{said:#?}");
+        std::fs::remove_dir(&new).unwrap();
+
+        let mut client = host.client();
+        client.line("taking over");
+        let attachment = Attachment::attach(&path, "guest", &memory).unwrap();
+        let vmm = Vmm { map, memory, attachment, pages: 64 };
+        origin.source.switch_over(state()).unwrap();
+        vmm.run();
+        vmm.check();
+        vmm.until(|event| *event == AttachmentEvent::Finished);
+        assert_eq!(client.end().0, 0);
+        vmm.memory.all_arrived();
+    }
 }
 
 #[test]
