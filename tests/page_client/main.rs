@@ -2,6 +2,7 @@
 
 mod command;
 mod deaths;
+mod host;
 mod network;
 mod steps;
 mod support;
