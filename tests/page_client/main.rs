@@ -1,8 +1,10 @@
 //! page-client as a process: it serves the memory of this process, is killed, and goes on.
 
+mod attachment;
 mod command;
 mod deaths;
 mod host;
 mod network;
 mod steps;
 mod support;
+mod words;

@@ -110,13 +110,18 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
         return Ok(journal.close(Outcome::NotHere, None));
     };
     let runs = with.record.ownership == DestinationOwnership::Running;
-    let (destination, events) =
-        Destination::start(memory, endpoint, with).map_err(Failure::of("start serving"))?;
+    let watched = served.vmm.try_clone().and_then(|vmm| door.watch(vmm));
+    let started = watched.map_err(Failure::of("watch the VMM")).and_then(|()| {
+        Destination::start(memory, endpoint, with).map_err(Failure::of("start serving"))
+    });
+    let (destination, events) = started.inspect_err(|failure| {
+        if let Some(socket) = &socket {
+            turn_away(socket, failure, place.as_mut(), &progress);
+        }
+    })?;
     journal.serves(served.pid, socket.is_none());
     let what = if socket.is_some() { "serving" } else { "taking over" };
     progress.say(&format!("{what} the guest {:?} of process {}", served.name, served.pid));
-    let vmm = served.vmm.try_clone().map_err(Failure::of("watch the VMM"))?;
-    door.watch(vmm).map_err(Failure::of("watch the VMM"))?;
     let session = Session { destination, events, door, waiter, progress, journal };
     let mut serving = Serving::new(session, served, place, state, runs);
     if let Some(socket) = socket {
@@ -245,14 +250,20 @@ fn take(
             Ok(Taken { served, memory, with, socket: Some(offer.socket) })
         }
         Err(failure) => {
-            // It may have gone.
-            let _ = framing::send(&offer.socket, &Word::Refused { reason: failure.to_string() });
-            if let Some(place) = place {
-                place.remove(|line| progress.say(line));
-            }
+            turn_away(&offer.socket, &failure, place, progress);
             Err(failure)
         }
     }
+}
+
+/// Lets go of a guest that cannot be served, and says so to its VMM.
+fn turn_away(socket: &UnixStream, failure: &Failure, place: Option<&mut Place>, say: &Progress) {
+    // First: a successor must not find what its VMM has taken back.
+    if let Some(place) = place {
+        place.remove(|line| say.say(line));
+    }
+    // It may have gone.
+    let _ = framing::send(socket, &Word::Refused { reason: failure.to_string() });
 }
 
 /// The guest's memory, and how it is to be served. With a place it is new, and stored there;

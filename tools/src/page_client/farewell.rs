@@ -40,8 +40,8 @@ pub(super) fn note_end(state: Option<&DestinationStateFile>, outcome: Outcome, s
         Outcome::Finished => "finished",
         Outcome::NotHere => "not_here",
         Outcome::VmmDied => "vmm_died",
-        // A successor goes on.
-        Outcome::Abandoned | Outcome::Failed => return,
+        // A successor goes on, or begins with another.
+        Outcome::Abandoned | Outcome::Failed | Outcome::Withdrawn => return,
     };
     note(state, ENDED, how, say);
 }

@@ -21,6 +21,8 @@ pub(super) enum Outcome {
     Finished,
     /// The guest does not run here.
     NotHere,
+    /// Its VMM has given it up before it ran.
+    Withdrawn,
     /// Stopped by a second signal while pages were missing.
     Abandoned,
     /// The process that ran the guest has ended.
@@ -34,7 +36,7 @@ impl Outcome {
         match self {
             Self::Finished => 0,
             Self::Failed => 1,
-            Self::NotHere => 3,
+            Self::NotHere | Self::Withdrawn => 3,
             Self::Abandoned => 4,
             Self::VmmDied => 5,
         }

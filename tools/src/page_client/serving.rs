@@ -270,7 +270,7 @@ impl Serving {
             }
             News::Arrived(Arrival::Offer(offer)) => self.refuse(&offer.socket, &offer.name),
             News::Turned(line) => self.progress.say(&line),
-            News::Said(number, word) if number == self.connection => self.hear(&word),
+            News::Said(number, word) if number == self.connection => return self.hear(&word),
             News::HungUp(number) if number == self.connection => {
                 self.hang_up();
                 self.journal.note("vmm_hung_up");
@@ -325,7 +325,7 @@ impl Serving {
         }
     }
 
-    fn hear(&mut self, word: &Word) {
+    fn hear(&mut self, word: &Word) -> Option<Outcome> {
         match word {
             Word::Ready => {
                 // Said before the state has come again, it is said again with it.
@@ -335,8 +335,15 @@ impl Serving {
                     self.journal.note("vmm_ready");
                 }
             }
+            Word::Withdrawn if !self.runs => {
+                let line = "the VMM has failed to attach, and given its guest up before it ran; \
+                            started again, page-client takes another";
+                self.note("withdrawn", line);
+                return Some(Outcome::Withdrawn);
+            }
             other => tracing::warn!(?other, "the VMM says this out of turn"),
         }
+        None
     }
 
     fn signalled(&mut self, came: usize) -> Option<Outcome> {
