@@ -1,22 +1,14 @@
 //! An attachment that fails half way.
 
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::thread;
 
 use afterimage_tools::attachment::{AttachError, Attachment, AttachmentEvent};
-use afterimage_tools::keeper::Keeper;
 use serde_json::json;
 
 use crate::host::Host;
 use crate::support::{Origin, Vmm, register};
 use crate::words::{Words, read_prefix};
-
-/// How many guests the keeper of a host has.
-fn kept(host: &Host) -> usize {
-    let path = host.path("keeper");
-    Keeper::connect(Path::new(&path), "a test").unwrap().list().unwrap().len()
-}
 
 #[test]
 fn a_vmm_that_fails_to_attach_withdraws_its_memory() {
@@ -48,12 +40,12 @@ fn memory_that_was_withdrawn_is_let_go_and_other_memory_taken() {
     let (_map, memory) = register(64, true);
     let mut vmm = Words::attach(&host.attach_path(), &memory);
     vmm.expect(&["attached"]);
-    assert_eq!(kept(&host), 1);
+    assert_eq!(host.kept(), 1);
     vmm.say(&json!({"say": "withdrawn"}));
     let (status, report, said) = client.end();
     assert_eq!(status, 3, "{said:#?}");
     assert!(report.contains(r#""outcome":"withdrawn""#), "{report}");
-    assert_eq!(kept(&host), 0);
+    assert_eq!(host.kept(), 0);
 
     let client = host.open_client();
     let vmm = Vmm::attach(&host.attach_path(), "guest", 64, true);
@@ -92,8 +84,8 @@ fn a_guest_that_cannot_be_recorded_is_let_go() {
     let (_map, memory) = register(64, true);
     let error = Attachment::attach(&host.attach_path(), "guest", &memory).unwrap_err();
     assert!(matches!(error, AttachError::Refused { .. }), "{error}");
-    assert_eq!(kept(&host), 0);
+    assert_eq!(host.kept(), 0);
     std::fs::remove_dir(host.path("state.new")).unwrap();
     Attachment::attach(&host.attach_path(), "guest", &memory).unwrap();
-    assert_eq!(kept(&host), 1);
+    assert_eq!(host.kept(), 1);
 }

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use afterimage_tools::keeper::Keeper;
 use nix::sys::signal::Signal;
 
 use crate::support::{CLIENT, Daemon, KEEPER};
@@ -67,6 +68,12 @@ impl Host {
 
     pub(crate) fn keeper(&mut self) -> &mut Daemon {
         self.keeper.as_mut().expect("this host has one")
+    }
+
+    /// How many guests the keeper has.
+    pub(crate) fn kept(&self) -> usize {
+        let path = self.directory.path().join("keeper");
+        Keeper::connect(&path, "a test").unwrap().list().unwrap().len()
     }
 
     pub(crate) fn restart_keeper(&mut self) {
