@@ -20,6 +20,9 @@ use crate::page_server::wait::Waiter;
 
 /// How long a VMM may take to take in a word.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// News of VMMs before the rest has its turn.
+const ROUND: usize = 16;
+
 /// The end, which the VMM is to hear of: it may be on its way back to this process.
 pub(super) struct Ending {
     outcome: Outcome,
@@ -109,7 +112,8 @@ impl Serving {
             while let Some(event) = self.events.try_next() {
                 self.take_event(event);
             }
-            while let Ok(news) = self.door.news.try_recv() {
+            for _ in 0..ROUND {
+                let Ok(news) = self.door.news.try_recv() else { break };
                 if let Some(outcome) = self.take_news(news) {
                     return Ok(outcome);
                 }
@@ -123,7 +127,8 @@ impl Serving {
             let stats = self.destination.stats();
             self.progress.update(stats.pages_complete, stats.pages_total);
             self.progress.count(&stats);
-            let interval = self.progress.interval();
+            let is_busy = !self.door.news.is_empty();
+            let interval = if is_busy { Duration::ZERO } else { self.progress.interval() };
             let came = self.waiter.wait(interval).map_err(Failure::of("wait for the session"))?;
             if came > 0
                 && let Some(outcome) = self.signalled(came)
