@@ -281,6 +281,13 @@ impl Serving {
                 self.journal.note("vmm_hung_up");
             }
             News::Said(..) | News::HungUp(_) => {}
+            News::Died if self.ending.is_some() => {
+                self.note(
+                    "vmm_died",
+                    "the process that ran the guest has ended, after the session",
+                );
+                return self.ending.take().map(|ending| ending.outcome);
+            }
             News::Died => {
                 let line = if self.runs {
                     "the process that ran the guest has ended; without release the source can be \
