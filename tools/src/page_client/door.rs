@@ -140,8 +140,8 @@ mod tests {
         door.listen(1, socket).unwrap();
         vmm.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
         // Far more than fit into the socket.
-        let said = (0..100_000).map(|_| framing::send(&vmm, &Word::Ready));
-        let refused = said.filter_map(Result::err).next().expect("all of it is taken in");
+        let mut said = (0..100_000).map(|_| framing::send(&vmm, &Word::Ready));
+        let refused = said.find_map(Result::err).expect("all of it is taken in");
         assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
     }
 }
