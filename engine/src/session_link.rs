@@ -160,6 +160,7 @@ impl SessionLink {
     /// Nothing is connected to until [`resume`](Self::resume); what is under way is called off.
     pub(crate) fn pause(&mut self) {
         (self.is_paused, self.redial_at) = (true, None);
+        self.data = Redials::default();
         if let Line::Dials(dialer) = &self.line {
             dialer.forget();
         }
@@ -375,7 +376,7 @@ impl SessionLink {
 
     /// Ends the connection, if there is one.
     pub(crate) fn disconnect(&mut self) {
-        self.stream = None;
+        (self.stream, self.has_more) = (None, false);
         if let Some(connection) = self.connection.take() {
             connection.close(self.poll.registry());
         }

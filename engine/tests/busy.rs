@@ -4,11 +4,11 @@
 mod common;
 
 use afterimage::{
-    Background, Destination, DestinationEvent, DestinationLedger, DestinationOwnership,
-    DiscardNotice, Endpoint, Source, SourceEvent, SourceLedger, SourceOwnership,
+    Background, DestinationEvent, DestinationLedger, DestinationOwnership, Endpoint, SourceEvent,
+    SourceLedger, SourceOwnership,
 };
 use common::children::{Role, argument, say};
-use common::{EventLog, Kind, Listening, Memory, Pair, Setup, Toucher};
+use common::{Kind, Listening, LoneDestination, LoneSource, Memory, Pair, Setup, Toucher};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -80,9 +80,7 @@ fn a_disk_slower_than_the_silence_disconnects_nobody() {
         );
         let pair = pair.expect("no huge pages");
         bound.hold_for(3 * SILENCE, || pair.dump());
-        pair.source.switch_over(vec![]).expect("may switch over");
-        pair.wait_state();
-        pair.destination.ready().expect("may be ready");
+        pair.prepare(&[]);
         given.hold_for(3 * SILENCE, || pair.dump());
         running.hold_for(3 * SILENCE, || pair.dump());
         pair.wait_destination(&DestinationEvent::Run);
@@ -139,9 +137,7 @@ fn a_ledger_that_panics_is_one_that_fails() {
         |address| address,
     );
     let pair = pair.expect("no huge pages");
-    pair.source.switch_over(vec![]).expect("may switch over");
-    pair.wait_state();
-    pair.destination.ready().expect("may be ready");
+    pair.prepare(&[]);
     pair.wait_source(&SourceEvent::PersistFailed);
     assert!(!pair.at_source.rest().contains(&SourceEvent::Given));
     assert!(!pair.at_destination.rest().contains(&DestinationEvent::Run));
@@ -172,55 +168,53 @@ fn stop(role: &Role) {
     );
 }
 
-/// Plays a source that sends only what is asked for.
+/// A source that sends only what is asked for, of a guest that has stopped.
+fn stopped_source(endpoint: Endpoint) -> LoneSource {
+    let source = LoneSource::start(&stopped_setup(), endpoint, |options| {
+        (options.silence, options.background) = (SILENCE, Background::OnRequest);
+    });
+    source.switch_over(vec![]);
+    source
+}
+
+/// Reads all of the guest.
+fn check(new: &Memory) {
+    let Setup { seed, content, .. } = stopped_setup();
+    new.check(seed, content);
+}
+
+/// Plays a source.
 #[test]
 fn child_stopped_source() {
     let Some(address) = argument("child_stopped_source") else { return };
-    let setup = stopped_setup();
-    let old = Memory::new(&setup.kinds);
-    old.fill(setup.seed, setup.content);
-    let mut options = common::session::source_options(&setup);
-    (options.silence, options.background) = (SILENCE, Background::OnRequest);
-    let endpoint = Endpoint::Connect(address.parse().expect("an address"));
-    let (source, events) = Source::start(old.as_source(), endpoint, options).expect("a source");
-    source.switch_over(vec![]).expect("may switch over");
-    let events = EventLog::new(events);
-    events.wait("the end", || format!("{:?}", source.stats()), |it| *it == SourceEvent::Finished);
+    let source = stopped_source(Endpoint::Connect(address.parse().expect("an address")));
+    source.wait(&SourceEvent::Finished);
     say("finished");
 }
 
 #[test]
 fn a_source_that_was_stopped_for_a_while_goes_on() {
     prologue!("a_source_that_was_stopped");
-    let setup = stopped_setup();
-    let new = Memory::new(&setup.kinds);
-    let memory = new.register(DiscardNotice::Called).expect("registered memory");
     let listener = common::session::listen();
     let role = Role::start("child_stopped_source", &listener.address().to_string());
-    let options = common::session::destination_options(&setup);
-    let (destination, events) =
-        Destination::start(memory, Endpoint::Listen(listener), options).expect("a destination");
-    let events = EventLog::new(events);
-    let dump = || format!("{:?} {:?}", destination.stats(), events.rest());
-    events.wait("device state", dump, |it| matches!(it, DestinationEvent::State(_)));
-    destination.ready().expect("may be ready");
-    events.wait("run", dump, |it| *it == DestinationEvent::Run);
+    let side = LoneDestination::start(&stopped_setup(), Endpoint::Listen(listener));
+    side.wait_to_run();
+    let dump = || side.dump();
     let touch = |page| {
-        let new = Arc::clone(&new);
+        let new = Arc::clone(&side.new);
         Toucher::start(move || new.word(page, 0).load(Ordering::Relaxed))
     };
     touch(3).finish("a page", dump);
     stop(&role);
     let waiting = touch(700);
-    events.wait("the silence", dump, |it| *it == DestinationEvent::Disconnected);
+    side.wait(&DestinationEvent::Disconnected);
     assert!(waiting.is_waiting(), "nobody can have brought it");
     signal(&role, Signal::SIGCONT);
     waiting.finish("a page after the stop", dump);
-    let reading = Arc::clone(&new);
-    let reader = Toucher::start(move || reading.check(setup.seed, setup.content));
-    reader.finish("the guest reads", dump);
-    events.wait("the end", dump, |it| *it == DestinationEvent::Finished);
-    assert!(destination.stats().recoveries >= 1);
+    let reading = Arc::clone(&side.new);
+    Toucher::start(move || check(&reading)).finish("the guest reads", dump);
+    side.wait(&DestinationEvent::Finished);
+    assert!(side.destination.stats().recoveries >= 1);
     assert_eq!(role.hear("the source's end"), "finished");
     role.finish();
 }
@@ -229,47 +223,29 @@ fn a_source_that_was_stopped_for_a_while_goes_on() {
 #[test]
 fn child_stopped_destination() {
     let Some(address) = argument("child_stopped_destination") else { return };
-    let setup = stopped_setup();
-    let new = Memory::new(&setup.kinds);
-    let memory = new.register(DiscardNotice::Called).expect("registered memory");
-    let options = common::session::destination_options(&setup);
     let endpoint = Endpoint::Connect(address.parse().expect("an address"));
-    let (destination, events) =
-        Destination::start(memory, endpoint, options).expect("a destination");
-    let events = EventLog::new(events);
-    let dump = || format!("{:?} {:?}", destination.stats(), events.rest());
-    events.wait("device state", dump, |it| matches!(it, DestinationEvent::State(_)));
-    destination.ready().expect("may be ready");
-    events.wait("run", dump, |it| *it == DestinationEvent::Run);
+    let side = LoneDestination::start(&stopped_setup(), endpoint);
+    side.wait_to_run();
     say("runs");
-    events.wait("the loss of the link", dump, |it| *it == DestinationEvent::Disconnected);
-    new.check(setup.seed, setup.content);
-    events.wait("the end", dump, |it| *it == DestinationEvent::Finished);
-    assert!(destination.stats().recoveries >= 1, "{}", dump());
+    side.wait(&DestinationEvent::Disconnected);
+    check(&side.new);
+    side.wait(&DestinationEvent::Finished);
+    assert!(side.destination.stats().recoveries >= 1, "{}", side.dump());
     say("finished");
 }
 
 #[test]
 fn a_destination_that_was_stopped_for_a_while_goes_on() {
     prologue!("a_destination_that_was_stopped");
-    let setup = stopped_setup();
-    let old = Memory::new(&setup.kinds);
-    old.fill(setup.seed, setup.content);
     let listener = common::session::listen();
     let role = Role::start("child_stopped_destination", &listener.address().to_string());
-    let mut options = common::session::source_options(&setup);
-    (options.silence, options.background) = (SILENCE, Background::OnRequest);
-    let (source, events) =
-        Source::start(old.as_source(), Endpoint::Listen(listener), options).expect("a source");
-    source.switch_over(vec![]).expect("may switch over");
-    let events = EventLog::new(events);
-    let dump = || format!("{:?} {:?}", source.stats(), events.rest());
+    let side = stopped_source(Endpoint::Listen(listener));
     assert_eq!(role.hear("the guest"), "runs");
     stop(&role);
-    events.wait("the silence", dump, |it| *it == SourceEvent::Disconnected);
+    side.wait(&SourceEvent::Disconnected);
     signal(&role, Signal::SIGCONT);
-    events.wait("the end", dump, |it| *it == SourceEvent::Finished);
-    assert!(source.stats().recoveries >= 1, "{}", dump());
+    side.wait(&SourceEvent::Finished);
+    assert!(side.source.stats().recoveries >= 1, "{}", side.dump());
     assert_eq!(role.hear("the destination's end"), "finished");
     role.finish();
 }

@@ -8,11 +8,11 @@ mod common;
 use afterimage::{
     Background, Destination, DestinationEvent, DestinationLedger, DestinationOwnership,
     DestinationStateFile, DiscardNotice, Endpoint, GuestAddress, MemoryLifetime, Release,
-    ReleaseLedger, Source, SourceEvent, SourceMemory, SourceRegion, StateSection,
+    ReleaseLedger, SourceEvent, SourceMemory, SourceRegion, StateSection,
 };
 use common::children::{Role, argument, say};
 use common::counters::{COUNTER, Counters, LOCK};
-use common::{Content, EventLog, Kind, Memory, Random, Setup, Toucher};
+use common::{Content, Kind, LoneDestination, LoneSource, Memory, Random, Setup, Toucher};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::Path;
@@ -115,10 +115,13 @@ fn works(new: &Memory, twin: &Memory, seed: u64, stop: &AtomicBool) {
     }
 }
 
+fn setup() -> Setup {
+    Setup { kinds: KINDS.to_vec(), seed: SEED, content: Content::Dense, ..Setup::default() }
+}
+
 /// A source in this process, whose guest has run here.
 struct Host {
-    source: Source,
-    events: EventLog<SourceEvent>,
+    side: LoneSource,
     counters: Arc<Counters>,
     twin: Arc<Memory>,
     random: Random,
@@ -134,29 +137,21 @@ fn free_locks(memory: &Memory) {
 
 impl Host {
     fn start(test: &str, release: Release) -> Self {
-        let (old, twin) = (Memory::new(&KINDS), Memory::new(&KINDS));
-        for memory in [&old, &twin] {
-            memory.fill(SEED, Content::Dense);
-        }
-        let counters = Counters::prepare(&twin, Arc::clone(&old));
-        free_locks(&old);
         let listener = common::session::listen();
         let address = listener.address().to_string();
-        let mut options = common::session::source_options(&Setup::default());
-        (options.silence, options.background) = (SILENCE, Background::OnRequest);
-        options.release = release;
-        let (source, events) =
-            Source::start(old.as_source(), Endpoint::Listen(listener), options).expect("a source");
-        let events = EventLog::new(events);
+        let side = LoneSource::start(&setup(), Endpoint::Listen(listener), |options| {
+            (options.silence, options.background) = (SILENCE, Background::OnRequest);
+            options.release = release;
+        });
+        let twin = Memory::new(&KINDS);
+        twin.fill(SEED, Content::Dense);
+        let counters = Counters::prepare(&twin, Arc::clone(&side.old));
+        free_locks(&side.old);
         let directory = tempfile::tempdir().expect("a directory");
         let random = Random::seeded(test);
-        let mut host = Self { source, events, counters, twin, random, address, directory };
+        let mut host = Self { side, counters, twin, random, address, directory };
         host.guest_runs();
         host
-    }
-
-    fn dump(&self) -> String {
-        format!("{:?} {:?}", self.source.stats(), self.events.rest())
     }
 
     /// The guest runs on this side for a while; before and afterwards its memory is what it
@@ -164,19 +159,42 @@ impl Host {
     fn guest_runs(&mut self) {
         self.counters.check(&self.twin);
         for thread in self.counters.start(4, 500, &mut self.random) {
-            thread.finish("a guest thread that counts", || format!("{:?}", self.source.stats()));
+            thread.finish("a guest thread that counts", || self.side.dump());
         }
         self.counters.check(&self.twin);
-    }
-
-    fn wait(&self, wanted: &SourceEvent) {
-        self.events.wait(&format!("{wanted:?}"), || self.dump(), |event| event == wanted);
     }
 
     fn destination(&self, stops_at: &str) -> Role {
         let state = self.directory.path().join("destination");
         let given = format!("{} {} {stops_at}", self.address, state.display());
         Role::start("child_destination", &given)
+    }
+
+    /// To a destination that dies when it has been told to run, before that is on record.
+    fn gives_and_loses(&self) {
+        self.side.switch_over(state());
+        let role = self.destination("record");
+        assert_eq!(role.hear("device state"), "state");
+        assert_eq!(role.hear("the go"), "asked to run");
+        self.side.wait(&SourceEvent::Given);
+        self.loses(role);
+    }
+
+    /// To a destination where the guest has worked, as the source knows.
+    fn hands_over(&self) -> Role {
+        self.side.switch_over(state());
+        let role = self.destination("nowhere");
+        assert_eq!(role.hear("device state"), "state");
+        assert_eq!(role.hear("the go"), "run");
+        assert_eq!(role.hear("the guest's work"), "has worked");
+        self.side.wait(&SourceEvent::Running);
+        role
+    }
+
+    /// The destination dies, and the source has noticed.
+    fn loses(&self, role: Role) {
+        drop(role);
+        self.side.wait(&SourceEvent::Disconnected);
     }
 
     fn recorded(&self) -> String {
@@ -187,13 +205,13 @@ impl Host {
     /// The guest is this side's again and goes on; the destination is started again, is told
     /// so, and stays as it is.
     fn goes_on(&mut self, told: &str) {
-        self.wait(&SourceEvent::Reclaimed);
+        self.side.wait(&SourceEvent::Reclaimed);
         self.guest_runs();
         let role = self.destination("nowhere");
         assert_eq!(role.hear("what it is told"), told);
         self.guest_runs();
         assert_eq!(role.heard(), None, "it has nothing to do");
-        assert!(!self.events.rest().contains(&SourceEvent::Running), "{}", self.dump());
+        assert!(!self.side.events.rest().contains(&SourceEvent::Running), "{}", self.side.dump());
     }
 }
 
@@ -201,12 +219,11 @@ impl Host {
 fn a_guest_that_was_not_given_goes_on_at_once_when_its_destination_dies() {
     prologue!("a_guest_that_was_not_given");
     let mut host = Host::start("a_guest_that_was_not_given", Release::Keep);
-    host.source.switch_over(state()).expect("may switch over");
+    host.side.switch_over(state());
     let role = host.destination("state");
     assert_eq!(role.hear("device state"), "state");
-    drop(role);
-    host.wait(&SourceEvent::Disconnected);
-    host.source.reclaim().expect("it was not given away");
+    host.loses(role);
+    host.side.source.reclaim().expect("it was not given away");
     host.goes_on("ended");
 }
 
@@ -214,16 +231,10 @@ fn a_guest_that_was_not_given_goes_on_at_once_when_its_destination_dies() {
 fn a_given_guest_comes_back_by_agreement_when_its_destination_dies_before_it_ran() {
     prologue!("a_given_guest_comes_back_by_agreement");
     let mut host = Host::start("a_given_guest_comes_back_by_agreement", Release::Keep);
-    host.source.switch_over(state()).expect("may switch over");
-    let role = host.destination("record");
-    assert_eq!(role.hear("device state"), "state");
-    assert_eq!(role.hear("the go"), "asked to run");
-    host.wait(&SourceEvent::Given);
-    drop(role);
-    host.wait(&SourceEvent::Disconnected);
-    host.source.reclaim().expect("it may be asked for");
+    host.gives_and_loses();
+    host.side.source.reclaim().expect("it may be asked for");
     assert!(host.recorded().contains("ownership=waiting"), "{}", host.recorded());
-    assert!(!host.events.rest().contains(&SourceEvent::Reclaimed), "nobody has agreed");
+    assert!(!host.side.events.rest().contains(&SourceEvent::Reclaimed), "nobody has agreed");
     let role = host.destination("nowhere");
     assert_eq!(role.hear("the answer"), "refused");
     assert!(host.recorded().contains("ownership=refused"), "{}", host.recorded());
@@ -235,37 +246,19 @@ fn a_given_guest_comes_back_by_agreement_when_its_destination_dies_before_it_ran
 fn a_given_guest_goes_on_after_a_fence_when_its_destination_dies_before_it_ran() {
     prologue!("a_given_guest_goes_on_after_a_fence");
     let mut host = Host::start("a_given_guest_goes_on_after_a_fence", Release::Keep);
-    host.source.switch_over(state()).expect("may switch over");
-    let role = host.destination("record");
-    assert_eq!(role.hear("device state"), "state");
-    assert_eq!(role.hear("the go"), "asked to run");
-    host.wait(&SourceEvent::Given);
-    drop(role);
-    host.wait(&SourceEvent::Disconnected);
-    host.source.fence().expect("the session is not over");
+    host.gives_and_loses();
+    host.side.source.fence().expect("the session is not over");
     host.goes_on("fenced");
-}
-
-/// A destination whose guest has worked, as the source knows.
-fn runs(host: &Host) -> Role {
-    host.source.switch_over(state()).expect("may switch over");
-    let role = host.destination("nowhere");
-    assert_eq!(role.hear("device state"), "state");
-    assert_eq!(role.hear("the go"), "run");
-    assert_eq!(role.hear("the guest's work"), "has worked");
-    host.wait(&SourceEvent::Running);
-    role
 }
 
 #[test]
 fn a_guest_is_rolled_back_to_the_switchover_when_its_destination_dies_after_it_ran() {
     prologue!("a_guest_is_rolled_back");
     let mut host = Host::start("a_guest_is_rolled_back", Release::Keep);
-    drop(runs(&host));
-    host.wait(&SourceEvent::Disconnected);
-    let denied = host.source.reclaim().expect_err("it has run").to_string();
+    host.loses(host.hands_over());
+    let denied = host.side.source.reclaim().expect_err("it has run").to_string();
     assert!(denied.contains("past the point of no return"), "{denied}");
-    host.source.fence().expect("the session is not over");
+    host.side.source.fence().expect("the session is not over");
     host.goes_on("fenced");
 }
 
@@ -273,12 +266,12 @@ fn a_guest_is_rolled_back_to_the_switchover_when_its_destination_dies_after_it_r
 fn a_destination_that_was_taken_for_dead_stops_when_it_is_back() {
     prologue!("a_destination_that_was_taken_for_dead");
     let mut host = Host::start("a_destination_that_was_taken_for_dead", Release::Keep);
-    let role = runs(&host);
+    let role = host.hands_over();
     let id = Pid::from_raw(role.id() as i32);
     kill(id, Signal::SIGSTOP).expect("a child");
-    host.wait(&SourceEvent::Disconnected);
-    host.source.fence().expect("the session is not over");
-    host.wait(&SourceEvent::Reclaimed);
+    host.side.wait(&SourceEvent::Disconnected);
+    host.side.source.fence().expect("the session is not over");
+    host.side.wait(&SourceEvent::Reclaimed);
     host.guest_runs();
     kill(id, Signal::SIGCONT).expect("a child");
     while let line = role.hear("what it is told")
@@ -295,36 +288,32 @@ fn a_guest_of_which_pages_were_freed_is_not_rolled_back() {
     prologue!("a_guest_of_which_pages_were_freed");
     let host =
         Host::start("a_guest_of_which_pages_were_freed", Release::Free(ReleaseLedger::volatile()));
-    let role = runs(&host);
+    let role = host.hands_over();
     common::wait_until(
         "pages to be freed",
-        || host.dump(),
-        || host.source.stats().pages_released > 0,
+        || host.side.dump(),
+        || host.side.source.stats().pages_released > 0,
     );
-    drop(role);
-    host.wait(&SourceEvent::Disconnected);
-    for refused in [host.source.fence(), host.source.reclaim()] {
+    host.loses(role);
+    for refused in [host.side.source.fence(), host.side.source.reclaim()] {
         let error = refused.expect_err("the guest is nowhere else").to_string();
         assert!(error.contains("at the destination alone"), "{error}");
     }
-    assert!(!host.events.rest().contains(&SourceEvent::Reclaimed));
+    assert!(!host.side.events.rest().contains(&SourceEvent::Reclaimed));
 }
 
 /// Plays the VMM of a source whose guest is in private memory.
 #[test]
 fn child_source() {
     let Some(_) = argument("child_source") else { return };
-    let old = Memory::new(&KINDS);
-    old.fill(SEED, Content::Dense);
-    let memory = old.as_source();
-    say(&format!("{:?}", memory.lifetime()));
     let listener = common::session::listen();
-    say(&listener.address().to_string());
-    let mut options = common::session::source_options(&Setup::default());
-    options.background = Background::OnRequest;
-    let (source, _events) =
-        Source::start(memory, Endpoint::Listen(listener), options).expect("a source");
-    source.switch_over(state()).expect("may switch over");
+    let address = listener.address().to_string();
+    let source = LoneSource::start(&setup(), Endpoint::Listen(listener), |options| {
+        options.background = Background::OnRequest;
+    });
+    say(&format!("{:?}", source.old.as_source().lifetime()));
+    say(&address);
+    source.switch_over(state());
     loop {
         std::thread::park();
     }
@@ -336,32 +325,25 @@ fn a_guest_in_private_memory_is_said_to_go_with_its_process_and_is_no_zeros_then
     let role = Role::start("child_source", "");
     assert_eq!(role.hear("what is left after a death"), "Process");
     let address = role.hear("where it listens").parse().expect("an address");
-    let new = Memory::new(&KINDS);
-    let memory = new.register(DiscardNotice::Called).expect("registered memory");
-    let options = common::session::destination_options(&Setup::default());
-    let (destination, events) =
-        Destination::start(memory, Endpoint::Connect(address), options).expect("a destination");
-    let events = EventLog::new(events);
-    let dump = || format!("{:?} {:?}", destination.stats(), events.rest());
-    events.wait("device state", dump, |it| matches!(it, DestinationEvent::State(_)));
-    destination.ready().expect("may be ready");
-    events.wait("run", dump, |it| *it == DestinationEvent::Run);
+    let side = LoneDestination::start(&setup(), Endpoint::Connect(address));
+    side.wait_to_run();
+    let dump = || side.dump();
     let touch = |page| {
-        let new = Arc::clone(&new);
+        let new = Arc::clone(&side.new);
         Toucher::start(move || new.check_pages(SEED, Content::Dense, page, page + 1))
     };
     for page in [7, 3000] {
         touch(page).finish("a page", dump);
     }
     drop(role);
-    events.wait("the loss", dump, |it| *it == DestinationEvent::Disconnected);
+    side.wait(&DestinationEvent::Disconnected);
     let lost = [touch(8), touch(3001)];
     // What has arrived stays.
     for page in [7, 3000] {
         touch(page).finish("a page that is here", dump);
     }
     assert!(lost.iter().all(Toucher::is_waiting), "whoever needs a page that is lost waits");
-    drop(destination);
+    drop(side.destination);
     assert!(lost.iter().all(Toucher::is_waiting), "and goes on to wait");
 }
 

@@ -1,14 +1,35 @@
-//! A source whose ledger's disk does not answer: its thread hangs, and nobody waits for it.
+//! A source whose thread that frees pages hangs, because its ledger's disk does not answer, or
+//! panics: nobody waits for it, and nothing is freed until another takes its place.
 
 mod common;
 
 use afterimage::{Background, Release, ReleaseLedger, ThreadHook, ThreadRole};
 use common::proxy::{Cut, Proxy};
 use common::{Kind, Listening, Pair, Setup, Toucher};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
+
+/// A guest that runs at the destination and has read a hundred pages there, of a source that
+/// frees pages and calls `hook` on its threads.
+fn start(listening: Listening, hook: ThreadHook) -> (Pair, Proxy) {
+    let setup = Setup { kinds: vec![(Kind::Anonymous, 8 * MIB)], listening, ..Setup::default() };
+    let mut proxy = None;
+    let pair = Pair::start_with(
+        &setup,
+        |source, _| {
+            source.release = Release::Free(ReleaseLedger::volatile());
+            source.background = Background::OnRequest;
+            source.threads = hook;
+        },
+        |address| proxy.insert(Proxy::start(&address)).address(),
+    );
+    let (pair, proxy) = (pair.expect("no huge pages"), proxy.expect("a detour"));
+    pair.switch(&[]);
+    touch(&pair, 0);
+    (pair, proxy)
+}
 
 /// The guest reads a hundred pages at the destination.
 fn touch(pair: &Pair, from: u64) {
@@ -55,21 +76,7 @@ fn a_release_thread_that_hangs_holds_up_neither_a_recovery_nor_the_end() {
     prologue!("a_release_thread_that_hangs");
     for listening in [Listening::Source, Listening::Destination] {
         let held = Held::default();
-        let setup =
-            Setup { kinds: vec![(Kind::Anonymous, 8 * MIB)], listening, ..Setup::default() };
-        let mut proxy = None;
-        let pair = Pair::start_with(
-            &setup,
-            |source, _| {
-                source.release = Release::Free(ReleaseLedger::volatile());
-                source.background = Background::OnRequest;
-                source.threads = held.hook();
-            },
-            |address| proxy.insert(Proxy::start(&address)).address(),
-        );
-        let (pair, proxy) = (pair.expect("no huge pages"), proxy.expect("a detour"));
-        pair.switch(&[]);
-        touch(&pair, 0);
+        let (pair, proxy) = start(listening, held.hook());
         common::wait_until("a release thread", || pair.dump(), || held.came() == 1);
         for cut in 1..=2 {
             proxy.cut(Cut::Reset, |_| true);
@@ -94,4 +101,29 @@ fn a_release_thread_that_hangs_holds_up_neither_a_recovery_nor_the_end() {
         assert_eq!(old.resident_bytes(), 8 * MIB - 300 * PAGE);
         held.set_open(true);
     }
+}
+
+#[test]
+fn a_release_thread_that_panics_has_a_successor_on_the_next_connection() {
+    prologue!("a_release_thread_that_panics");
+    // What the first of them panics with, and is dropped by who joins it.
+    let (payload, joined) = mpsc::channel::<()>();
+    let payload = Mutex::new(Some(payload));
+    let hook = ThreadHook::new(move |role, _| {
+        if role == ThreadRole::Release {
+            let payload = payload.lock().expect("not poisoned").take();
+            if let Some(payload) = payload {
+                std::panic::panic_any(payload);
+            }
+        }
+    });
+    let (pair, proxy) = start(Listening::Source, hook);
+    let end = joined.recv_timeout(common::PATIENCE);
+    assert_eq!(end, Err(mpsc::RecvTimeoutError::Disconnected), "its end is noticed");
+    proxy.cut(Cut::Reset, |_| true);
+    common::wait_until(
+        "pages to be freed",
+        || pair.dump(),
+        || pair.source.stats().pages_released == 100,
+    );
 }

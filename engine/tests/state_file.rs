@@ -252,9 +252,7 @@ fn a_session_on_a_full_disk_says_so_and_goes_on_when_there_is_room() {
         // Full again, when the guest is to be given away.
         fill(directory);
         let state = StateSection { name: "cpu".into(), version: 1, bytes: vec![1] };
-        pair.source.switch_over(vec![state]).unwrap();
-        pair.wait_state();
-        pair.destination.ready().unwrap();
+        pair.prepare(&[state]);
         pair.wait_source(&SourceEvent::PersistFailed);
         assert_eq!(file.record().unwrap().ownership, SourceOwnership::Owner);
         let said = pair.at_destination.rest();

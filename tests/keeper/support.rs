@@ -134,6 +134,15 @@ pub(crate) fn content(file: &NamedFile) -> Vec<u8> {
     bytes
 }
 
+/// Asks again and again until it is so.
+pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let limit = Instant::now() + LIMIT;
+    while !is_so() {
+        assert!(Instant::now() < limit, "waited in vain until {what}");
+        thread::yield_now();
+    }
+}
+
 /// Waits until the keeper at the other end of a connection is gone.
 pub(crate) fn until_gone(keeper: &Keeper) {
     let mut fds = [PollFd::new(keeper.as_fd(), PollFlags::POLLIN)];

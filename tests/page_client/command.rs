@@ -4,22 +4,14 @@ use afterimage::SourceEvent;
 use afterimage_tools::attachment::{AttachError, Attachment, AttachmentEvent};
 use nix::sys::signal::Signal;
 
+use crate::host::Host;
 use crate::support::{CLIENT, Daemon, Origin, Vcpu, Vmm, register};
-
-fn path(directory: &tempfile::TempDir) -> (std::path::PathBuf, String) {
-    let path = directory.path().join("attach");
-    let address = format!("unix:{}", path.display());
-    (path, address)
-}
 
 #[test]
 fn a_guest_is_served_without_a_keeper() {
     let origin = Origin::start(512);
-    let directory = tempfile::tempdir().unwrap();
-    let (path, address) = path(&directory);
-    let arguments = ["--attach", &address, "--connect", &origin.address, "--json"];
-    let mut client = Daemon::start(CLIENT, &arguments);
-    client.line("a VMM can have its memory served");
+    let host = Host::alone(&origin.address);
+    let (client, path) = (host.open_client(), host.attach_path());
     let vmm = Vmm::attach(&path, "guest", 512, true);
     origin.source.switch_over(Vec::new()).unwrap();
     vmm.run();
@@ -46,10 +38,8 @@ fn a_guest_is_served_without_a_keeper() {
 #[test]
 fn another_guest_is_turned_away() {
     let origin = Origin::start(16);
-    let directory = tempfile::tempdir().unwrap();
-    let (path, address) = path(&directory);
-    let mut client = Daemon::start(CLIENT, &["--attach", &address, "--connect", &origin.address]);
-    client.line("a VMM can have its memory served");
+    let host = Host::alone(&origin.address);
+    let (_client, path) = (host.open_client(), host.attach_path());
     let vmm = Vmm::attach(&path, "guest", 16, true);
     let (_map, other) = register(16, true);
     let error = Attachment::attach(&path, "other", &other).unwrap_err();
@@ -64,10 +54,7 @@ fn another_guest_is_turned_away() {
 
 #[test]
 fn a_signal_before_any_guest_ends_it() {
-    let directory = tempfile::tempdir().unwrap();
-    let (_, address) = path(&directory);
-    let mut client = Daemon::start(CLIENT, &["--attach", &address, "--connect", "unix:/nowhere"]);
-    client.line("a VMM can have its memory served");
+    let client = Host::alone("unix:/nowhere").open_client();
     client.signal(Signal::SIGTERM);
     let (status, _, said) = client.end();
     assert_eq!(status, 3, "{said:#?}");
@@ -76,10 +63,8 @@ fn a_signal_before_any_guest_ends_it() {
 #[test]
 fn a_guest_that_the_source_takes_back_does_not_run_here() {
     let origin = Origin::start(16);
-    let directory = tempfile::tempdir().unwrap();
-    let (path, address) = path(&directory);
-    let mut client = Daemon::start(CLIENT, &["--attach", &address, "--connect", &origin.address]);
-    client.line("a VMM can have its memory served");
+    let host = Host::alone(&origin.address);
+    let (client, path) = (host.open_client(), host.attach_path());
     let vmm = Vmm::attach(&path, "guest", 16, true);
     origin.source.switch_over(Vec::new()).unwrap();
     vmm.until(|event| matches!(event, AttachmentEvent::State(_)));

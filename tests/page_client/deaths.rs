@@ -1,74 +1,16 @@
 //! page-client is killed, and what it leaves behind is enough.
 
 use std::path::Path;
+use std::thread;
 
-use afterimage::{SourceEvent, StateSection};
-use afterimage_tools::attachment::AttachmentEvent;
+use afterimage::{DestinationStateFile, SourceEvent, StateSection};
+use afterimage_tools::attachment::{Attachment, AttachmentEvent};
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 
-use crate::support::{CLIENT, Daemon, KEEPER, Origin, Vcpu, Vmm};
-
-/// A directory with a keeper, and how page-client is started in it.
-struct Host {
-    directory: tempfile::TempDir,
-    keeper: Daemon,
-    arguments: Vec<String>,
-}
-
-impl Host {
-    fn new(source: &str) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let unix = |name: &str| format!("unix:{}", directory.path().join(name).display());
-        let keeper = start_keeper(&unix("keeper"));
-        let state = directory.path().join("state").display().to_string();
-        let arguments = [
-            "--attach",
-            &unix("attach"),
-            "--connect",
-            source,
-            "--keeper",
-            &unix("keeper"),
-            "--guest",
-            "vm7",
-            "--state",
-            &state,
-            "--json",
-        ];
-        let arguments = arguments.map(str::to_owned).to_vec();
-        Self { directory, keeper, arguments }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.directory.path().join(name).display().to_string()
-    }
-
-    /// Starts page-client with another value from here on.
-    fn set(&mut self, option: &str, value: &str) {
-        let at = self.arguments.iter().position(|it| it == option).unwrap();
-        value.clone_into(&mut self.arguments[at + 1]);
-    }
-
-    fn client(&self) -> Daemon {
-        Daemon::start(CLIENT, &self.arguments)
-    }
-
-    fn restart_keeper(&mut self) {
-        self.keeper.signal(Signal::SIGKILL);
-        self.keeper.child.wait().unwrap();
-        self.keeper =
-            start_keeper(&format!("unix:{}", self.directory.path().join("keeper").display()));
-    }
-
-    fn attach_path(&self) -> std::path::PathBuf {
-        Path::new(self.directory.path()).join("attach")
-    }
-}
-
-fn start_keeper(address: &str) -> Daemon {
-    let mut keeper = Daemon::start(KEEPER, &["--listen", address]);
-    keeper.line("listening on");
-    keeper
-}
+use crate::host::Host;
+use crate::support::{Origin, Vcpu, Vmm, register};
 
 fn state() -> Vec<StateSection> {
     vec![StateSection { name: "cpu".into(), version: 3, bytes: vec![5; 300_000] }]
@@ -77,9 +19,8 @@ fn state() -> Vec<StateSection> {
 fn goes_on_after_each_death(has_file: bool) {
     const PAGES: u64 = 4096;
     let origin = Origin::start(PAGES);
-    let host = Host::new(&origin.address);
-    let mut client = host.client();
-    client.line("a VMM can have its memory served");
+    let host = Host::with_keeper(&origin.address);
+    let mut client = host.open_client();
     let vmm = Vmm::attach(&host.attach_path(), "guest", PAGES, has_file);
     origin.source.switch_over(state()).unwrap();
     let event = vmm.until(|event| matches!(event, AttachmentEvent::State(_)));
@@ -128,9 +69,8 @@ fn a_guest_in_private_memory_goes_on_after_each_death() {
 #[test]
 fn a_guest_that_has_not_run_yet_is_not_lost() {
     let origin = Origin::start(64);
-    let host = Host::new(&origin.address);
-    let mut client = host.client();
-    client.line("a VMM can have its memory served");
+    let host = Host::with_keeper(&origin.address);
+    let mut client = host.open_client();
     let vmm = Vmm::attach(&host.attach_path(), "guest", 64, true);
     // Before anything has come.
     client.signal(Signal::SIGKILL);
@@ -156,9 +96,8 @@ fn a_guest_that_has_not_run_yet_is_not_lost() {
 fn the_keeper_may_die_and_page_client_after_it() {
     const PAGES: u64 = 1024;
     let origin = Origin::start(PAGES);
-    let mut host = Host::new(&origin.address);
-    let mut client = host.client();
-    client.line("a VMM can have its memory served");
+    let mut host = Host::with_keeper(&origin.address);
+    let mut client = host.open_client();
     let vmm = Vmm::attach(&host.attach_path(), "guest", PAGES, true);
     origin.source.switch_over(state()).unwrap();
     vmm.run();
@@ -183,9 +122,8 @@ fn the_keeper_may_die_and_page_client_after_it() {
 #[test]
 fn a_guest_is_only_continued_with_its_own_record() {
     let origin = Origin::start(64);
-    let mut host = Host::new(&origin.address);
-    let mut client = host.client();
-    client.line("a VMM can have its memory served");
+    let mut host = Host::with_keeper(&origin.address);
+    let mut client = host.open_client();
     let vmm = Vmm::attach(&host.attach_path(), "guest", 64, true);
     origin.source.switch_over(state()).unwrap();
     vmm.run();
@@ -193,9 +131,8 @@ fn a_guest_is_only_continued_with_its_own_record() {
     client.end();
 
     // Another guest of the same size, with a record of its own.
-    let other = Host::new(&origin.address);
-    let mut others = other.client();
-    others.line("a VMM can have its memory served");
+    let other = Host::with_keeper(&origin.address);
+    let others = other.open_client();
     let another = Vmm::attach(&other.attach_path(), "other", 64, true);
     others.signal(Signal::SIGKILL);
     others.end();
@@ -217,12 +154,55 @@ fn a_guest_is_only_continued_with_its_own_record() {
     drop(another);
 }
 
+/// A process that dies between storing a guest and recording it leaves a record of memory that is
+/// gone; in memory that nobody has begun to serve, no guest has run.
+#[test]
+fn a_guest_that_was_stored_and_not_recorded_is_begun() {
+    for has_record in [false, true] {
+        let origin = Origin::start(64);
+        let mut host = Host::with_keeper(&origin.address);
+        let (map, memory) = register(64, true);
+        if has_record {
+            let state = host.path("state");
+            DestinationStateFile::open_or_create(Path::new(&state), memory.layout()).unwrap();
+        }
+        // Who writes a record writes this first, and waits here for a reader.
+        let new = host.path("state.new");
+        mkfifo(new.as_str(), Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        let client = host.open_client();
+        let path = host.attach_path();
+        thread::scope(|scope| {
+            let attaching = scope.spawn(|| Attachment::attach(&path, "guest", &memory));
+            host.keeper().line("vm7 is stored");
+            client.signal(Signal::SIGKILL);
+            client.end();
+            assert!(attaching.join().unwrap().is_err(), "it is taken before it is recorded");
+        });
+        // The next cannot record it, and ends.
+        std::fs::remove_file(&new).unwrap();
+        std::fs::create_dir(&new).unwrap();
+        let (status, _, said) = host.client().end();
+        assert_eq!(status, 1, "{said:#?}");
+        std::fs::remove_dir(&new).unwrap();
+
+        let mut client = host.client();
+        client.line("taking over");
+        let attachment = Attachment::attach(&path, "guest", &memory).unwrap();
+        let vmm = Vmm { map, memory, attachment, pages: 64 };
+        origin.source.switch_over(state()).unwrap();
+        vmm.run();
+        vmm.check();
+        vmm.until(|event| *event == AttachmentEvent::Finished);
+        assert_eq!(client.end().0, 0);
+        vmm.memory.all_arrived();
+    }
+}
+
 #[test]
 fn a_keeper_that_was_started_again_before_a_vmm_came_holds_its_guest() {
     let origin = Origin::start(64);
-    let mut host = Host::new(&origin.address);
-    let mut client = host.client();
-    client.line("a VMM can have its memory served");
+    let mut host = Host::with_keeper(&origin.address);
+    let mut client = host.open_client();
     // As one that has hung up on a client that was silent for too long.
     host.restart_keeper();
     let vmm = Vmm::attach(&host.attach_path(), "guest", 64, true);

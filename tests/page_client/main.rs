@@ -1,7 +1,11 @@
 //! page-client as a process: it serves the memory of this process, is killed, and goes on.
 
+mod attachment;
 mod command;
 mod deaths;
+mod farewell;
+mod host;
 mod network;
 mod steps;
 mod support;
+mod words;

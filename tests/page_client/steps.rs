@@ -12,9 +12,8 @@ use std::time::{Duration, Instant};
 
 use afterimage_tools::attachment::{AttachError, Attachment, AttachmentEvent};
 
-use crate::support::{
-    CLIENT, Daemon, KEEPER, LIMIT, PAGE, SERVER, check, discard, register, write_image,
-};
+use crate::host::start_keeper;
+use crate::support::{CLIENT, Daemon, LIMIT, PAGE, SERVER, check, discard, register, write_image};
 
 const PAGES: u64 = 512;
 
@@ -88,8 +87,7 @@ impl Scene {
         let directory = tempfile::tempdir().unwrap();
         write_image(&directory.path().join("ram"), PAGES);
         let address = format!("unix:{}", directory.path().join("keeper").display());
-        let mut keeper = Daemon::start(KEEPER, &["--listen", &address]);
-        keeper.line("listening on");
+        let keeper = start_keeper(&address);
         Self { directory, victim, step: step.to_owned(), releases, _keeper: keeper }
     }
 

@@ -68,6 +68,8 @@ pub(crate) enum Word {
     State { sections: Vec<SectionOfVmm> },
     /// VMM: it is restored, the guest could run.
     Ready,
+    /// VMM: it has failed to attach, and gives this memory up. Nothing has run in it.
+    Withdrawn,
     /// page-client: the guest may run; it is on record.
     Run,
     /// page-client: every page is in place, the userfaultfd may be closed.

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use afterimage::{
     Checksums, Destination, DestinationMemory, DestinationOptions, DestinationOwnership,
-    DestinationStateFile, Endpoint, Listener, Plaintext,
+    DestinationRecord, DestinationStateFile, Endpoint, Listener, Plaintext,
 };
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
@@ -110,13 +110,18 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
         return Ok(journal.close(Outcome::NotHere, None));
     };
     let runs = with.record.ownership == DestinationOwnership::Running;
-    let (destination, events) =
-        Destination::start(memory, endpoint, with).map_err(Failure::of("start serving"))?;
+    let watched = served.vmm.try_clone().and_then(|vmm| door.watch(vmm));
+    let started = watched.map_err(Failure::of("watch the VMM")).and_then(|()| {
+        Destination::start(memory, endpoint, with).map_err(Failure::of("start serving"))
+    });
+    let (destination, events) = started.inspect_err(|failure| {
+        if let Some(socket) = &socket {
+            turn_away(socket, failure, place.as_mut(), &progress);
+        }
+    })?;
     journal.serves(served.pid, socket.is_none());
     let what = if socket.is_some() { "serving" } else { "taking over" };
     progress.say(&format!("{what} the guest {:?} of process {}", served.name, served.pid));
-    let vmm = served.vmm.try_clone().map_err(Failure::of("watch the VMM"))?;
-    door.watch(vmm).map_err(Failure::of("watch the VMM"))?;
     let session = Session { destination, events, door, waiter, progress, journal };
     let mut serving = Serving::new(session, served, place, state, runs);
     if let Some(socket) = socket {
@@ -245,14 +250,20 @@ fn take(
             Ok(Taken { served, memory, with, socket: Some(offer.socket) })
         }
         Err(failure) => {
-            // It may have gone.
-            let _ = framing::send(&offer.socket, &Word::Refused { reason: failure.to_string() });
-            if let Some(place) = place {
-                place.remove(|line| progress.say(line));
-            }
+            turn_away(&offer.socket, &failure, place, progress);
             Err(failure)
         }
     }
+}
+
+/// Lets go of a guest that cannot be served, and says so to its VMM.
+fn turn_away(socket: &UnixStream, failure: &Failure, place: Option<&mut Place>, say: &Progress) {
+    // First: a successor must not find what its VMM has taken back.
+    if let Some(place) = place {
+        place.remove(|line| say.say(line));
+    }
+    // It may have gone.
+    let _ = framing::send(socket, &Word::Refused { reason: failure.to_string() });
 }
 
 /// The guest's memory, and how it is to be served. With a place it is new, and stored there;
@@ -269,36 +280,47 @@ fn prepare(
     with.plaintext = plaintext(options);
     with.record.incarnation = served.incarnation;
     let Some(state) = state else { return Ok((served.attach()?, with)) };
-    let failed = || Failure::of("use the state file");
     if let Some(place) = place {
         let set = served.set().map_err(Failure::of("describe the guest"))?;
         // Said where it is looked at next.
         let stored = place.store(set, &[], |line| tracing::warn!("{line}"));
         stored.map_err(|why| Failure::new(format!("could not store the guest: {why}")))?;
-        // What is recorded is of a guest that never ran, and is gone.
-        with.record = state.begin_anew(&served.layout()?, with.record).map_err(failed())?;
-        with.ledger = state.ledger();
-        return Ok((served.attach()?, with));
     }
-    let had_record = state.record().is_some();
-    let memory = served.attach()?;
-    if !had_record && memory.is_taken_over() {
-        return Err(Failure::new(format!(
+    // Before anybody begins to serve the memory: what has begun has its record.
+    with.record = record_of(served, state, with.record)?;
+    with.ledger = state.ledger();
+    Ok((served.attach()?, with))
+}
+
+/// The record of this memory: the one that is there, or `fresh` where nobody has begun to serve
+/// it. A process may have died between storing a guest and recording it; what it found recorded
+/// then is of a guest that never ran, and is gone.
+fn record_of(
+    served: &Served,
+    state: &DestinationStateFile,
+    fresh: DestinationRecord,
+) -> Result<DestinationRecord, Failure> {
+    let failed = || Failure::of("use the state file");
+    let layout = served.layout()?;
+    let has_begun = served.has_begun().map_err(Failure::of("look at what the keeper holds"))?;
+    match state.record() {
+        None if has_begun => Err(Failure::new(format!(
             "the keeper has a guest that was served already, and {} records nothing: give the \
              state file of that guest; without it nobody knows whether the guest has run",
             state.path().display()
-        )));
+        ))),
+        Some(record) if has_begun || record.ownership != DestinationOwnership::Waiting => {
+            if record.incarnation == served.incarnation {
+                return state.begin(&layout, fresh).map_err(failed());
+            }
+            Err(Failure::new(format!(
+                "{} is of the memory {}, and what the keeper has is the memory {}: give the state \
+                 file of this guest, or the name of that one",
+                state.path().display(),
+                record.incarnation,
+                served.incarnation
+            )))
+        }
+        _ => state.begin_anew(&layout, fresh).map_err(failed()),
     }
-    with.record = state.begin(memory.layout(), with.record).map_err(failed())?;
-    if with.record.incarnation != served.incarnation {
-        return Err(Failure::new(format!(
-            "{} is of the memory {}, and what the keeper has is the memory {}: give the state \
-             file of this guest, or the name of that one",
-            state.path().display(),
-            with.record.incarnation,
-            served.incarnation
-        )));
-    }
-    with.ledger = state.ledger();
-    Ok((memory, with))
 }

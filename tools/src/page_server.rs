@@ -8,6 +8,7 @@
 
 pub(crate) mod failure;
 mod fence;
+pub(crate) mod happened;
 mod holding;
 pub mod memory;
 mod migration;
@@ -23,7 +24,6 @@ mod waiting;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
 
 use afterimage::{
     Checksums, Endpoint, Listener, Plaintext, Release, ReleaseLedger, SnapshotServer, Source,
@@ -306,9 +306,4 @@ fn source_options(options: &Options) -> SourceOptions {
         source.release = Release::Free(ReleaseLedger::volatile());
     }
     source
-}
-
-/// Microseconds since `start`.
-fn micros_since(start: Instant) -> u64 {
-    start.elapsed().as_micros() as u64
 }

@@ -9,6 +9,7 @@
 pub mod attacked;
 pub mod children;
 pub mod counters;
+pub mod lone;
 pub mod memory;
 pub mod peer;
 pub mod proxy;
@@ -16,6 +17,7 @@ pub mod random;
 pub mod session;
 pub mod victim;
 
+pub use lone::{LoneDestination, LoneSource};
 pub use memory::{Content, Kind, Memory};
 pub use random::Random;
 pub use session::{EventLog, Listening, Pair, Setup, Transport};

@@ -239,11 +239,16 @@ impl Pair {
         sections
     }
 
-    /// From the switchover until the guest may run at the destination.
-    pub fn switch(&self, state: &[StateSection]) {
+    /// From the switchover until the destination is ready.
+    pub fn prepare(&self, state: &[StateSection]) {
         self.source.switch_over(state.to_vec()).expect("may switch over");
         assert_eq!(self.wait_state(), state, "device state arrives as it was sent");
         self.destination.ready().expect("may be ready");
+    }
+
+    /// From the switchover until the guest may run at the destination.
+    pub fn switch(&self, state: &[StateSection]) {
+        self.prepare(state);
         self.wait_destination(&DestinationEvent::Run);
     }
 

@@ -17,7 +17,7 @@ use afterimage_tools::handoff::Piece;
 use afterimage_tools::keeper::{Keeper, KeptGuest};
 
 use super::scene::{LENGTH, PAGES, Reader, Scene, filled, kill_at, resumed, state};
-use crate::support::{argument, line_of, role};
+use crate::support::{LIMIT, argument, line_of, role};
 
 #[test]
 fn a_given_guest_goes_on_after_every_death() {
@@ -58,44 +58,72 @@ fn a_given_guest_goes_on_after_every_death() {
     assert!(status == 0 && lines.iter().any(|it| it.contains("is finished")), "{lines:#?}");
 }
 
+/// When a server dies during a hand-over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Death {
+    /// From before the VMM connects until after it has been told.
+    AtAnyTime,
+    /// Mostly before the VMM is told.
+    WhenItIsKept,
+    /// The keeper stands still.
+    BeforeItIsKept,
+}
+
 /// Whenever the server dies during a hand-over, the guest is the VMM's or the successor's.
 #[test]
 fn a_guest_has_one_owner_whenever_the_server_dies() {
     let (mut kept, mut taken) = (0, 0);
     for round in 0..12_u64 {
-        let scene = Arc::new(Scene::new());
-        let _keeper = scene.keeper();
-        let mut server = scene.serve_kept(&[]);
-        server.line("can hand its guest over");
-        let vmm = Arc::clone(&scene);
-        let giver = thread::spawn(move || vmm.give(81));
-        // From before it connects until after it has been told; every other time when the
-        // keeper has it, mostly before it is told.
-        let mut keeper = Keeper::connect(&scene.path("keeper.sock"), "a test").unwrap();
-        let until = Instant::now() + Duration::from_micros(round * 400);
-        let mut is_time = || match round % 2 {
-            0 => Instant::now() >= until,
-            _ => !keeper.list().unwrap().is_empty(),
-        };
-        while !is_time() && !giver.is_finished() {
-            std::hint::spin_loop();
-        }
-        drop(server);
-        // What the dead one has left tells a VMM that waits that its guest was taken.
-        let mut server = scene.serve_kept(&[]);
-        server.line("listening on");
-        if giver.join().unwrap().is_ok() {
+        let deaths = [Death::AtAnyTime, Death::WhenItIsKept, Death::BeforeItIsKept];
+        let death = deaths[round as usize % deaths.len()];
+        if is_taken_although_the_server_dies(death, Duration::from_micros(round * 400)) {
+            assert_ne!(death, Death::BeforeItIsKept, "no successor can have found it");
             taken += 1;
         } else {
+            assert_ne!(death, Death::WhenItIsKept, "the successor tells the VMM");
             kept += 1;
-            assert!(scene.kept().is_empty(), "two have the guest");
-            scene.give(81).unwrap();
         }
-        Reader::start(&scene.address, 81).finish(81);
-        assert_eq!(server.end().0, 0);
-        assert!(scene.kept().is_empty());
     }
-    println!("the VMM kept its guest {kept} times, and it was taken {taken} times");
+    assert!(kept >= 4 && taken >= 4, "the VMM kept it {kept} times, it was taken {taken} times");
+}
+
+fn is_taken_although_the_server_dies(death: Death, time: Duration) -> bool {
+    let scene = Arc::new(Scene::new());
+    let keeper_process = scene.keeper();
+    let mut server = scene.serve_kept(&[]);
+    server.line("can hand its guest over");
+    let mut keeper = Keeper::connect(&scene.path("keeper.sock"), "a test").unwrap();
+    if death == Death::BeforeItIsKept {
+        keeper_process.stop();
+    }
+    let clients = keeper_process.clients();
+    let vmm = Arc::clone(&scene);
+    let giver = thread::spawn(move || vmm.give(81));
+    let begun = Instant::now();
+    let mut is_time = || match death {
+        Death::WhenItIsKept => !keeper.list().unwrap().is_empty(),
+        // The server has the guest, and waits for the keeper.
+        Death::BeforeItIsKept => keeper_process.clients() > clients,
+        Death::AtAnyTime => begun.elapsed() >= time,
+    };
+    while !is_time() && !giver.is_finished() {
+        assert!(begun.elapsed() < LIMIT, "the time does not come for {death:?}");
+        std::hint::spin_loop();
+    }
+    drop(server);
+    keeper_process.go_on();
+    // What the dead one has left tells a VMM that waits that its guest was taken.
+    let mut server = scene.serve_kept(&[]);
+    server.line("listening on");
+    let is_taken = giver.join().unwrap().is_ok();
+    if !is_taken {
+        assert!(scene.kept().is_empty(), "two have the guest");
+        scene.give(81).unwrap();
+    }
+    Reader::start(&scene.address, 81).finish(81);
+    assert_eq!(server.end().0, 0);
+    assert!(scene.kept().is_empty());
+    is_taken
 }
 
 #[test]

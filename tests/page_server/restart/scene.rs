@@ -13,9 +13,12 @@ use std::time::Instant;
 use afterimage::{Address, DestinationEvent, GuestAddress, StateSection};
 use afterimage_tools::handoff::{GiveError, Piece, Taken, give};
 use afterimage_tools::keeper::{Keeper, Listed};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
 
 use crate::support::{Fetched, LIMIT, PAGE, Server, Target, memfd, pattern};
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 pub(super) const PAGES: u64 = 2048;
@@ -97,7 +100,10 @@ pub(super) fn state() -> Vec<StateSection> {
 }
 
 /// A keeper, killed when it is dropped.
-pub(super) struct KeeperProcess(Child);
+pub(super) struct KeeperProcess {
+    child: Child,
+    path: PathBuf,
+}
 
 impl KeeperProcess {
     pub(super) fn start(path: &Path) -> Self {
@@ -108,14 +114,37 @@ impl KeeperProcess {
         assert!(lines.next().unwrap().unwrap().contains("listening on"));
         // What it says later is read, so that it never waits.
         thread::spawn(move || lines.for_each(drop));
-        Self(child)
+        Self { child, path: path.to_owned() }
+    }
+
+    /// Returns when it stands still.
+    pub(super) fn stop(&self) {
+        kill(self.pid(), Signal::SIGSTOP).unwrap();
+        let status = waitpid(self.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap();
+        assert!(matches!(status, WaitStatus::Stopped(..)), "{status:?}");
+    }
+
+    pub(super) fn go_on(&self) {
+        kill(self.pid(), Signal::SIGCONT).unwrap();
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// How many clients are connected, also those that it has not taken in.
+    pub(super) fn clients(&self) -> usize {
+        let sockets = fs::read_to_string("/proc/net/unix").unwrap();
+        let path = self.path.display().to_string();
+        // One is that on which it listens.
+        sockets.lines().filter(|line| line.ends_with(&path)).count() - 1
     }
 }
 
 impl Drop for KeeperProcess {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -109,24 +109,15 @@ impl Attachment {
         let hello = Hello::Attach { name: name.clone(), files, regions };
         let socket = connect(path, &hello)
             .map_err(|source| AttachError::Connect { path: path.to_owned(), source })?;
-        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-        if let Err(source) = framing::send_files(&socket, &borrowed) {
-            // It may have said why it stopped listening.
-            return Err(match framing::receive(&socket) {
-                Ok(Word::Refused { reason }) => AttachError::Refused { reason },
-                _ => AttachError::Io { operation: "hand guest memory over", source },
-            });
+        let ending = socket.try_clone().map_err(io_error("duplicate the connection"))?;
+        let attached = hand_over(&socket, &descriptors).and_then(|()| {
+            Self::listen(socket, path.to_owned(), name).map_err(io_error("start a thread"))
+        });
+        if attached.is_err() {
+            // Or page-client would serve memory that nobody comes back for. It may be gone.
+            let _ = framing::send(&ending, &Word::Withdrawn);
         }
-        match framing::receive(&socket).map_err(io_error("hear whether memory was taken"))? {
-            Word::Attached => {}
-            Word::Refused { reason } => return Err(AttachError::Refused { reason }),
-            other => {
-                let reason = format!("it says {other:?} out of turn");
-                return Err(AttachError::Refused { reason });
-            }
-        }
-        socket.set_read_timeout(None).map_err(io_error("wait for page-client without a limit"))?;
-        Self::listen(socket, path.to_owned(), name).map_err(io_error("start a thread"))
+        attached
     }
 
     fn listen(socket: UnixStream, path: PathBuf, name: String) -> io::Result<Self> {
@@ -191,6 +182,32 @@ fn describe(memory: &DestinationMemory) -> io::Result<(Vec<RegionOfVmm>, Vec<Own
     });
     let regions = regions.collect::<io::Result<_>>()?;
     Ok((regions, descriptors))
+}
+
+/// Waits until page-client has taken it.
+fn hand_over(socket: &UnixStream, descriptors: &[OwnedFd]) -> Result<(), AttachError> {
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    if let Err(source) = framing::send_files(socket, &borrowed) {
+        // It may have said why it stopped listening.
+        return Err(match framing::receive(socket) {
+            Ok(Word::Refused { reason }) => AttachError::Refused { reason },
+            _ => AttachError::Io { operation: "hand guest memory over", source },
+        });
+    }
+    is_attached(socket, "hear whether memory was taken")?;
+    socket.set_read_timeout(None).map_err(io_error("wait for page-client without a limit"))
+}
+
+/// Whether page-client, or its successor, serves the memory.
+fn is_attached(socket: &UnixStream, operation: &'static str) -> Result<(), AttachError> {
+    match framing::receive(socket).map_err(io_error(operation))? {
+        Word::Attached => Ok(()),
+        Word::Refused { reason } => Err(AttachError::Refused { reason }),
+        other => {
+            let reason = format!("it says {other:?} out of turn");
+            Err(AttachError::Refused { reason })
+        }
+    }
 }
 
 fn connect(path: &Path, hello: &Hello) -> io::Result<UnixStream> {
@@ -270,8 +287,8 @@ impl Listening {
             Word::NotHere { reason } | Word::Refused { reason } => AttachmentEvent::NotHere(reason),
             Word::Failed { reason } => AttachmentEvent::Failed(reason),
             Word::Attached => return Ok(false),
-            Word::Ready => {
-                let what = "page-client says that it is ready";
+            word @ (Word::Ready | Word::Withdrawn) => {
+                let what = format!("page-client says {word:?}");
                 return Err(io::Error::new(io::ErrorKind::InvalidData, what));
             }
         };
@@ -311,14 +328,7 @@ impl Listening {
         let hello = Hello::Return { name: self.name.clone() };
         let socket = connect(&self.path, &hello)
             .map_err(|source| AttachError::Connect { path: self.path.clone(), source })?;
-        match framing::receive(&socket).map_err(wrap())? {
-            Word::Attached => {}
-            Word::Refused { reason } => return Err(AttachError::Refused { reason }),
-            other => {
-                let reason = format!("it says {other:?} out of turn");
-                return Err(AttachError::Refused { reason });
-            }
-        }
+        is_attached(&socket, "return to page-client")?;
         socket.set_read_timeout(None).map_err(wrap())?;
         let mut shared = lock(&self.shared);
         if shared.is_ready {

@@ -1,12 +1,11 @@
 //! A client's connection to a keeper.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
-use nix::sys::time::{TimeVal, TimeValLike};
+use nix::sys::socket::{Shutdown, shutdown};
 
 use super::packet::{self, MAX_FILES};
 use super::words::{Listed, Reply, Request, VERSION, Why};
@@ -100,11 +99,7 @@ impl Keeper {
     /// [`KeeperError`].
     pub fn connect(path: &Path, name: &str) -> Result<Self, KeeperError> {
         let wrap = |source| KeeperError::Connect { path: path.to_owned(), source };
-        let socket = packet::connect(path).map_err(wrap)?;
-        let limit = TimeVal::seconds(PATIENCE.as_secs() as i64);
-        setsockopt(&socket, sockopt::ReceiveTimeout, &limit)
-            .and_then(|()| setsockopt(&socket, sockopt::SendTimeout, &limit))
-            .map_err(|errno| wrap(errno.into()))?;
+        let socket = packet::connect(path, PATIENCE).map_err(wrap)?;
         let mut keeper = Self { socket, path: path.to_owned() };
         let name = name.to_owned();
         keeper.ask(&Request::Hello { version: VERSION, name }, &[], "greet it")?;
@@ -240,8 +235,12 @@ impl Keeper {
         files: &[BorrowedFd<'_>],
         operation: &'static str,
     ) -> Result<(Reply, Vec<OwnedFd>), KeeperError> {
-        let path = self.path.clone();
-        let gone = |source| KeeperError::Gone { path, operation, source };
+        let gone = |source| {
+            // An answer that comes after all must not be taken for that to the next request. If
+            // it cannot be shut down, the other side has done so.
+            let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+            KeeperError::Gone { path: self.path.clone(), operation, source }
+        };
         // One that has hung up may have said why before it did.
         let sent = packet::send(&self.socket, request, files);
         let answer = match packet::receive(&self.socket) {
@@ -283,4 +282,24 @@ pub(super) fn borrowed(set: &[NamedFile]) -> Vec<(&str, BorrowedFd<'_>)> {
 
 fn split<'f>(batch: &[(&str, BorrowedFd<'f>)]) -> (Vec<String>, Vec<BorrowedFd<'f>>) {
     batch.iter().map(|(name, file)| ((*name).to_owned(), *file)).unzip()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    #[test]
+    fn an_answer_that_comes_too_late_is_no_answer_to_the_next_request() {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (socket, other) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let mut keeper = Keeper { socket, path: PathBuf::from("nowhere") };
+        packet::send(&other, &"nonsense", &[]).unwrap();
+        assert!(matches!(keeper.claim("web1"), Err(KeeperError::Gone { .. })));
+        // It cannot be sent where the connection is shut down.
+        let _ = packet::send(&other, &Reply::Done, &[]);
+        let removed = keeper.remove("web1");
+        assert!(matches!(removed, Err(KeeperError::Gone { .. })), "{removed:?}");
+    }
 }

@@ -4,11 +4,14 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socket,
+    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg,
+    setsockopt, socket, sockopt,
 };
+use nix::sys::time::{TimeVal, TimeValLike};
 use serde::Serialize;
 
 use crate::descriptors::{self, Received};
@@ -18,9 +21,13 @@ pub(super) const MAX_BYTES: usize = 64 << 10;
 /// The most descriptors in a packet, below the kernel's limit of 253.
 pub(super) const MAX_FILES: usize = 64;
 
-/// Connects. Waits until the other side has room for a connection.
-pub(super) fn connect(path: &Path) -> io::Result<OwnedFd> {
+/// Connects. No call on the connection waits for longer than `limit`, nor does this one where
+/// the other side takes nobody in.
+pub(super) fn connect(path: &Path, limit: Duration) -> io::Result<OwnedFd> {
     let fd = open(SockFlag::SOCK_CLOEXEC)?;
+    let limit = TimeVal::nanoseconds(limit.as_nanos() as i64);
+    setsockopt(&fd, sockopt::ReceiveTimeout, &limit)?;
+    setsockopt(&fd, sockopt::SendTimeout, &limit)?;
     nix::sys::socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(fd)
 }
@@ -102,4 +109,24 @@ pub(super) fn receive(socket: &impl AsFd) -> io::Result<Option<Packet>> {
 
 fn invalid(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_keeper_that_takes_nobody_in_is_not_waited_for_without_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keeper");
+        let _listener = listen(&path).unwrap();
+        let (sender, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            // More than may wait to be taken in.
+            let connected = (0..100).map(|_| connect(&path, Duration::from_millis(20)));
+            sender.send(connected.collect::<io::Result<Vec<_>>>().map(drop))
+        });
+        let ended = ended.recv_timeout(Duration::from_mins(1)).expect("it waits without end");
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
 }

@@ -167,18 +167,21 @@ impl Place {
         self.keeper.is_some() && !self.set.is_empty()
     }
 
-    /// The guest is elsewhere for good, or gone.
+    /// The guest is elsewhere for good, or gone. Also where the keeper has it in doubt.
     pub(crate) fn remove(&mut self, say: impl Fn(&str)) {
-        let Some(keeper) = &mut self.keeper else { return };
-        match keeper.remove(&self.guest) {
-            Ok(()) => {}
+        if std::mem::take(&mut self.set).is_empty() {
+            return;
+        }
+        let keeper = self.keeper.take().map_or_else(|| Keeper::connect(&self.path, self.who), Ok);
+        match keeper.and_then(|mut keeper| keeper.remove(&self.guest)) {
+            // A keeper that is not there holds nothing.
+            Ok(()) | Err(KeeperError::Connect { .. }) => {}
             Err(error) if error.is(Why::NotThere) => {}
             Err(error) => say(&format!(
                 "warning: the guest is over, and the keeper may still hold it: {}",
                 line(&error)
             )),
         }
-        self.set.clear();
     }
 
     fn lost(&mut self, why: &str, say: impl Fn(&str)) {
@@ -204,3 +207,6 @@ pub(crate) fn path_of(address: &Address) -> Result<&Path, String> {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests;

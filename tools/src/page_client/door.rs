@@ -18,6 +18,8 @@ use crate::handoff::framing;
 
 /// VMMs that are heard at a time.
 const MAX_HEARD: usize = 16;
+/// News that wait to be taken; whoever has more waits too, so that nobody fills memory.
+const MAX_NEWS: usize = 64;
 /// After a VMM that could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -44,7 +46,7 @@ pub(super) struct Door {
 
 impl Door {
     pub(super) fn new(waker: Arc<Waker>) -> Self {
-        let (sender, news) = crossbeam_channel::unbounded();
+        let (sender, news) = crossbeam_channel::bounded(MAX_NEWS);
         Self { sender, news, waker }
     }
 
@@ -122,5 +124,24 @@ fn tell(sender: &Sender<News>, waker: &Waker, news: News) {
         && let Err(error) = waker.wake()
     {
         tracing::error!(%error, "news of a VMM wake nobody");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mio::{Poll, Token};
+
+    #[test]
+    fn a_vmm_that_talks_without_end_is_made_to_wait() {
+        let poll = Poll::new().unwrap();
+        let door = Door::new(Arc::new(Waker::new(poll.registry(), Token(0)).unwrap()));
+        let (vmm, socket) = UnixStream::pair().unwrap();
+        door.listen(1, socket).unwrap();
+        vmm.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+        // Far more than fit into the socket.
+        let mut said = (0..100_000).map(|_| framing::send(&vmm, &Word::Ready));
+        let refused = said.find_map(Result::err).expect("all of it is taken in");
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
     }
 }

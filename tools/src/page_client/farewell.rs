@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use afterimage::DestinationStateFile;
 
+use super::Failure;
 use super::door::{Door, News};
 use super::guest::Served;
 use super::options::Options;
@@ -40,8 +41,8 @@ pub(super) fn note_end(state: Option<&DestinationStateFile>, outcome: Outcome, s
         Outcome::Finished => "finished",
         Outcome::NotHere => "not_here",
         Outcome::VmmDied => "vmm_died",
-        // A successor goes on.
-        Outcome::Abandoned | Outcome::Failed => return,
+        // A successor goes on, or begins with another.
+        Outcome::Abandoned | Outcome::Failed | Outcome::Withdrawn => return,
     };
     note(state, ENDED, how, say);
 }
@@ -85,9 +86,15 @@ pub(super) fn after_the_end(
     match kept.map(Option::flatten) {
         Ok(None) => {}
         Ok(Some(served)) => {
+            let last_words = match outcome {
+                // It may have missed any of these.
+                Outcome::Finished => vec![Word::Run, Word::AllArrived, Word::Finished],
+                Outcome::NotHere => vec![Word::NotHere { reason: how.to_owned() }],
+                _ => Vec::new(),
+            };
             let was_told = state.is_some_and(|state| state.noted(TOLD).is_some());
-            if outcome == Outcome::Finished && !was_told {
-                say_it_again(options, &served, waiter, progress);
+            if !was_told && !last_words.is_empty() {
+                say_it_again(options, &served, &last_words, waiter, progress);
             }
             leave(state, place.as_mut(), progress);
         }
@@ -95,23 +102,35 @@ pub(super) fn after_the_end(
     }
 }
 
-/// The process before this one may have died before its VMM heard the last word.
-fn say_it_again(options: &Options, served: &Served, waiter: &mut Waiter, progress: &Progress) {
+/// The process before this one may have died before its VMM heard the last words.
+fn say_it_again(
+    options: &Options,
+    served: &Served,
+    last_words: &[Word],
+    waiter: &mut Waiter,
+    progress: &Progress,
+) {
     let door = Door::new(waiter.waker());
-    let opened = listen_privately(&options.attach, "--attach").map_err(|error| error.to_string());
-    if let Err(error) = opened.and_then(|it| door.open(it).map_err(|error| error.to_string())) {
-        return progress.say(&format!("warning: the VMM cannot be told so: {error}"));
+    let opened = listen_privately(&options.attach, "--attach").and_then(|listener| {
+        let opened = door.open(listener).and_then(|()| door.watch(served.vmm.try_clone()?));
+        opened.map_err(Failure::of("start a thread"))
+    });
+    if let Err(failure) = opened {
+        return progress.say(&format!("warning: the VMM cannot be told so: {failure}"));
     }
+    progress.say("waiting for the VMM, which may not have heard so");
     let until = Instant::now() + FAREWELL;
     while Instant::now() < until {
         while let Ok(news) = door.news.try_recv() {
-            if let News::Arrived(Arrival::Return { socket, .. }) = news
-                && served.is_the_vmm(&socket)
-            {
-                let words = [Word::Attached, Word::AllArrived, Word::Finished];
-                if words.iter().all(|word| framing::send(&socket, word).is_ok()) {
-                    return;
+            match news {
+                News::Arrived(Arrival::Return { socket, .. }) if served.is_the_vmm(&socket) => {
+                    let all = [&[Word::Attached], last_words].concat();
+                    if all.iter().all(|word| framing::send(&socket, word).is_ok()) {
+                        return;
+                    }
                 }
+                News::Died => return,
+                _ => {}
             }
         }
         let left = until.saturating_duration_since(Instant::now());

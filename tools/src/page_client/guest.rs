@@ -143,6 +143,11 @@ impl Served {
             && offer.files.iter().zip(&self.files).all(are_same)
     }
 
+    /// Whether a process has begun to serve this memory, and may have put something there.
+    pub(super) fn has_begun(&self) -> io::Result<bool> {
+        Ok(fstat(&self.planes)?.st_size > 0)
+    }
+
     /// Its layout, as far as a record knows it.
     pub(super) fn layout(&self) -> Result<GuestLayout, Failure> {
         let regions = self.regions.iter().map(|region| {

@@ -1,17 +1,15 @@
 //! The object that `--json` prints; its fields are described in docs/page-client.md.
 
 use std::process::ExitCode;
-use std::time::Instant;
 
 use afterimage::DestinationStats;
 use serde::Serialize;
 
 use super::Failure;
+use crate::page_server::happened::{EventReport, Happened};
 
 /// Grows when a field changes its meaning or goes.
 const SCHEMA_VERSION: u32 = 1;
-/// Events that are reported; a connection that breaks for days must not fill memory.
-const MAX_EVENTS: usize = 256;
 
 /// How it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -21,6 +19,8 @@ pub(super) enum Outcome {
     Finished,
     /// The guest does not run here.
     NotHere,
+    /// Its VMM has given it up before it ran.
+    Withdrawn,
     /// Stopped by a second signal while pages were missing.
     Abandoned,
     /// The process that ran the guest has ended.
@@ -34,7 +34,7 @@ impl Outcome {
         match self {
             Self::Finished => 0,
             Self::Failed => 1,
-            Self::NotHere => 3,
+            Self::NotHere | Self::Withdrawn => 3,
             Self::Abandoned => 4,
             Self::VmmDied => 5,
         }
@@ -56,7 +56,7 @@ pub(super) struct Report {
     #[serde(flatten)]
     work: Option<Work>,
     total_us: u64,
-    events: Vec<Event>,
+    events: Vec<EventReport>,
     #[serde(skip)]
     exit: u8,
 }
@@ -65,12 +65,6 @@ pub(super) struct Report {
 struct Role {
     role: &'static str,
     pid: i32,
-}
-
-#[derive(Debug, Serialize)]
-struct Event {
-    event: &'static str,
-    at_us: u64,
 }
 
 /// What this process has done; a process before it may have done the rest.
@@ -138,8 +132,8 @@ impl Report {
             roles: journal.roles,
             taken_over: journal.taken_over,
             work: stats.map(Work::of),
-            total_us: journal.begun.elapsed().as_micros() as u64,
-            events: journal.events,
+            total_us: journal.happened.elapsed_us(),
+            events: journal.happened.into_events(),
             exit: outcome.exit(),
         }
     }
@@ -166,18 +160,16 @@ impl Report {
 /// What happens, for the report.
 #[derive(Debug)]
 pub(super) struct Journal {
-    begun: Instant,
     session: Option<String>,
     roles: Vec<Role>,
     taken_over: bool,
-    events: Vec<Event>,
+    happened: Happened,
 }
 
 impl Journal {
     pub(super) fn new() -> Self {
         let own = Role { role: "page_client", pid: std::process::id() as i32 };
-        let (begun, events) = (Instant::now(), Vec::new());
-        Self { begun, session: None, roles: vec![own], taken_over: false, events }
+        Self { session: None, roles: vec![own], taken_over: false, happened: Happened::new() }
     }
 
     /// Whose memory is served.
@@ -191,10 +183,7 @@ impl Journal {
     }
 
     pub(super) fn note(&mut self, event: &'static str) {
-        if self.events.len() < MAX_EVENTS {
-            let at_us = self.begun.elapsed().as_micros() as u64;
-            self.events.push(Event { event, at_us });
-        }
+        self.happened.note(event, None);
     }
 
     pub(super) fn close(self, outcome: Outcome, stats: Option<&DestinationStats>) -> Report {

@@ -20,6 +20,9 @@ use crate::page_server::wait::Waiter;
 
 /// How long a VMM may take to take in a word.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// News of VMMs before the rest has its turn.
+const ROUND: usize = 16;
+
 /// The end, which the VMM is to hear of: it may be on its way back to this process.
 pub(super) struct Ending {
     outcome: Outcome,
@@ -109,7 +112,8 @@ impl Serving {
             while let Some(event) = self.events.try_next() {
                 self.take_event(event);
             }
-            while let Ok(news) = self.door.news.try_recv() {
+            for _ in 0..ROUND {
+                let Ok(news) = self.door.news.try_recv() else { break };
                 if let Some(outcome) = self.take_news(news) {
                     return Ok(outcome);
                 }
@@ -123,7 +127,8 @@ impl Serving {
             let stats = self.destination.stats();
             self.progress.update(stats.pages_complete, stats.pages_total);
             self.progress.count(&stats);
-            let interval = self.progress.interval();
+            let is_busy = !self.door.news.is_empty();
+            let interval = if is_busy { Duration::ZERO } else { self.progress.interval() };
             let came = self.waiter.wait(interval).map_err(Failure::of("wait for the session"))?;
             if came > 0
                 && let Some(outcome) = self.signalled(came)
@@ -270,12 +275,19 @@ impl Serving {
             }
             News::Arrived(Arrival::Offer(offer)) => self.refuse(&offer.socket, &offer.name),
             News::Turned(line) => self.progress.say(&line),
-            News::Said(number, word) if number == self.connection => self.hear(&word),
+            News::Said(number, word) if number == self.connection => return self.hear(&word),
             News::HungUp(number) if number == self.connection => {
                 self.hang_up();
                 self.journal.note("vmm_hung_up");
             }
             News::Said(..) | News::HungUp(_) => {}
+            News::Died if self.ending.is_some() => {
+                self.note(
+                    "vmm_died",
+                    "the process that ran the guest has ended, after the session",
+                );
+                return self.ending.take().map(|ending| ending.outcome);
+            }
             News::Died => {
                 let line = if self.runs {
                     "the process that ran the guest has ended; without release the source can be \
@@ -325,7 +337,7 @@ impl Serving {
         }
     }
 
-    fn hear(&mut self, word: &Word) {
+    fn hear(&mut self, word: &Word) -> Option<Outcome> {
         match word {
             Word::Ready => {
                 // Said before the state has come again, it is said again with it.
@@ -335,8 +347,15 @@ impl Serving {
                     self.journal.note("vmm_ready");
                 }
             }
+            Word::Withdrawn if !self.runs => {
+                let line = "the VMM has failed to attach, and given its guest up before it ran; \
+                            started again, page-client takes another";
+                self.note("withdrawn", line);
+                return Some(Outcome::Withdrawn);
+            }
             other => tracing::warn!(?other, "the VMM says this out of turn"),
         }
+        None
     }
 
     fn signalled(&mut self, came: usize) -> Option<Outcome> {

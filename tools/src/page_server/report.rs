@@ -1,19 +1,16 @@
 //! The object that `--json` prints; its fields are described in docs/page-server.md.
 
 use std::process::ExitCode;
-use std::time::Instant;
 
 use afterimage::SourceStats;
 use serde::Serialize;
 
 use super::failure::Failure;
-use super::micros_since;
+use super::happened::{EventReport, Happened};
 use crate::handoff::Giver;
 
 /// Grows when a field changes its meaning or goes.
 pub(super) const SCHEMA_VERSION: u32 = 1;
-/// Events that are reported; a connection that breaks for days must not fill memory.
-const MAX_EVENTS: usize = 256;
 
 /// Whom memory is served to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -78,14 +75,6 @@ struct HandoffReport {
     state_sections: usize,
     state_bytes: u64,
     warnings: Vec<String>,
-}
-
-#[derive(Debug, Serialize)]
-struct EventReport {
-    event: &'static str,
-    at_us: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    destination: Option<String>,
 }
 
 /// One destination of a snapshot.
@@ -170,11 +159,10 @@ impl Report {
 #[derive(Debug)]
 pub(super) struct Journal {
     mode: Mode,
-    start: Instant,
     session: Option<String>,
     handoff: Option<HandoffReport>,
     guest_at: Option<String>,
-    events: Vec<EventReport>,
+    happened: Happened,
     /// Counts of the memory served.
     pub(super) pages: u64,
 }
@@ -183,11 +171,10 @@ impl Journal {
     pub(super) fn new(mode: Mode) -> Self {
         Self {
             mode,
-            start: Instant::now(),
             session: None,
             handoff: None,
             guest_at: None,
-            events: Vec::new(),
+            happened: Happened::new(),
             pages: 0,
         }
     }
@@ -220,9 +207,7 @@ impl Journal {
     }
 
     pub(super) fn note(&mut self, event: &'static str, destination: Option<String>) {
-        if self.events.len() < MAX_EVENTS {
-            self.events.push(EventReport { event, at_us: micros_since(self.start), destination });
-        }
+        self.happened.note(event, destination);
     }
 
     /// Stopped before there was anything to serve.
@@ -254,8 +239,8 @@ impl Journal {
             handoff: self.handoff,
             guest_at: self.guest_at,
             pages,
-            total_us: micros_since(self.start),
-            events: self.events,
+            total_us: self.happened.elapsed_us(),
+            events: self.happened.into_events(),
             destinations,
             exit,
         }

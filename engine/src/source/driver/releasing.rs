@@ -6,13 +6,14 @@
 
 use super::super::release::releaser::{Arrived, Releaser};
 use super::{Driver, Input};
+use crate::inbox::Outlet;
 use crate::threads::{self, ThreadRole};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::LostPages;
 use afterimage_protocol::wire::Epoch;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Pages are being freed.
 pub(super) struct Releasing {
@@ -21,10 +22,20 @@ pub(super) struct Releasing {
     thread: JoinHandle<()>,
 }
 
-/// How long a source that is dropped waits for a thread that should end at once, and how often
-/// it looks.
+/// Tells the session thread that a thread is at its end, also where it panics.
+struct TellAtEnd {
+    epoch: Epoch,
+    driver: Outlet<Input>,
+}
+
+impl Drop for TellAtEnd {
+    fn drop(&mut self) {
+        self.driver.send(Input::ReleaseEnded(self.epoch));
+    }
+}
+
+/// How long a source that is dropped waits for a thread that should end at once.
 const END_TIME: Duration = Duration::from_secs(1);
-const END_LOOK: Duration = Duration::from_millis(1);
 
 impl Driver {
     /// The destination's planes are in the book: has it all that was freed here?
@@ -42,7 +53,6 @@ impl Driver {
     /// has ended.
     pub(super) fn start_releasing(&mut self) {
         self.may_release = true;
-        self.end_retired_releasing();
         let (Some(serving), Some(released), None, None) =
             (&self.serving, &self.shared.released, &self.releasing, &self.retired_releasing)
         else {
@@ -50,10 +60,11 @@ impl Driver {
         };
         let arrived = Arrived::everything(self.memory.layout().page_count());
         let work = Releaser::new(Arc::clone(serving), Arc::clone(released), arrived.clone());
-        let (epoch, driver) = (serving.epoch, self.outlet.clone());
+        let epoch = serving.epoch;
+        let end = TellAtEnd { epoch, driver: self.outlet.clone() };
         let body = move || {
             work.run();
-            driver.send(Input::ReleaseEnded(epoch));
+            drop(end);
         };
         match threads::spawn(&self.options.threads, ThreadRole::Release, 0, body) {
             Ok(thread) => self.releasing = Some(Releasing { epoch, arrived, thread }),
@@ -61,18 +72,15 @@ impl Driver {
         }
     }
 
-    /// The thread of an earlier connection is at its end.
+    /// A thread is at its end: that of an earlier connection, or of this one if it panicked.
     pub(super) fn release_ended(&mut self, epoch: Epoch) {
-        if let Some(ended) = self.retired_releasing.take_if(|it| it.epoch == epoch) {
+        let is_it = |it: &mut Releasing| it.epoch == epoch;
+        if let Some(ended) = self.retired_releasing.take_if(is_it) {
             threads::join(ended.thread);
             if self.may_release {
                 self.start_releasing();
             }
-        }
-    }
-
-    fn end_retired_releasing(&mut self) {
-        if let Some(ended) = self.retired_releasing.take_if(|it| it.thread.is_finished()) {
+        } else if let Some(ended) = self.releasing.take_if(is_it) {
             threads::join(ended.thread);
         }
     }
@@ -98,14 +106,26 @@ impl Driver {
     /// The source is at its end. Its thread ends at once, or when the disk lets it, and touches
     /// no memory of the guest in either case.
     pub(super) fn leave_releasing(&mut self) {
-        let since = Instant::now();
-        self.end_retired_releasing();
-        while self.retired_releasing.is_some() && since.elapsed() < END_TIME {
-            std::thread::sleep(END_LOOK);
-            self.end_retired_releasing();
+        // Nothing but news and the end of its time ends the wait.
+        self.link.pause();
+        let end = self.link.now() + END_TIME;
+        loop {
+            while let Some(input) = self.next_input() {
+                if let Input::ReleaseEnded(epoch) = input {
+                    self.release_ended(epoch);
+                }
+            }
+            if self.retired_releasing.is_none() {
+                return;
+            }
+            if self.link.now() >= end {
+                break;
+            }
+            if let Err(error) = self.link.wait(Some(end)) {
+                tracing::error!(%error, "the source's session thread cannot wait for its end");
+                break;
+            }
         }
-        if self.retired_releasing.take().is_some() {
-            tracing::warn!("the release ledger's disk does not answer: its thread is left behind");
-        }
+        tracing::warn!("the release ledger's disk does not answer: its thread is left behind");
     }
 }

@@ -1,30 +1,24 @@
-//! The destination's state machine.
+//! The destination's state machine: which frame means what, and when. Its connection is in
+//! `link`, who is let in in `admission`, whose the guest is in `ownership`, and what is made
+//! durable in `record`.
 
 mod action;
 mod admission;
+mod link;
+mod ownership;
 mod passes;
+mod record;
 
 pub use action::{DestinationAction, DestinationConfig, DestinationEvent};
 
-use super::pulse::{Due, Pulse};
-use super::{DestinationOwnership, DestinationRecord, NotNow, PersistFailed};
+use super::pulse::Pulse;
+use super::{DestinationOwnership, DestinationRecord};
 use crate::wire::{
-    Attach, Capabilities, Channel, ControlFrame, Hello, Phase, Refusal, RefuseCode, Role,
-    SessionId, SessionKind, Stamp,
+    Attach, Capabilities, ControlFrame, Phase, Refusal, RefuseCode, SessionId, SessionKind, Stamp,
 };
+use link::Link;
 use std::collections::VecDeque;
 use std::time::Duration;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Link {
-    Down,
-    Greeting,
-    /// Greeted; the offer is awaited.
-    Greeted,
-    /// Attached; `Begin` is awaited.
-    Attached,
-    Up,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pending {
@@ -111,116 +105,6 @@ impl DestinationSession {
     #[must_use]
     pub const fn is_over(&self) -> bool {
         self.over
-    }
-
-    /// What the control connection is at, in a word, for messages and statistics.
-    #[must_use]
-    pub const fn link_name(&self) -> &'static str {
-        match self.link {
-            Link::Down => "down",
-            Link::Greeting => "greeting",
-            Link::Greeted => "greeted",
-            Link::Attached => "attached",
-            Link::Up => "up",
-        }
-    }
-
-    /// The stamp of the control connection.
-    #[must_use]
-    pub const fn stamp(&self) -> Stamp {
-        self.stamp
-    }
-
-    /// A control connection is to be made or has been accepted: the hello to send.
-    pub fn open(&mut self) -> Hello {
-        if self.link != Link::Down {
-            self.lose_link(None);
-        }
-        self.link = Link::Greeting;
-        Hello {
-            role: Role::Destination,
-            channel: Channel::Control,
-            stamp: Stamp { epoch: self.record.epoch, ..Stamp::default() },
-            capabilities: self.config.capabilities,
-            session: self.record.session,
-            incarnation: self.record.incarnation,
-        }
-    }
-
-    /// The peer's hello has arrived on the connection.
-    ///
-    /// # Errors
-    /// The refusal to send before hanging up.
-    pub fn greeted(&mut self, peer: &Hello, now: Duration) -> Result<(), Refusal> {
-        if self.link != Link::Greeting {
-            return Err(Refusal::new(RefuseCode::Failed, "no greeting is under way"));
-        }
-        if let Err(refusal) = self.admits(peer) {
-            self.link = Link::Down;
-            return Err(refusal);
-        }
-        self.note_capabilities(peer);
-        self.peer = peer.session;
-        self.stamp = peer.stamp;
-        self.link = Link::Greeted;
-        // Until the offer names another.
-        let silence = self.config.silence;
-        self.pulse = Some(Pulse::new(silence / 4, silence, now));
-        Ok(())
-    }
-
-    /// The control connection broke, or the peer refused it.
-    pub fn disconnected(&mut self) {
-        if self.link != Link::Down {
-            self.lose_link(None);
-        }
-    }
-
-    fn lose_link(&mut self, refusal: Option<Refusal>) {
-        let was_up = self.link == Link::Up;
-        self.link = Link::Down;
-        self.pulse = None;
-        self.actions.push_back(DestinationAction::HangUp(refusal));
-        if was_up && !self.over {
-            self.actions.push_back(DestinationAction::Event(DestinationEvent::Disconnected));
-        }
-    }
-
-    /// Time has passed: heartbeats, silence.
-    pub fn tick(&mut self, now: Duration) {
-        match self.pulse.as_mut().map_or(Due::Nothing, |pulse| pulse.due(now)) {
-            Due::Nothing => {}
-            Due::Beat => {
-                if let Some(pulse) = self.pulse.as_mut() {
-                    let token = pulse.next_token();
-                    self.send(ControlFrame::Heartbeat { token });
-                }
-            }
-            Due::Dead(silent) => self.lose_link(Some(Refusal::new(
-                RefuseCode::Failed,
-                format!("nothing was heard from the source for {silent:?}"),
-            ))),
-        }
-    }
-
-    /// The pulse of the control connection, once it has been greeted.
-    #[must_use]
-    pub const fn pulse(&self) -> Option<&Pulse> {
-        self.pulse.as_ref()
-    }
-
-    /// When [`tick`](Self::tick) should be called at the latest.
-    #[must_use]
-    pub fn next_tick(&self) -> Option<Duration> {
-        self.pulse.as_ref().map(Pulse::next)
-    }
-
-    /// Something has arrived on the control connection, be it a part of a frame: the peer is
-    /// not silent.
-    pub fn heard(&mut self, now: Duration) {
-        if let Some(pulse) = self.pulse.as_mut() {
-            pulse.heard(now);
-        }
     }
 
     /// A frame with the connection's stamp has arrived.
@@ -386,120 +270,6 @@ impl DestinationSession {
         Ok(())
     }
 
-    /// The VMM has restored everything and could run.
-    ///
-    /// # Errors
-    /// [`NotNow`] before all device state is there, or after the session is over. A
-    /// snapshot needs no device state, and may be ready after all of it has arrived.
-    pub fn ready(&mut self) -> Result<(), NotNow> {
-        let call = "be ready";
-        // A snapshot may have arrived whole before anybody was ready to run it.
-        let has_everything = self.is_snapshot() && self.complete;
-        if (self.over && !has_everything) || self.record.ownership == DestinationOwnership::Refused
-        {
-            return Err(NotNow { call, reason: "the guest will not run here" });
-        }
-        if !self.state_complete
-            && !self.is_snapshot()
-            && self.record.ownership == DestinationOwnership::Waiting
-        {
-            return Err(NotNow { call, reason: "not all device state has arrived" });
-        }
-        if self.ready {
-            return Ok(());
-        }
-        self.ready = true;
-        if self.is_snapshot() {
-            self.run_snapshot_if_ready();
-        } else if self.link == Link::Up && self.record.ownership == DestinationOwnership::Waiting {
-            self.send(ControlFrame::Ready);
-        }
-        Ok(())
-    }
-
-    fn run_snapshot_if_ready(&mut self) {
-        if self.ready {
-            self.run();
-        }
-    }
-
-    fn go(&mut self) -> Result<(), Refusal> {
-        match self.record.ownership {
-            DestinationOwnership::Waiting if !self.ready => {
-                return Err(Refusal::new(
-                    RefuseCode::Protocol,
-                    "go came before the destination was ready",
-                ));
-            }
-            DestinationOwnership::Waiting if self.pending.is_none() => {
-                let next =
-                    DestinationRecord { ownership: DestinationOwnership::Running, ..self.record };
-                self.persist(next, Pending::Running);
-            }
-            // Being recorded this moment: the answer follows.
-            DestinationOwnership::Waiting => {}
-            DestinationOwnership::Running => self.send(ControlFrame::Running),
-            DestinationOwnership::Refused => self.send(ControlFrame::TakeBackAgreed),
-        }
-        Ok(())
-    }
-
-    fn take_back(&mut self) {
-        match self.record.ownership {
-            DestinationOwnership::Waiting if self.pending.is_none() => {
-                let next =
-                    DestinationRecord { ownership: DestinationOwnership::Refused, ..self.record };
-                self.persist(next, Pending::Refused);
-            }
-            // A go was first: once it is recorded, the source hears that this side runs.
-            DestinationOwnership::Waiting => {}
-            DestinationOwnership::Running => self.send(ControlFrame::TakeBackDenied),
-            DestinationOwnership::Refused => self.send(ControlFrame::TakeBackAgreed),
-        }
-    }
-
-    fn persist(&mut self, next: DestinationRecord, why: Pending) {
-        self.pending = Some(why);
-        self.actions.push_back(DestinationAction::Persist(next));
-    }
-
-    /// The record of the last [`DestinationAction::Persist`] is durable, or could not be
-    /// made so.
-    pub fn persisted(&mut self, record: DestinationRecord, result: Result<(), PersistFailed>) {
-        let Some(why) = self.pending.take() else { return };
-        if result.is_err() {
-            self.actions.push_back(DestinationAction::Event(DestinationEvent::PersistFailed));
-            self.lose_link(None);
-            return;
-        }
-        self.record = record;
-        match why {
-            Pending::Bound => self.attach(),
-            Pending::Running => {
-                self.run();
-                if self.link == Link::Up {
-                    self.send(ControlFrame::Running);
-                    if self.complete {
-                        self.send(ControlFrame::Complete);
-                    }
-                }
-            }
-            Pending::Refused => {
-                self.actions.push_back(DestinationAction::Event(DestinationEvent::Refused));
-                if self.link == Link::Up {
-                    self.send(ControlFrame::TakeBackAgreed);
-                }
-            }
-        }
-    }
-
-    fn run(&mut self) {
-        if !self.told_to_run {
-            self.told_to_run = true;
-            self.actions.push_back(DestinationAction::Event(DestinationEvent::Run));
-        }
-    }
-
     /// Every page is complete.
     pub fn all_complete(&mut self) {
         if self.complete {
@@ -509,11 +279,6 @@ impl DestinationSession {
         if self.link == Link::Up && self.owes_nothing() {
             self.send(ControlFrame::Complete);
         }
-    }
-
-    /// Whether complete may be said: the guest is this side's, or nobody's.
-    fn owes_nothing(&self) -> bool {
-        self.is_snapshot() || self.record.ownership == DestinationOwnership::Running
     }
 
     fn send(&mut self, frame: ControlFrame) {

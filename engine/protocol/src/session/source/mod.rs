@@ -1,38 +1,29 @@
-//! The source's state machine.
+//! The source's state machine: which frame means what, and when. Its connection is in `link`,
+//! who is let in in `admission`, what the VMM wants in `call`, whose the guest is in
+//! `ownership`, what is made durable in `record`, and when pages may be freed in `release`.
 
 mod action;
 mod admission;
 mod call;
+mod link;
+mod ownership;
 mod passes;
 mod record;
 mod release;
 
 pub use action::{Releasing, SourceAction, SourceConfig, SourceEvent};
 
-use super::pulse::{Due, Pulse};
-use super::{LostPages, SourceOwnership, SourcePages, SourceRecord};
+use super::pulse::Pulse;
+use super::{LostPages, SourceOwnership, SourceRecord};
 use crate::layout::{GuestLayout, PageRange};
 use crate::wire::{
-    Attach, Capabilities, Channel, ControlFrame, Generation, Hello, Incarnation, Phase, Refusal,
-    RefuseCode, Role, SessionKind, Stamp,
+    Attach, Capabilities, ControlFrame, Generation, Incarnation, Phase, Refusal, RefuseCode,
+    SessionKind, Stamp,
 };
+use link::Link;
 use passes::Stage;
 use std::collections::VecDeque;
 use std::time::Duration;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Link {
-    Down,
-    /// The epoch is being recorded, or the greeting is under way.
-    Greeting,
-    /// The offer is sent.
-    Offered,
-    /// The destination has said what it is; its planes are coming in.
-    Receiving(Phase),
-    /// They are in, and compared with what was freed.
-    Comparing(Phase),
-    Up,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pending {
@@ -172,124 +163,10 @@ impl SourceSession {
         &self.served
     }
 
-    /// What the control connection is at, in a word, for messages and statistics.
-    #[must_use]
-    pub const fn link_name(&self) -> &'static str {
-        match self.link {
-            Link::Down => "down",
-            Link::Greeting => "greeting",
-            Link::Offered => "offered",
-            Link::Receiving(_) => "receiving",
-            Link::Comparing(_) => "comparing",
-            Link::Up => "up",
-        }
-    }
-
     /// The destination's memory, once one has attached.
     #[must_use]
     pub const fn incarnation(&self) -> Option<Incarnation> {
         self.incarnation
-    }
-
-    /// The stamp of the control connection.
-    #[must_use]
-    pub const fn stamp(&self) -> Stamp {
-        self.stamp
-    }
-
-    /// A control connection is to be made, or has been accepted from a peer that
-    /// [`admits`](Self::admits) let in: the epoch grows, durably, then a hello is sent. An
-    /// earlier connection is given up.
-    pub fn open(&mut self) {
-        if self.link != Link::Down {
-            self.lose_link(None);
-        }
-        self.link = Link::Greeting;
-        let mut next = self.record;
-        next.epoch = next.epoch.next();
-        self.persist(next, Pending::Epoch);
-    }
-
-    /// The peer's hello has arrived on the connection.
-    ///
-    /// # Errors
-    /// The refusal to send before hanging up.
-    pub fn greeted(&mut self, peer: &Hello, now: Duration) -> Result<(), Refusal> {
-        if self.link != Link::Greeting {
-            return Err(Refusal::new(RefuseCode::Failed, "no greeting is under way"));
-        }
-        if let Err(refusal) = self.admits(peer) {
-            self.link = Link::Down;
-            return Err(refusal);
-        }
-        if self.incarnation != Some(peer.incarnation) {
-            self.incarnation = Some(peer.incarnation);
-            self.destination_ready = false;
-            self.told_finished = false;
-        }
-        self.common = self.config.capabilities.common(peer.capabilities);
-        self.pulse = Some(Pulse::new(self.config.heartbeat, self.config.silence, now));
-        self.link = Link::Offered;
-        self.send(self.config.offer());
-        Ok(())
-    }
-
-    /// The control connection broke.
-    pub fn disconnected(&mut self) {
-        if self.link != Link::Down {
-            self.lose_link(None);
-        }
-    }
-
-    fn lose_link(&mut self, refusal: Option<Refusal>) {
-        let was_up = self.link == Link::Up;
-        self.link = Link::Down;
-        self.pulse = None;
-        self.stage = Stage::Off;
-        self.releases = false;
-        self.actions.push_back(SourceAction::HangUp(refusal));
-        if was_up && !self.is_over() {
-            self.actions.push_back(SourceAction::Event(SourceEvent::Disconnected));
-        }
-    }
-
-    /// Time has passed: heartbeats, silence.
-    pub fn tick(&mut self, now: Duration) {
-        match self.pulse.as_mut().map_or(Due::Nothing, |pulse| pulse.due(now)) {
-            Due::Nothing => {}
-            Due::Beat => self.beat(),
-            Due::Dead(silent) => self.lose_link(Some(Refusal::new(
-                RefuseCode::Failed,
-                format!("nothing was heard from the destination for {silent:?}"),
-            ))),
-        }
-    }
-
-    fn beat(&mut self) {
-        if let Some(pulse) = self.pulse.as_mut() {
-            let token = pulse.next_token();
-            self.send(ControlFrame::Heartbeat { token });
-        }
-    }
-
-    /// The pulse of the control connection, once it has been greeted.
-    #[must_use]
-    pub const fn pulse(&self) -> Option<&Pulse> {
-        self.pulse.as_ref()
-    }
-
-    /// When [`tick`](Self::tick) should be called at the latest.
-    #[must_use]
-    pub fn next_tick(&self) -> Option<Duration> {
-        self.pulse.as_ref().map(Pulse::next)
-    }
-
-    /// Something has arrived on the control connection, be it a part of a frame: the peer is
-    /// not silent.
-    pub fn heard(&mut self, now: Duration) {
-        if let Some(pulse) = self.pulse.as_mut() {
-            pulse.heard(now);
-        }
     }
 
     /// A frame with the connection's stamp has arrived.
@@ -387,37 +264,6 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Whether a phase can be true, by what is known. What cannot is refused, so that a
-    /// destination that has lost its record makes nobody run the guest.
-    fn believes(&self, phase: Phase) -> Result<(), Refusal> {
-        let contradiction = match phase {
-            Phase::Refused | Phase::Running if self.is_snapshot() => {
-                "the destination says who owns the guest of a snapshot"
-            }
-            Phase::Running | Phase::Complete if !self.was_given() && !self.is_snapshot() => {
-                "the destination says that it runs a guest which it was not given"
-            }
-            Phase::Early if !self.can_precopy() => {
-                "the destination has early copies, and one side cannot do precopy"
-            }
-            Phase::Fresh | Phase::Early | Phase::Ready | Phase::Refused if self.knows_it_runs() => {
-                "the destination has said that it runs the guest, and now says that it does not"
-            }
-            _ => return Ok(()),
-        };
-        Err(Refusal::new(RefuseCode::Protocol, contradiction))
-    }
-
-    fn knows_it_runs(&self) -> bool {
-        self.destination_running
-            || self.record.ownership == SourceOwnership::Finished
-            || self.record.pages == SourcePages::Released
-    }
-
-    fn was_given(&self) -> bool {
-        matches!(self.record.ownership, SourceOwnership::Given | SourceOwnership::Finished)
-    }
-
     const fn is_snapshot(&self) -> bool {
         matches!(self.config.kind, SessionKind::Snapshot)
     }
@@ -452,76 +298,6 @@ impl SourceSession {
             Phase::Running | Phase::Complete => {
                 self.running();
             }
-        }
-    }
-
-    fn ready(&mut self) {
-        if !self.destination_ready {
-            self.destination_ready = true;
-            self.actions.push_back(SourceAction::Event(SourceEvent::Ready));
-        }
-        if self.is_snapshot() || !self.frozen {
-            return;
-        }
-        if self.reclaim_wanted {
-            self.send(ControlFrame::TakeBack);
-        } else if self.was_given() {
-            self.send(ControlFrame::Go);
-        } else if !self.is_held() {
-            self.give();
-        }
-    }
-
-    fn give(&mut self) {
-        let Some(incarnation) = self.incarnation else { return };
-        let mut next = self.record;
-        (next.ownership, next.incarnation) = (SourceOwnership::Given, incarnation);
-        self.persist(next, Pending::Given);
-    }
-
-    fn running(&mut self) {
-        if !self.destination_running && !self.is_snapshot() {
-            self.destination_running = true;
-            self.actions.push_back(SourceAction::DropState);
-            self.actions.push_back(SourceAction::Event(SourceEvent::Running));
-        }
-        if self.reclaim_wanted {
-            self.denied();
-        }
-        self.finish_if_done();
-    }
-
-    fn finish_if_done(&mut self) {
-        if !self.destination_complete || !(self.destination_running || self.is_snapshot()) {
-            return;
-        }
-        if self.record.ownership == SourceOwnership::Finished || self.is_snapshot() {
-            self.finished();
-        } else {
-            let mut next = self.record;
-            next.ownership = SourceOwnership::Finished;
-            self.persist(next, Pending::Finished);
-        }
-    }
-
-    fn finished(&mut self) {
-        if self.link == Link::Up {
-            self.send(ControlFrame::Bye);
-        }
-        if !self.told_finished {
-            self.told_finished = true;
-            self.actions.push_back(SourceAction::Event(SourceEvent::Finished));
-        }
-    }
-
-    fn hello(&self) -> Hello {
-        Hello {
-            role: Role::Source,
-            channel: Channel::Control,
-            stamp: self.stamp,
-            capabilities: self.config.capabilities,
-            session: self.record.session,
-            incarnation: self.incarnation.unwrap_or_default(),
         }
     }
 
