@@ -9,6 +9,7 @@ pub(crate) mod machine;
 pub(crate) mod mapping;
 pub(crate) mod maps;
 pub(crate) mod messages;
+pub(crate) mod pagemap_scan;
 pub(crate) mod scheduling;
 pub(crate) mod socket;
 #[cfg(test)]
