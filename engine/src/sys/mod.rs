@@ -5,6 +5,8 @@
 
 pub(crate) mod fill;
 pub(crate) mod holes;
+pub(crate) mod kvm;
+pub(crate) mod kvm_ring;
 pub(crate) mod machine;
 pub(crate) mod mapping;
 pub(crate) mod maps;
@@ -16,6 +18,7 @@ pub(crate) mod socket;
 pub(crate) mod testing;
 pub(crate) mod uffd;
 pub(crate) mod words;
+pub(crate) mod write_protect;
 
 use std::io;
 use std::os::fd::AsFd;
