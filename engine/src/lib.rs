@@ -101,6 +101,7 @@
 //!   its children (`MADV_DONTFORK`).
 
 mod destination;
+pub mod dirty;
 mod events;
 mod inbox;
 mod ledger;
