@@ -136,10 +136,11 @@ pub use events::{Events, NoEvent};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
 pub use reconnect::Reconnect;
 pub use source::{
-    Background, CallError, Checksums, Endpoint, Incarnation, MemoryLifetime, Release, ReleaseError,
-    ReleaseLedger, SessionId, SnapshotServer, SnapshotStats, Source, SourceEvent, SourceLedger,
-    SourceMemory, SourceMemoryError, SourceOptions, SourceOwnership, SourcePages, SourceRecord,
-    SourceRegion, StartError, StateSection,
+    Background, CallError, Checksums, Endpoint, Incarnation, MemoryLifetime, PassReport, Passes,
+    Precopy, Release, ReleaseError, ReleaseLedger, SessionId, SnapshotServer, SnapshotStats,
+    Source, SourceEvent, SourceLedger, SourceMemory, SourceMemoryError, SourceOptions,
+    SourceOwnership, SourcePages, SourceRecord, SourceRegion, StartError, StateSection,
+    SwitchoverCause,
 };
 pub use state_file::{
     DestinationStateFile, LayoutDigest, SourceStateFile, StateFile, StateFileError, StateRecord,

@@ -304,7 +304,7 @@ impl Driver {
             self.link.redial_refused();
             return;
         }
-        let common = self.options.capabilities().common(theirs.capabilities);
+        let common = self.session.capabilities().common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
         let (stamp, silence) = (self.session.stamp(), self.silence());
         if let Err(error) = self.link.connected(stream, stamp, checksums, silence) {

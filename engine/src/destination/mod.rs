@@ -100,6 +100,10 @@ pub struct DestinationOptions {
     pub record: DestinationRecord,
     /// Where the ownership record goes.
     pub ledger: DestinationLedger,
+    /// Whether pages are taken while the guest still runs at the source, if the source sends
+    /// them and the memory can keep them ([`DestinationMemory::precopy_lack`]). Then nobody may
+    /// touch guest memory before [`DestinationEvent::State`].
+    pub precopy: bool,
     /// What becomes of pages that the source cannot read.
     pub unreadable: UnreadablePages,
     /// Called on every thread of the engine.
@@ -121,6 +125,7 @@ impl Default for DestinationOptions {
                 ownership: DestinationOwnership::Waiting,
             },
             ledger: DestinationLedger::volatile(),
+            precopy: true,
             unreadable: UnreadablePages::default(),
             threads: ThreadHook::default(),
         }
@@ -214,9 +219,15 @@ impl Destination {
         let poll = Poll::new()?;
         let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
         let (sender, events) = events::channel()?;
+        let mut capabilities = options.capabilities();
+        match memory.precopy_lack() {
+            _ if !options.precopy => {}
+            None => capabilities = capabilities.with(Capabilities::PRECOPY),
+            Some(lack) => tracing::info!(lack, "no precopy into this memory"),
+        }
         let config = DestinationConfig {
             layout: memory.layout.clone(),
-            capabilities: options.capabilities(),
+            capabilities,
             silence: options.silence,
         };
         let session = DestinationSession::new(config, options.record);

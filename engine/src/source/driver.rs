@@ -4,6 +4,7 @@
 mod arriving;
 mod by_hand;
 mod channels;
+mod passes;
 mod releasing;
 mod stalled;
 
@@ -34,8 +35,10 @@ use afterimage_protocol::wire::{
 };
 use channels::DataChannel;
 use crossbeam_channel::Sender;
+pub(super) use passes::Passing;
 use releasing::Releasing;
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -53,6 +56,10 @@ pub(crate) enum Input {
     Dialed(Dialed),
     /// A data channel is at its end.
     DataEnded { channel: Channel, stamp: Stamp },
+    /// Writes of the guest are tracked from now on, or cannot be.
+    TrackingStarted(io::Result<()>),
+    /// What the guest has written is known, or it is not known any more.
+    Collected(io::Result<()>),
     /// The thread that frees pages is at its end.
     ReleaseEnded(Epoch),
     /// The VMM calls.
@@ -64,7 +71,10 @@ pub(crate) enum Input {
 /// What a VMM can ask of a running source.
 #[derive(Debug)]
 pub(crate) enum Call {
+    Stopped,
     SwitchOver(Vec<StateSection>),
+    Hold,
+    Proceed,
     Reclaim,
     Fence,
     Pause,
@@ -96,6 +106,11 @@ pub(super) struct Driver {
     /// The session lets pages be freed, as long as this connection lasts.
     may_release: bool,
     state: Option<Arc<Vec<StateSection>>>,
+    passing: Option<Passing>,
+    /// What data channels say that this side can do.
+    capabilities: Capabilities,
+    /// Somebody holds the guest where it is.
+    is_held: bool,
     /// The destination has said that the session is over for it.
     is_dismissed: bool,
     /// The destination has hung up on a session that is over.
@@ -118,9 +133,11 @@ impl Driver {
         mut options: SourceOptions,
         shared: Arc<SourceShared>,
         events: EventSender<SourceEvent>,
+        passing: Option<Passing>,
     ) -> Self {
         let volatile = SourceLedger::volatile();
         let callback = std::mem::replace(&mut options.ledger, volatile).0;
+        let (capabilities, is_held) = (session.capabilities(), options.hold);
         let ledger = Ledger::new(callback, options.threads.clone());
         Self {
             ledger,
@@ -142,6 +159,9 @@ impl Driver {
             retired_releasing: None,
             may_release: false,
             state: None,
+            capabilities,
+            is_held,
+            passing,
             is_dismissed: false,
             was_heard: false,
             attachments: 0,
@@ -163,7 +183,8 @@ impl Driver {
     fn round(&mut self, most: Option<Duration>) -> ControlFlow<()> {
         self.act();
         let now = (!self.backlog.is_empty()).then_some(Duration::ZERO);
-        let due = self.session.next_tick().into_iter().chain(most).chain(now).min();
+        let wanted = most.into_iter().chain(now).chain(self.next_look());
+        let due = self.session.next_tick().into_iter().chain(wanted).min();
         if let Err(error) = self.link.wait(SessionLink::unless_waiting(due, &self.inbox)) {
             tracing::error!(%error, "the source's session thread cannot wait; it stops");
             return ControlFlow::Break(());
@@ -184,6 +205,7 @@ impl Driver {
             self.session.heard(self.link.now());
         }
         self.give_up_stalled(looked_at);
+        self.look_again();
         self.session.tick(looked);
         while let Some((channel, epoch)) = self.link.data.due() {
             self.dial_data(channel, epoch);
@@ -232,6 +254,8 @@ impl Driver {
             Input::Dialed(Dialed { hello, outcome, .. }) => self.dialed(hello, outcome),
             Input::DataEnded { channel, stamp } => self.data_ended(channel, stamp),
             Input::ReleaseEnded(epoch) => self.release_ended(epoch),
+            Input::TrackingStarted(result) => self.tracking_started(result),
+            Input::Collected(result) => self.collected(result),
             Input::Call(call, reply) => {
                 let result = self.call(call);
                 // The caller may have given up.
@@ -244,13 +268,20 @@ impl Driver {
     fn call(&mut self, call: Call) -> Result<(), CallError> {
         match call {
             Call::SwitchOver(sections) => {
+                if !self.session.is_frozen() {
+                    self.memory_is_final()?;
+                }
                 self.session.bring_state()?;
                 self.state = Some(Arc::new(sections));
-                if let Some(serving) = &self.serving {
-                    serving.signal.memory_is_final();
-                }
                 Ok(())
             }
+            Call::Stopped => self.memory_is_final(),
+            Call::Hold => {
+                self.is_held = true;
+                self.session.hold();
+                Ok(())
+            }
+            Call::Proceed => self.proceed(),
             Call::Reclaim => Ok(self.session.reclaim()?),
             Call::Fence => Ok(self.session.fence()?),
             Call::Pause => self.pause(),
@@ -290,7 +321,7 @@ impl Driver {
             return;
         }
         self.was_heard = false;
-        let common = self.options.capabilities().common(theirs.capabilities);
+        let common = self.capabilities.common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
         let connected =
             self.link.connected(stream, self.session.stamp(), checksums, self.options.silence);
@@ -320,6 +351,9 @@ impl Driver {
                         tracing::error!(%error, pages = book.pages(), "a bitmap cannot be read");
                     }
                 }
+                SourceAction::TellStale => self.tell_stale(),
+                SourceAction::OpenPass { number } => self.open_pass(number),
+                SourceAction::Settled => self.settled(),
                 SourceAction::Acknowledge(runs) => self.acknowledge(&runs),
                 SourceAction::CompareReleased => self.compare_released(),
                 SourceAction::Release => self.start_releasing(),
@@ -375,11 +409,13 @@ impl Driver {
     }
 
     fn reset_book(&mut self) {
+        let before = self.shared.book();
         let pages = self.session.served().page_count();
         let words = || LazyWords::new(pages);
         match (words(), words()) {
             (Ok(sent), Ok(acked)) => {
                 self.shared.set_book(Arc::new(Book::over(sent, acked, pages)));
+                self.passes_attach(before);
             }
             (Err(error), _) | (_, Err(error)) => {
                 tracing::error!(%error, words = words_for(pages), "no memory for bitmaps");
@@ -390,7 +426,7 @@ impl Driver {
 
     fn acknowledge(&mut self, runs: &[PageRange]) {
         for run in runs {
-            self.shared.acknowledge(*run);
+            self.believed(*run, |run| self.shared.acknowledge(run));
         }
         if let (Some(book), Some(serving)) = (self.shared.book(), &self.serving) {
             for channel in self.data.values() {
@@ -399,6 +435,8 @@ impl Driver {
             serving.signal.look_again();
         }
         self.note_arrived(runs);
+        self.end_pass_if_over();
+        self.proceed_if_all_is_there();
     }
 
     fn receive(&mut self) {
@@ -447,6 +485,7 @@ impl Driver {
             Said::Attached(incarnation) => {
                 self.link.agreed();
                 self.attachments += 1;
+                self.note_lack_of_precopy();
                 if self.attachments > 1 {
                     self.shared.counters.recoveries.fetch_add(1, Ordering::Relaxed);
                 }
@@ -457,10 +496,17 @@ impl Driver {
                 self.pause_if_by_hand();
                 return;
             }
+            Said::Stopped => SourceEvent::Stopped,
+            // It waits for its last pages, and for nobody.
+            Said::Held if !self.is_held => return,
+            Said::Held => SourceEvent::Held,
             Said::Ready => SourceEvent::Ready,
             Said::Given => SourceEvent::Given,
             Said::Running => SourceEvent::Running,
-            Said::Reclaimed => SourceEvent::Reclaimed,
+            Said::Reclaimed => {
+                self.drop_passes();
+                SourceEvent::Reclaimed
+            }
             Said::ReclaimDenied => SourceEvent::ReclaimDenied,
             Said::Finished => {
                 self.acknowledge_all();

@@ -114,6 +114,12 @@ impl<W: Words> Book<W> {
         self.sent.clear(pages, |_| ());
     }
 
+    /// The first run of pages in `range` that have not been handed out.
+    #[must_use]
+    pub fn first_unsent_in(&self, range: PageRange) -> Option<PageRange> {
+        self.sent.first_clear_in(range)
+    }
+
     /// Whether a page has arrived.
     #[must_use]
     pub fn is_acked(&self, page: PageNumber) -> bool {

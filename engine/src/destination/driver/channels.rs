@@ -48,7 +48,7 @@ impl Driver {
             role: Role::Destination,
             channel,
             stamp,
-            capabilities: self.options.capabilities(),
+            capabilities: self.session.capabilities(),
             session: record.session,
             incarnation: record.incarnation,
         }

@@ -11,6 +11,12 @@ impl DestinationSession {
         self.settled
     }
 
+    /// What this side can do.
+    #[must_use]
+    pub const fn capabilities(&self) -> Capabilities {
+        self.config.capabilities
+    }
+
     /// Whether early copies may come on this connection.
     #[must_use]
     pub const fn can_precopy(&self) -> bool {

@@ -31,6 +31,12 @@ impl SourceSession {
         matches!(self.config.kind, SessionKind::Migration) && self.common.has(Capabilities::PRECOPY)
     }
 
+    /// What this side can do.
+    #[must_use]
+    pub const fn capabilities(&self) -> Capabilities {
+        self.config.capabilities
+    }
+
     /// Whether the destination keeps early copies that are not settled yet.
     #[must_use]
     pub const fn is_unsettled(&self) -> bool {
