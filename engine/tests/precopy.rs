@@ -171,7 +171,7 @@ fn kinds() -> [Vec<(Kind, u64)>; 4] {
         vec![(Kind::Anonymous, 4 * MIB)],
         vec![(Kind::Memfd, 4 * MIB)],
         vec![(Kind::Huge, 8 * MIB)],
-        vec![(Kind::Memfd, MIB), (Kind::Anonymous, MIB), (Kind::Huge, 4 * MIB)],
+        vec![(Kind::Huge, 4 * MIB), (Kind::Memfd, MIB), (Kind::Anonymous, 2 * MIB)],
     ]
 }
 
