@@ -5,7 +5,7 @@ use super::page_bits::PageBits;
 use super::{DirtyTracker, not_started, stop_dropped};
 use crate::GuestAddress;
 use crate::sys::kvm;
-use crate::sys::kvm_ring::{DirtyPage, Ring};
+use crate::sys::kvm_ring::{DirtyPage, Ring, Room};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,6 +27,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// writes while no vCPU runs (none on x86 without Xen or Hyper-V features). Where the processor
 /// logs by itself (PML), a page gets into the ring when its vCPU leaves the guest the next
 /// time: let vCPUs leave `KVM_RUN` before the last `collect`.
+///
+/// KVM asks for the exit while there is room for 64 more entries. Where it emulates the guest's
+/// instructions it may go on for longer; a ring that overflows then is noticed, is an error of
+/// every `collect` from then on, and needs a new VM.
 ///
 /// Rings have one reader: no two trackers at a time for one VM, and nobody beside.
 #[derive(Debug)]
@@ -59,6 +63,8 @@ struct Rings {
     taken: Vec<DirtyPage>,
     /// A page that no slot of ours has.
     stranger: Option<DirtyPage>,
+    /// The kernel has written over entries. It does not recover from that, nor can we.
+    has_overflowed: bool,
 }
 
 impl KvmDirtyRing {
@@ -75,7 +81,12 @@ impl KvmDirtyRing {
         });
         let shared = Shared {
             records: records.collect::<io::Result<_>>()?,
-            rings: Mutex::new(Rings { of_vcpus, taken: Vec::new(), stranger: None }),
+            rings: Mutex::new(Rings {
+                of_vcpus,
+                taken: Vec::new(),
+                stranger: None,
+                has_overflowed: false,
+            }),
             vm: vm.try_clone()?,
         };
         Ok(Self { slots: Slots::new(vm, slots)?, shared: Arc::new(shared) })
@@ -94,8 +105,8 @@ impl RingReaper {
     /// same, and for KVM, never for the guest. Not to be called from a signal handler.
     ///
     /// # Errors
-    /// If KVM cannot arm them; what was taken is remembered all the same. The vCPU cannot go
-    /// on.
+    /// If KVM cannot arm them, or a ring has overflowed, which the next `collect` says too. What
+    /// was taken is remembered all the same.
     pub fn reap(&self) -> io::Result<()> {
         self.0.reap().map(drop)
     }
@@ -107,15 +118,22 @@ impl Shared {
         // Nothing under the lock is left half done by a panic: there is none.
         let mut guard = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
         let rings = &mut *guard;
-        rings.of_vcpus.iter_mut().for_each(|ring| ring.take(&mut rings.taken));
-        let armed = kvm::reset_dirty_rings(&self.vm);
+        for ring in &mut rings.of_vcpus {
+            rings.has_overflowed |= ring.take(&mut rings.taken) == Room::Overflowed;
+        }
+        let (taken, armed) = (rings.taken.len(), kvm::reset_dirty_rings(&self.vm));
         for page in rings.taken.drain(..) {
             let record = self.records.iter().find(|record| record.slot == page.slot);
             if !record.is_some_and(|record| record.pages.mark_page(page.page)) {
                 rings.stranger = Some(page);
             }
         }
-        armed.map(|()| guard)
+        // An entry that was taken and not armed was written over in between.
+        rings.has_overflowed |= armed? != taken;
+        if rings.has_overflowed {
+            return Err(overflowed());
+        }
+        Ok(guard)
     }
 
     fn forget(&self) -> io::Result<()> {
@@ -170,6 +188,13 @@ impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared").field("vm", &self.vm).finish_non_exhaustive()
     }
+}
+
+fn overflowed() -> io::Error {
+    io::Error::other(
+        "a dirty ring has overflowed, and what was written is not known any more: KVM did not \
+         let the vCPU leave in time; use KvmDirtyLog in a new VM without rings instead",
+    )
 }
 
 fn no_ring() -> io::Error {

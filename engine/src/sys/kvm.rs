@@ -86,11 +86,17 @@ pub(crate) fn clear_dirty_log(
     Ok(())
 }
 
-/// Arms the pages again whose entries have been taken out of the rings.
-pub(crate) fn reset_dirty_rings(vm: impl AsFd) -> io::Result<()> {
-    // SAFETY: takes nothing and touches no memory of this process.
-    unsafe { kvm_reset_dirty_rings(vm.as_fd().as_raw_fd(), 0) }?;
-    Ok(())
+/// Arms the pages again whose entries have been taken out of the rings; how many entries.
+pub(crate) fn reset_dirty_rings(vm: impl AsFd) -> io::Result<usize> {
+    loop {
+        // SAFETY: takes nothing and touches no memory of this process.
+        match unsafe { kvm_reset_dirty_rings(vm.as_fd().as_raw_fd(), 0) } {
+            Ok(entries) => return Ok(entries as usize),
+            // A kick for a vCPU was pending on this thread. It has been delivered now.
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
 }
 
 #[repr(C)]

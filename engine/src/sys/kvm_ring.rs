@@ -16,6 +16,13 @@ pub(crate) struct DirtyPage {
     pub(crate) page: u64,
 }
 
+/// Whether the kernel had room for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    Left,
+    Overflowed,
+}
+
 #[derive(Debug)]
 pub(crate) struct Ring {
     map: MmapRaw,
@@ -36,14 +43,16 @@ impl Ring {
         Ok(Some(Self { map, entries: bytes / ENTRY_BYTES, next: None }))
     }
 
-    /// Takes all entries that are there.
-    pub(crate) fn take(&mut self, taken: &mut Vec<DirtyPage>) {
-        let Some(mut at) = self.next.or_else(|| self.first()) else { return };
+    /// Takes all entries that are there. `Overflowed` if the ring had no room left: the kernel
+    /// may have written over some, and the ring is of no use any more.
+    pub(crate) fn take(&mut self, taken: &mut Vec<DirtyPage>) -> Room {
+        let Some(mut at) = self.next.or_else(|| self.first()) else { return Room::Left };
         // The kernel uses no entry again before its page has been armed, so no more than all
         // can come.
         for _ in 0..self.entries {
             if !self.is_filled(at) {
-                break;
+                self.next = Some(at);
+                return Room::Left;
             }
             taken.push(DirtyPage {
                 slot: self.half(at, 1).load(Ordering::Relaxed),
@@ -52,15 +61,16 @@ impl Ring {
             self.half(at, 0).store(TAKEN, Ordering::Release);
             at = (at + 1) % self.entries;
         }
-        self.next = Some(at);
+        Room::Overflowed
     }
 
-    /// The first entry that is filled, behind one that is not.
+    /// The first entry that is filled, behind one that is not; any, if all are.
     fn first(&self) -> Option<usize> {
+        let before = |at: usize| (at + self.entries - 1) % self.entries;
         // The later one is looked at first: it was filled last.
-        (0..self.entries).find(|at| {
-            self.is_filled(*at) && !self.is_filled((at + self.entries - 1) % self.entries)
-        })
+        (0..self.entries)
+            .find(|at| self.is_filled(*at) && !self.is_filled(before(*at)))
+            .or_else(|| (0..self.entries).all(|at| self.is_filled(at)).then_some(0))
     }
 
     fn is_filled(&self, entry: usize) -> bool {

@@ -123,15 +123,12 @@ impl Protection {
         take(from..range.end)
     }
 
-    /// Fails if the process has ended or become another program: its page map is empty then,
-    /// and nothing seems to be written.
+    /// Fails if the process has ended or become another program. Not every kernel says so when
+    /// it is asked to scan: it may only find nothing.
     pub(crate) fn check_alive(&self, address: u64) -> io::Result<()> {
         match self.pagemap.read_at(&mut [0; 8], address / 4096 * 8)? {
             8 => Ok(()),
-            _ => Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                "the process whose memory is tracked has ended: what it wrote last is not known",
-            )),
+            _ => Err(has_ended()),
         }
     }
 
@@ -183,6 +180,7 @@ fn explain_scan(error: io::Error) -> io::Error {
              KvmDirtyRing instead"
                 .to_owned(),
         ),
+        Some(libc::ESRCH) => has_ended(),
         Some(libc::EPERM) => io::Error::new(
             io::ErrorKind::PermissionDenied,
             "memory that should be tracked is not, or not any more: it was mapped anew, or its \
@@ -190,6 +188,13 @@ fn explain_scan(error: io::Error) -> io::Error {
         ),
         _ => error,
     }
+}
+
+fn has_ended() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::NotFound,
+        "the process whose memory is tracked has ended: what it wrote last is not known",
+    )
 }
 
 fn unsupported(text: String) -> io::Error {
