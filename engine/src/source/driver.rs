@@ -3,6 +3,7 @@
 
 mod arriving;
 mod by_hand;
+mod calls;
 mod channels;
 mod passes;
 mod releasing;
@@ -10,9 +11,7 @@ mod stalled;
 
 use super::memory::SourceMemory;
 use super::serving::Serving;
-use super::{
-    CallError, Endpoint, SourceEvent, SourceLedger, SourceOptions, SourceShared, StateSection,
-};
+use super::{CallError, SourceEvent, SourceLedger, SourceOptions, SourceShared, StateSection};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Ledger;
@@ -30,9 +29,9 @@ use afterimage_protocol::session::{
     SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Epoch, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode,
-    Stamp,
+    Capabilities, Channel, ControlFrame, Epoch, Hello, Refusal, RefuseCode, Stamp,
 };
+pub(crate) use calls::Call;
 use channels::DataChannel;
 use crossbeam_channel::Sender;
 pub(super) use passes::Passing;
@@ -68,19 +67,7 @@ pub(crate) enum Input {
     Stop,
 }
 
-/// What a VMM can ask of a running source.
-#[derive(Debug)]
-pub(crate) enum Call {
-    Stopped,
-    SwitchOver(Vec<StateSection>),
-    Hold,
-    Proceed,
-    Reclaim,
-    Fence,
-    Pause,
-    Recover(Option<Endpoint>),
-}
-
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
 pub(super) struct Driver {
     session: SourceSession,
     link: SessionLink,
@@ -265,30 +252,6 @@ impl Driver {
         }
     }
 
-    fn call(&mut self, call: Call) -> Result<(), CallError> {
-        match call {
-            Call::SwitchOver(sections) => {
-                if !self.session.is_frozen() {
-                    self.memory_is_final()?;
-                }
-                self.session.bring_state()?;
-                self.state = Some(Arc::new(sections));
-                Ok(())
-            }
-            Call::Stopped => self.memory_is_final(),
-            Call::Hold => {
-                self.is_held = true;
-                self.session.hold();
-                Ok(())
-            }
-            Call::Proceed => self.proceed(),
-            Call::Reclaim => Ok(self.session.reclaim()?),
-            Call::Fence => Ok(self.session.fence()?),
-            Call::Pause => self.pause(),
-            Call::Recover(endpoint) => self.recover(endpoint),
-        }
-    }
-
     fn dialed(&mut self, ours: Hello, outcome: Result<(Stream, Hello), ConnectError>) {
         match (ours.channel, outcome) {
             (Channel::Control, Ok((stream, theirs))) => self.greeted(stream, &theirs),
@@ -384,28 +347,6 @@ impl Driver {
             self.arriving = None;
         }
         self.session.persisted(record, result);
-    }
-
-    fn send_state(&mut self) {
-        let sections = self.state.clone().unwrap_or_default();
-        let end = ControlFrame::StateEnd { sections: sections.len() as u32 };
-        let pieces = (0..sections.len()).flat_map(move |index| {
-            let sections = Arc::clone(&sections);
-            // An empty section is one empty piece.
-            let count = sections[index].bytes.len().div_ceil(MAX_SECTION_BYTES).max(1);
-            (0..count).map(move |piece| {
-                let section = &sections[index];
-                let start = piece * MAX_SECTION_BYTES;
-                let stop = section.bytes.len().min(start + MAX_SECTION_BYTES);
-                ControlFrame::Section {
-                    name: section.name.clone(),
-                    version: section.version,
-                    last: piece + 1 == count,
-                    bytes: section.bytes[start..stop].to_vec(),
-                }
-            })
-        });
-        self.link.send_stream(pieces.chain(std::iter::once(end)));
     }
 
     fn reset_book(&mut self) {

@@ -39,7 +39,7 @@ impl Precopy {
             tracker,
             passes: Passes::default(),
             downtime: Duration::from_millis(300),
-            longest: Duration::from_secs(60),
+            longest: Duration::from_mins(1),
         }
     }
 }

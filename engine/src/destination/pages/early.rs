@@ -281,12 +281,16 @@ impl Pages {
             });
             if open == 0 {
                 if writes && self.file_of(&self.run_of(piece)).is_some() {
-                    won.iter().for_each(|run| self.early.note_there(*run));
+                    for &run in &won {
+                        self.early.note_there(run);
+                    }
                 }
                 self.here_in(piece, &won, &mut told);
                 return Claim::early(self, piece, won, pass);
             }
-            won.into_iter().for_each(|run| self.planes.give_back(run));
+            for run in won {
+                self.planes.give_back(run);
+            }
             drop(gate);
             std::thread::sleep(CLAIM_WAIT);
         }
