@@ -213,3 +213,27 @@ fn a_receiver_waits_for_another_that_writes_the_same_page() {
         guest.assert_books_balance();
     }
 }
+
+#[test]
+fn what_counts_is_complete_before_anybody_has_come_round_to_it() {
+    for guest in Guest::each_taking(5) {
+        guest.bring_early(0, 4, 7, 1);
+        let touched = guest.has_file().then(|| {
+            let touched = guest.touch(0);
+            let faults = guest.faults();
+            assert_eq!(guest.pages.answer(faults[0]), FaultAnswer::Ask);
+            touched
+        });
+        // Nothing goes over all of memory here.
+        guest.pages.settle();
+        assert_eq!(guest.bring(1, 1, 9), [], "a piece");
+        assert_eq!(guest.urgent(2, 9), Urgent::Late);
+        assert_eq!(guest.pages.zero(range(3, 2)), 1, "a run of zeros");
+        if let Some(touched) = touched {
+            assert_eq!(guest.answer_until(&touched, 0), (7, 7), "whoever waited looks again");
+        }
+        let words: Vec<_> = (0..5).map(|page| guest.read_answered(page).0).collect();
+        assert_eq!(words, [7, 7, 7, 7, 0]);
+        guest.assert_books_balance();
+    }
+}
