@@ -132,7 +132,7 @@ pub use destination::{
     DestinationOwnership, DestinationRecord, DestinationRegion, DiscardNotice, MemoryError,
     UnreadablePages,
 };
-pub use events::{Events, NoEvent};
+pub use events::{Events, NoEvent, Stamped};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
 pub use reconnect::Reconnect;
 pub use source::{
