@@ -130,7 +130,7 @@ pub use afterimage_protocol::layout::{
 pub use destination::{
     Destination, DestinationEvent, DestinationLedger, DestinationMemory, DestinationOptions,
     DestinationOwnership, DestinationRecord, DestinationRegion, DiscardNotice, MemoryError,
-    UnreadablePages,
+    StateDelivery, UnreadablePages,
 };
 pub use events::{Events, NoEvent, Stamped};
 pub use probe::{Finding, FindingState, Need, Probe, probe};

@@ -6,13 +6,16 @@ mod common;
 use afterimage::dirty::{DirtyBitmap, DirtyTracker};
 use afterimage::{
     Background, Checksums, DestinationEvent, DiscardNotice, GuestAddress, Passes, Precopy,
-    SourceEvent, SourceOptions, SwitchoverCause,
+    SourceEvent, SourceOptions, StateDelivery, StateSection, SwitchoverCause,
 };
+use afterimage_protocol::wire::Channel;
 use common::memory::PAGE;
-use common::proxy::{Cut, Proxy};
+use common::proxy::{Cut, Proxy, Way};
 use common::{Kind, Memory, Pair, Random, Setup, Toucher};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -96,6 +99,32 @@ fn precopy(dirty: &Arc<DirtyBitmap>, passes: Passes) -> Precopy {
     precopy.passes = passes;
     precopy.longest = Duration::from_secs(2);
     precopy
+}
+
+/// A tracker that says what was written only when the test lets it.
+#[derive(Debug)]
+struct Gated {
+    dirty: Arc<DirtyBitmap>,
+    asked: Sender<()>,
+    may: Receiver<()>,
+}
+
+impl DirtyTracker for Gated {
+    fn start(&mut self) -> io::Result<()> {
+        self.dirty.start()
+    }
+
+    fn collect(&mut self, written: &mut dyn FnMut(GuestAddress, u64)) -> io::Result<()> {
+        // Whoever has no gate to keep has gone.
+        if self.asked.send(()).is_ok() {
+            let _ = self.may.recv();
+        }
+        self.dirty.collect(written)
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        self.dirty.stop()
+    }
 }
 
 /// Two sides, and a guest that writes.
@@ -232,9 +261,7 @@ fn cut_links_lose_no_write() {
             // All channels at once, or one of them.
             let all = random.below(2) == 0;
             let slot = random.below(2) as u16;
-            proxy.cut(Cut::any(&mut random), |channel| {
-                all || channel == afterimage_protocol::wire::Channel::Background(slot)
-            });
+            proxy.cut(Cut::any(&mut random), |channel| all || channel == Channel::Background(slot));
         }
         moving.wait_pass();
         moving.switch_and_check();
@@ -334,4 +361,156 @@ fn a_held_guest_waits_for_its_manager() {
     moving.pair.wait_destination(&DestinationEvent::Run);
     moving.pair.finish();
     moving.pair.new.check_same(&moving.pair.old);
+}
+
+#[test]
+fn what_was_told_in_vain_is_told_again() {
+    prologue!("what_was_told_in_vain");
+    let setup = Setup { kinds: vec![(Kind::Memfd, MIB)], ..Setup::default() };
+    let ((asked, is_asked), (let_go, may)) = (channel(), channel());
+    let (mut tracker, mut proxy) = (None, None);
+    let pair = Pair::start_on(
+        &setup,
+        |old, source, destination| {
+            let dirty = tracker_of(old, &setup);
+            let gated = Gated { dirty: Arc::clone(&dirty), asked, may };
+            let mut precopy = Precopy::new(Box::new(gated));
+            precopy.passes = Passes::Count(2);
+            source.precopy = Some(precopy);
+            source.silence = Duration::from_millis(800);
+            destination.silence = source.silence;
+            tracker = Some(dirty);
+        },
+        |address| proxy.insert(Proxy::start(&address)).address(),
+    );
+    let (pair, dirty) = (pair.expect("no huge pages"), tracker.expect("made at the start"));
+    let proxy = proxy.expect("on the way");
+    is_asked.recv().expect("the first pass is over");
+    // Written after they were sent: the destination has them, and they are stale.
+    for page in 3..9 {
+        pair.old.word(page, 5).store(page, Ordering::Relaxed);
+        dirty.mark(pair.old.guest_address(page), PAGE);
+    }
+    // What is told now does not arrive.
+    let is_control = |channel| channel == Channel::Control;
+    assert_eq!(proxy.damage(Cut::Vanish, Way::Back, is_control), 1);
+    drop(is_asked);
+    drop(let_go);
+    pair.wait_destination(&DestinationEvent::Disconnected);
+    pair.at_source.wait(
+        "the time to switch over",
+        || pair.dump(),
+        |event| matches!(event, SourceEvent::SwitchoverDue(_)),
+    );
+    pair.switch(&[]);
+    pair.finish();
+    pair.new.check_same(&pair.old);
+    pair.check_counts();
+}
+
+#[test]
+fn what_is_under_way_at_the_switchover_comes_again() {
+    prologue!("what_is_under_way_at_the_switchover");
+    for kinds in &kinds()[..2] {
+        let setup = Setup { kinds: kinds.clone(), ..Setup::default() };
+        let mut proxy = None;
+        let mut tracker = None;
+        let pair = Pair::start_on(
+            &setup,
+            |old, source, _| {
+                let dirty = tracker_of(old, &setup);
+                source.precopy = Some(precopy(&dirty, Passes::Count(1)));
+                tracker = Some(dirty);
+            },
+            |address| {
+                let proxy = proxy.insert(Proxy::start(&address));
+                // The pass does not end.
+                proxy.hold_at(MIB);
+                proxy.address()
+            },
+        );
+        let (pair, proxy) = (pair.expect("no huge pages"), proxy.expect("on the way"));
+        common::wait_until("half a pass", || pair.dump(), || proxy.bytes() >= MIB);
+        let dirty = tracker.expect("made at the start");
+        for page in 0..pair.old.small_pages() {
+            pair.old.word(page, 7).store(page, Ordering::Relaxed);
+            dirty.mark(pair.old.guest_address(page), PAGE);
+        }
+        pair.prepare(&[]);
+        pair.wait_destination(&DestinationEvent::Run);
+        proxy.hold_at(u64::MAX);
+        pair.finish();
+        pair.new.check_same(&pair.old);
+        let stats = pair.check_counts();
+        assert_eq!(stats.pages_precopy, 0, "each was written after it was sent");
+        assert_eq!(proxy.seen(|channel| channel == Channel::Background(0)), 1, "none was replaced");
+    }
+}
+
+#[test]
+fn pages_that_cannot_be_read_keep_no_pass_from_its_end() {
+    prologue!("pages_that_cannot_be_read_in_a_pass");
+    let setup = Setup { kinds: vec![(Kind::Memfd, MIB)], ..Setup::default() };
+    let pair = Pair::start_on(
+        &setup,
+        |old, source, _| {
+            let file =
+                std::fs::OpenOptions::new().write(true).open(old.path_of(0)).expect("a file");
+            file.set_len(MIB / 2).expect("cut short");
+            source.precopy = Some(precopy(&tracker_of(old, &setup), Passes::Count(3)));
+        },
+        |address| address,
+    );
+    let pair = pair.expect("no huge pages");
+    let file = std::fs::OpenOptions::new().write(true).open(pair.old.path_of(0)).expect("a file");
+    file.set_len(MIB / 2).expect("cut short");
+    pair.source.set_precopy_background(Background::Unlimited);
+    pair.at_source.wait(
+        "the end of a pass",
+        || pair.dump(),
+        |event| matches!(event, SourceEvent::PassEnded(_)),
+    );
+    pair.switch(&[]);
+    let half = MIB / PAGE / 2;
+    common::wait_until(
+        "the rest",
+        || pair.dump(),
+        || {
+            pair.destination.stats().pages_complete == half
+                && pair.destination.stats().pages_unreadable == half
+        },
+    );
+    pair.new.check_pages(setup.seed, setup.content, 0, half);
+}
+
+#[test]
+fn device_state_may_be_restored_while_it_comes() {
+    prologue!("device_state_may_be_restored");
+    let setup = Setup::default();
+    let pair = Pair::start_with(
+        &setup,
+        |_, destination| destination.state = StateDelivery::BySection,
+        |address| address,
+    )
+    .expect("no huge pages");
+    let section = |number: u8| StateSection {
+        name: format!("cpu{number}"),
+        version: number.into(),
+        bytes: vec![number; 600_000],
+    };
+    assert!(pair.source.send_section(section(0)).is_err(), "the guest still runs");
+    pair.source.stopped().expect("may stop");
+    for number in 0..3 {
+        pair.source.send_section(section(number)).expect("may be sent");
+        pair.wait_destination(&DestinationEvent::Section(section(number)));
+    }
+    assert!(pair.destination.ready().is_err(), "not all of it is there");
+    pair.source.switch_over(vec![section(3)]).expect("may switch over");
+    pair.wait_destination(&DestinationEvent::Section(section(3)));
+    pair.wait_destination(&DestinationEvent::State(Vec::new()));
+    assert!(pair.source.send_section(section(4)).is_err(), "that was all");
+    pair.destination.ready().expect("may be ready");
+    pair.wait_destination(&DestinationEvent::Run);
+    pair.finish();
+    pair.check_content();
 }

@@ -4,6 +4,7 @@
 mod by_hand;
 mod channels;
 mod passes;
+mod state;
 
 use super::arrivals::{Arrivals, Arrived};
 use super::faults::Order;
@@ -40,8 +41,6 @@ use std::time::Duration;
 const ACK_PAUSE: Duration = Duration::from_millis(20);
 /// Frames of acknowledgements of one look, so that a flood of them keeps nobody from the rest.
 const ACK_FRAMES: usize = 16;
-/// The most device state that is kept for the VMM.
-const MAX_STATE_BYTES: usize = 1 << 30;
 
 /// Where the outcome of a call goes.
 pub(super) type Reply = Sender<Result<(), CallError>>;
@@ -96,6 +95,8 @@ pub(super) struct Driver {
     state: Vec<StateSection>,
     state_bytes: usize,
     is_section_open: bool,
+    /// A section was told that comes again if the connection breaks.
+    has_told_section: bool,
     /// Why this side was turned away, if the VMM has been told and nothing has changed.
     turned_away: Option<Refusal>,
     /// Maps what came by early copies.
@@ -134,6 +135,7 @@ impl Driver {
             state: Vec::new(),
             state_bytes: 0,
             is_section_open: false,
+            has_told_section: false,
             turned_away: None,
             mapper: None,
         }
@@ -330,10 +332,7 @@ impl Driver {
                     self.open_channels(stamp, streams);
                 }
                 DestinationAction::Renew { channel, generation } => self.renew(channel, generation),
-                DestinationAction::ResetState => {
-                    self.state.clear();
-                    (self.state_bytes, self.is_section_open) = (0, false);
-                }
+                DestinationAction::ResetState => self.reset_state(),
                 DestinationAction::Section { name, version, last, bytes } => {
                     self.take_section(name, version, last, &bytes);
                 }
@@ -425,23 +424,6 @@ impl Driver {
             self.session.disconnected();
         }
         self.act();
-    }
-
-    fn take_section(&mut self, name: String, version: u32, last: bool, bytes: &[u8]) {
-        self.state_bytes += bytes.len();
-        if self.state_bytes > MAX_STATE_BYTES {
-            let reason = format!("more than {MAX_STATE_BYTES} bytes of device state");
-            self.session.disconnected();
-            self.hang_up(Some(Refusal::new(RefuseCode::Protocol, reason)));
-            return;
-        }
-        match self.state.last_mut() {
-            Some(open) if self.is_section_open && open.name == name => {
-                open.bytes.extend_from_slice(bytes);
-            }
-            _ => self.state.push(StateSection { name, version, bytes: bytes.to_vec() }),
-        }
-        self.is_section_open = !last;
     }
 
     fn tell(&mut self, said: Said) {

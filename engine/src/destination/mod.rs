@@ -82,6 +82,18 @@ pub enum UnreadablePages {
     Poison,
 }
 
+/// When the VMM gets device state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StateDelivery {
+    /// All of it at once ([`DestinationEvent::State`]), 1 GiB at most.
+    #[default]
+    Whole,
+    /// Each section when it is there ([`DestinationEvent::Section`]), 1 GiB at most each, so
+    /// that restoring overlaps the transfer.
+    BySection,
+}
+
 /// How a destination gets its memory.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -104,6 +116,8 @@ pub struct DestinationOptions {
     /// them and the memory can keep them ([`DestinationMemory::precopy_lack`]). Then nobody may
     /// touch guest memory before [`DestinationEvent::State`].
     pub precopy: bool,
+    /// When the VMM gets device state.
+    pub state: StateDelivery,
     /// What becomes of pages that the source cannot read.
     pub unreadable: UnreadablePages,
     /// Called on every thread of the engine.
@@ -126,6 +140,7 @@ impl Default for DestinationOptions {
             },
             ledger: DestinationLedger::volatile(),
             precopy: true,
+            state: StateDelivery::default(),
             unreadable: UnreadablePages::default(),
             threads: ThreadHook::default(),
         }
@@ -156,7 +171,13 @@ pub enum DestinationEvent {
     /// The guest's vCPUs have been stopped at the source; device state follows. Not told where
     /// one side cannot do precopy.
     SourceStopped,
-    /// All device state is there. Restore it, then call [`Destination::ready`].
+    /// A section of device state, with [`StateDelivery::BySection`]. It may be restored while
+    /// others are still to come.
+    Section(StateSection),
+    /// The connection broke before all device state was there: every section comes again.
+    StateRestarted,
+    /// All device state is there; with [`StateDelivery::BySection`], in what was told before.
+    /// Restore it, then call [`Destination::ready`].
     State(Vec<StateSection>),
     /// The guest may run from now on. Past the point of no return.
     Run,

@@ -11,7 +11,7 @@ mod stalled;
 
 use super::memory::SourceMemory;
 use super::serving::Serving;
-use super::{CallError, SourceEvent, SourceLedger, SourceOptions, SourceShared, StateSection};
+use super::{CallError, SourceEvent, SourceLedger, SourceOptions, SourceShared};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Ledger;
@@ -32,6 +32,7 @@ use afterimage_protocol::wire::{
     Capabilities, Channel, ControlFrame, Epoch, Hello, Refusal, RefuseCode, Stamp,
 };
 pub(crate) use calls::Call;
+use calls::StateOut;
 use channels::DataChannel;
 use crossbeam_channel::Sender;
 pub(super) use passes::Passing;
@@ -92,7 +93,7 @@ pub(super) struct Driver {
     retired_releasing: Option<Releasing>,
     /// The session lets pages be freed, as long as this connection lasts.
     may_release: bool,
-    state: Option<Arc<Vec<StateSection>>>,
+    state: StateOut,
     passing: Option<Passing>,
     /// What data channels say that this side can do.
     capabilities: Capabilities,
@@ -145,7 +146,7 @@ impl Driver {
             releasing: None,
             retired_releasing: None,
             may_release: false,
-            state: None,
+            state: StateOut::default(),
             capabilities,
             is_held,
             passing,
@@ -322,7 +323,7 @@ impl Driver {
                 SourceAction::Release => self.start_releasing(),
                 SourceAction::OpenData { stamp, layout } => self.open_channels(stamp, layout),
                 SourceAction::Renew { channel, generation } => self.renew(channel, generation),
-                SourceAction::DropState => self.state = None,
+                SourceAction::DropState => self.state.forget(),
                 SourceAction::Event(event) => self.tell(event),
                 SourceAction::HangUp(refusal) => self.hang_up(refusal),
                 other => tracing::error!(?other, "an action of a newer protocol"),
@@ -427,6 +428,7 @@ impl Driver {
                 self.link.agreed();
                 self.attachments += 1;
                 self.note_lack_of_precopy();
+                self.send_sections();
                 if self.attachments > 1 {
                     self.shared.counters.recoveries.fetch_add(1, Ordering::Relaxed);
                 }

@@ -53,6 +53,15 @@ pub struct StateSection {
     pub bytes: Vec<u8>,
 }
 
+impl StateSection {
+    fn check(&self) -> Result<(), CallError> {
+        match self.name.len() {
+            1..=255 => Ok(()),
+            length => Err(CallError::SectionName { length }),
+        }
+    }
+}
+
 /// Makes a source's ownership record durable; called on a thread of its own
 /// ([`ThreadRole::Ledger`]). The session waits for it and goes on sending heartbeats; what the
 /// destination asks for is answered meanwhile.
@@ -375,10 +384,7 @@ impl Source {
     /// [`CallError`] if it has been called before, the session is over, or a section has a
     /// name that is empty or longer than 255 bytes.
     pub fn switch_over(&self, state: Vec<StateSection>) -> Result<(), CallError> {
-        let lengths = state.iter().map(|section| section.name.len());
-        if let Some(length) = lengths.into_iter().find(|length| !(1..=255).contains(length)) {
-            return Err(CallError::SectionName { length });
-        }
+        state.iter().try_for_each(StateSection::check)?;
         self.call(Call::SwitchOver(state))
     }
 
@@ -390,6 +396,18 @@ impl Source {
     /// [`CallError`] if it has been called before, or the session is over.
     pub fn stopped(&self) -> Result<(), CallError> {
         self.call(Call::Stopped)
+    }
+
+    /// Sends a section of device state ahead of the others, once the vCPUs are
+    /// [`stopped`](Self::stopped): the destination may restore it meanwhile. May be called many
+    /// times; [`switch_over`](Self::switch_over) gives the rest, and says that it was all.
+    ///
+    /// # Errors
+    /// [`CallError`] before `stopped` and after `switch_over`, if the session is over, or if the
+    /// section's name is empty or longer than 255 bytes.
+    pub fn send_section(&self, section: StateSection) -> Result<(), CallError> {
+        section.check()?;
+        self.call(Call::Section(section))
     }
 
     /// Holds the guest where it is although the destination is ready, until

@@ -3,7 +3,8 @@
 //! A pass is over when every page is acknowledged. Then the collector finds out what was written
 //! meanwhile, and the next pass begins with telling the destination so. Invariants:
 //!
-//! - what a tracker has reported is reopened in the book before anything else is sent or told;
+//! - what a tracker has reported is reopened in the book before the destination is told of it,
+//!   and told before the next pass, or final memory, is sent;
 //! - this side vouches for a page only if its acknowledgement is in the book and it was not
 //!   written since: after a new attachment everything else is told to be stale;
 //! - until the destination has settled, no acknowledgement of a page in the last `Stale` counts.
@@ -243,7 +244,6 @@ impl Driver {
 
     /// What was written is known, or nobody knows.
     pub(super) fn collected(&mut self, result: io::Result<()>) {
-        self.apply_written();
         if let Err(error) = result {
             tracing::error!(%error, "it is not known any more what the guest writes: no precopy");
             self.give_up_passes();
@@ -337,16 +337,6 @@ impl Driver {
         }
     }
 
-    /// What was written is sent again, whatever else was known of it.
-    fn apply_written(&self) {
-        let Some(passing) = &self.passing else { return };
-        let written = passing.tracking.written();
-        let books = [self.shared.book(), passing.vouched.clone()];
-        for book in books.iter().flatten().filter(|book| book.pages() == written.latest.pages()) {
-            written.latest.runs().for_each(|run| book.reopen(run));
-        }
-    }
-
     fn give_up_passes(&mut self) {
         if let Some(passing) = &mut self.passing {
             passing.stage = Stage::Ended;
@@ -377,7 +367,6 @@ impl Driver {
             }
             passing.collector.stop();
         }
-        self.apply_written();
         self.session.freeze()?;
         if self.runs_with_all_only() {
             self.session.hold();

@@ -67,7 +67,8 @@ pub enum SourceAction {
     Greet(Hello),
     /// Send a frame on the control connection.
     Send(ControlFrame),
-    /// Send all sections of device state, then `StateEnd`.
+    /// Send all sections of device state that were not sent on this connection, then
+    /// `StateEnd`.
     SendState,
     /// Forget what was sent and acknowledged; what the destination has follows. Pages are
     /// numbered as in [`SourceSession::served`](super::SourceSession::served), which may

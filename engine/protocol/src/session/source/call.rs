@@ -27,6 +27,13 @@ impl SourceSession {
         Ok(())
     }
 
+    /// Whether sections of device state may be sent that are there already, before
+    /// [`bring_state`](Self::bring_state) says that all are.
+    #[must_use]
+    pub const fn takes_sections(&self) -> bool {
+        self.wants_state && self.frozen && !self.has_state && !self.reclaim_wanted
+    }
+
     /// Device state is there. [Freezes](Self::freeze) too if that has not been said.
     ///
     /// # Errors

@@ -101,6 +101,7 @@ impl SourceSession {
         self.link = Link::Down;
         self.pulse = None;
         self.stage = Stage::Off;
+        self.wants_state = false;
         self.releases = false;
         self.actions.push_back(SourceAction::HangUp(refusal));
         if was_up && !self.is_over() {

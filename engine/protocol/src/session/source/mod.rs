@@ -55,6 +55,8 @@ pub struct SourceSession {
     frozen: bool,
     /// This process has the device state.
     has_state: bool,
+    /// The destination of this connection waits for device state.
+    wants_state: bool,
     stage: Stage,
     /// The number of the newest pass.
     pass: u16,
@@ -95,6 +97,7 @@ impl SourceSession {
             incarnation: (record.ownership != SourceOwnership::Owner).then_some(record.incarnation),
             frozen: is_snapshot || record.ownership == SourceOwnership::Given,
             has_state: is_snapshot,
+            wants_state: false,
             stage: Stage::Off,
             pass: 0,
             holds: false,
@@ -281,6 +284,7 @@ impl SourceSession {
         match phase {
             Phase::Fresh | Phase::Early => {
                 self.destination_ready = false;
+                self.wants_state = true;
                 if self.reclaim_wanted {
                     self.send(ControlFrame::TakeBack);
                 } else if self.has_state {
