@@ -512,3 +512,22 @@ fn device_state_may_be_restored_while_it_comes() {
     pair.finish();
     pair.check_content();
 }
+
+#[test]
+fn a_guest_that_is_stopped_while_the_link_is_down_moves_as_it_was_then() {
+    prologue!("a_guest_that_is_stopped_while_the_link_is_down");
+    let mut random = Random::seeded("precopy_paused");
+    for kinds in &kinds()[..2] {
+        let setup = Setup { kinds: kinds.clone(), streams: 2, ..Setup::default() };
+        for passes in [Passes::Count(1), Passes::Converged] {
+            let mut moving =
+                Moving::start(&setup, passes, &mut random, |_| (), None).expect("started");
+            moving.wait_pass();
+            moving.pair.source.pause().expect("may pause");
+            moving.writers.stop();
+            moving.pair.source.stopped().expect("may stop");
+            moving.pair.source.recover(None).expect("may recover");
+            moving.switch_and_check();
+        }
+    }
+}

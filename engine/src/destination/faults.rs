@@ -424,6 +424,9 @@ impl FaultThread {
             let header = Header::from_bytes(*header);
             let frame = DataFrame::parse(&header, line.arrivals.pages.layout(), "request")
                 .map_err(io::Error::other)?;
+            if header.pass().is_some() {
+                return Err(io::Error::other("early copies were not asked for"));
+            }
             let length = header.length() as usize;
             if length > line.incoming.len() - HEADER_BYTES {
                 return Err(io::Error::other("an answer of several pages was not asked for"));
@@ -464,6 +467,8 @@ impl FaultThread {
                 }
                 self.arrived.acknowledge_complete(pages);
             }
+            // Asked for before anything is settled; it is asked for again then.
+            DataFrame::Unreadable(_) if self.arrived.pages.is_taking_early() => {}
             DataFrame::Unreadable(pages) => {
                 for page in pages.iter() {
                     self.asked.remove(&page);

@@ -426,7 +426,10 @@ impl Pages {
             let gate = self.installing();
             self.planes.claim(step, |run| {
                 pass(Place::ZeroClaimed);
-                self.empty_for_zero(run);
+                if !self.empty_for_zero(run) {
+                    self.planes.give_back(run);
+                    return;
+                }
                 marked += self.mark_complete(run, &self.counters.zero, |_| ());
                 self.wake_faulted(run);
             });

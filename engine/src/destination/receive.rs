@@ -122,7 +122,13 @@ impl<'a> Receiver<'a> {
         match frame {
             DataFrame::Content(pages, _) => self.content(header, pages),
             DataFrame::Zero(pages) => {
-                arrivals.pages.zero_early(pages, pass, |run| arrivals.acknowledge(run))
+                let was_taken = arrivals.pages.is_taking_early();
+                let zeroed =
+                    arrivals.pages.zero_early(pages, pass, |run| arrivals.acknowledge(run));
+                if was_taken {
+                    ask_again(arrivals, pages, Some(pass));
+                }
+                zeroed
             }
             DataFrame::Unreadable(_) | DataFrame::Request(_) => {
                 Err(io::Error::other("no such frame belongs to a precopy pass"))
@@ -190,15 +196,16 @@ impl<'a> Receiver<'a> {
         let claim = claim(arrivals, piece, pass);
         if let Err(error) = self.receive_piece(&claim, length) {
             drop(claim);
-            if pass.is_none() {
-                arrivals.given_back(piece);
-            }
+            ask_again(arrivals, piece, pass);
             return Err(error);
         }
         arrivals.counters.bytes.fetch_add(length, Ordering::Relaxed);
-        claim
-            .finish(&self.staging, |run| self.news.has_come(run, pass))
-            .map_err(|error| arrivals.failed(error))
+        let had_pages = !claim.is_empty();
+        let finished = claim.finish(&self.staging, |run| self.news.has_come(run, pass));
+        if pass.is_some() && had_pages {
+            ask_again(arrivals, piece, pass);
+        }
+        finished.map_err(|error| arrivals.failed(error))
     }
 
     fn receive_piece(&mut self, claim: &Claim<'_>, length: u64) -> io::Result<()> {
@@ -216,6 +223,14 @@ impl<'a> Receiver<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Pages were given back, and a copy for good may have come and gone while they were claimed.
+/// Before memory is final none has, and early copies are not asked for.
+fn ask_again(arrivals: &Arrivals, pages: PageRange, pass: Option<u16>) {
+    if pass.is_none() || !arrivals.pages.is_taking_early() {
+        arrivals.given_back(pages);
     }
 }
 
@@ -244,9 +259,7 @@ fn place(
         Ok(targets) => targets.unwrap_or_default(),
         Err(error) => {
             drop(claim);
-            if pass.is_none() {
-                arrivals.given_back(pages);
-            }
+            ask_again(arrivals, pages, pass);
             return Err(arrivals.failed(error));
         }
     };
@@ -263,7 +276,11 @@ fn place(
             Target::Nowhere(bytes) => at += bytes as usize,
         }
     }
+    let had_pages = !claim.is_empty();
     let placed = claim.finish(content, |run| news.has_come(run, pass));
+    if pass.is_some() && had_pages {
+        ask_again(arrivals, pages, pass);
+    }
     placed.map_err(|error| {
         // Some may be complete by another's hand, and be no news to him.
         arrivals.acknowledge_complete(pages);

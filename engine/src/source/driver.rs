@@ -439,11 +439,16 @@ impl Driver {
                 self.pause_if_by_hand();
                 return;
             }
-            Said::Stopped => SourceEvent::Stopped,
+            // It was told at once.
+            Said::Stopped => return,
             // It waits for its last pages, and for nobody.
             Said::Held if !self.is_held => return,
             Said::Held => SourceEvent::Held,
-            Said::Ready => SourceEvent::Ready,
+            Said::Ready => {
+                self.events.send(SourceEvent::Ready);
+                self.proceed_if_all_is_there();
+                return;
+            }
             Said::Given => SourceEvent::Given,
             Said::Running => SourceEvent::Running,
             Said::Reclaimed => {

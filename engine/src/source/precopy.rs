@@ -8,7 +8,7 @@ use crate::sys::words::LazyWords;
 use crate::threads::{self, ThreadHook, ThreadRole};
 use afterimage_protocol::bitmap::Bitmap;
 use afterimage_protocol::layout::{GuestAddress, GuestLayout, PageNumber, PageRange};
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -56,7 +56,8 @@ pub enum Passes {
     Count(u32),
     /// Only when what is left can be sent in the downtime, however long that takes; and the
     /// destination runs the guest only once it has everything: precopy without postcopy, which
-    /// survives the loss of either host.
+    /// survives the loss of either host. A page that cannot be read here keeps it from running;
+    /// [`Source::proceed`](crate::Source::proceed) runs it all the same.
     Converged,
 }
 
@@ -167,6 +168,11 @@ impl Written {
         PageRange::new(PageNumber(0), self.latest.pages())
     }
 
+    /// Nobody knows what was written.
+    pub(super) fn is_all(&self) {
+        self.latest.set(self.all(), |_| ());
+    }
+
     /// The destination knows of the latest: they belong to the pass before now.
     pub(super) fn told(&self) {
         self.before.clear(self.all(), |_| ());
@@ -242,7 +248,7 @@ impl Tracking {
             }
         });
         if collected.is_err() {
-            written.latest.set(written.all(), |_| ());
+            written.is_all();
         }
         collected
     }
@@ -261,6 +267,8 @@ impl Tracking {
 enum Task {
     Start,
     Collect,
+    /// For the last time; then nothing is tracked any more.
+    Last(Sender<io::Result<()>>),
     Stop,
 }
 
@@ -283,6 +291,11 @@ impl Collector {
                 match task {
                     Task::Start => driver.send(Input::TrackingStarted(tracking.start())),
                     Task::Collect => driver.send(Input::Collected(tracking.collect())),
+                    Task::Last(reply) => {
+                        // Whoever asked has gone if nobody takes it.
+                        let _ = reply.send(tracking.collect());
+                        break;
+                    }
                     Task::Stop => break,
                 };
             }
@@ -302,8 +315,15 @@ impl Collector {
         let _ = self.tasks.send(Task::Collect);
     }
 
-    /// Nothing is tracked any more, soon.
-    pub(super) fn stop(&self) {
+    /// What was written up to now, and the end of tracking.
+    pub(super) fn last(&self) -> Receiver<io::Result<()>> {
+        let (reply, last) = crossbeam_channel::bounded(1);
+        // Without its thread the other end is dropped, which says so.
+        let _ = self.tasks.send(Task::Last(reply));
+        last
+    }
+
+    fn stop(&self) {
         let _ = self.tasks.send(Task::Stop);
     }
 }

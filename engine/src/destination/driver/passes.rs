@@ -1,12 +1,14 @@
 //! Precopy at a destination: what the source says of early copies is carried out.
 
 use super::{Driver, push_acks};
+use crate::session_link::Beat;
 use crate::threads::{self, ThreadRole};
 use afterimage_protocol::bitmap::Segment;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::wire::{Refusal, RefuseCode};
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 impl Driver {
     /// What is here is about to be told to the source.
@@ -20,7 +22,13 @@ impl Driver {
     }
 
     pub(super) fn stale(&mut self, range: PageRange, segment: &Segment) {
-        if let Err(error) = self.arrived.pages.stale(range, segment) {
+        let mut beat = self.session.pulse().map(Beat::after);
+        let link = &mut self.link;
+        let result = self.arrived.pages.stale(range, segment, || {
+            // An error of the wait is met again in the next one.
+            let _ = link.stay_alive(&mut beat, Some(Duration::ZERO));
+        });
+        if let Err(error) = result {
             self.cannot_empty(&error);
         }
     }
@@ -39,16 +47,27 @@ impl Driver {
     }
 
     pub(super) fn pass(&mut self, number: u16, last: bool) {
-        if !last {
-            self.arrived.pages.begin_pass(number);
-            return;
-        }
-        // Whatever was acknowledged as an early copy was so before the source hears that no
-        // more of them are taken.
+        // Whatever was acknowledged of the pass before was so before the source hears that
+        // another begins, or that no more are taken.
         self.arrived.pages.begin_pass(0);
-        while self.arrived.has_acks() {
+        let mut is_read = true;
+        while is_read && self.arrived.has_acks() {
             push_acks(&self.arrived, &mut self.link);
+            is_read = self.link.flush().is_ok() && self.link.has_room();
         }
+        if last {
+            self.settle();
+        } else {
+            self.arrived.pages.begin_pass(number);
+        }
+        if !is_read {
+            tracing::warn!("the source does not read acknowledgements: it is hung up on");
+            self.session.disconnected();
+            self.hang_up(None);
+        }
+    }
+
+    fn settle(&mut self) {
         self.arrived.pages.settle();
         let arrived = Arc::clone(&self.arrived);
         let mapper = threads::spawn(&self.options.threads, ThreadRole::Map, 0, move || {

@@ -60,6 +60,11 @@ impl<'p> Claim<'p> {
         Self { pages, run: pages.run_of(piece), won, pass: Some(pass) }
     }
 
+    /// Whether it won nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.won.is_empty()
+    }
+
     /// The runs that it won, which are the caller's affair now.
     pub(super) fn take(&mut self) -> Vec<PageRange> {
         std::mem::take(&mut self.won)

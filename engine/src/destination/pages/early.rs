@@ -34,6 +34,9 @@ const CLAIM_WAIT: Duration = Duration::from_micros(50);
 /// Pages that are mapped in one go.
 const MAP_STEP: u64 = 512;
 
+/// Runs that are emptied in one go.
+const MEANWHILE_AFTER: u32 = 4096;
+
 /// No early copies are taken, and none are left.
 const OFF: u8 = 0;
 const TAKING: u8 = 1;
@@ -108,17 +111,29 @@ impl Pages {
 
     /// Early copies of these pages do not count any more, nor does any that is still coming,
     /// until the next pass begins.
-    pub(crate) fn stale(&self, range: PageRange, segment: &Segment) -> io::Result<()> {
+    ///
+    /// Emptying private memory takes its time: calls `meanwhile` now and then.
+    pub(crate) fn stale(
+        &self,
+        range: PageRange,
+        segment: &Segment,
+        mut meanwhile: impl FnMut(),
+    ) -> io::Result<()> {
         self.begin_pass(0);
-        let mut first_error = None;
+        let (mut first_error, mut emptied) = (None, 0_u32);
         let decoded = segment.decode(range, |stale| {
             self.early.current.clear(stale, |_| ());
             for run in self.layout().split(stale) {
                 // What has a file keeps its old content: the next copy is written over it.
-                if self.file_of(&run).is_none()
-                    && let Err(error) = self.empty_old(run.pages)
-                {
+                if self.file_of(&run).is_some() {
+                    continue;
+                }
+                if let Err(error) = self.empty_old(run.pages) {
                     first_error.get_or_insert(error);
+                }
+                emptied += 1;
+                if emptied.is_multiple_of(MEANWHILE_AFTER) {
+                    meanwhile();
                 }
             }
         });
@@ -231,12 +246,14 @@ impl Pages {
         Ok(())
     }
 
-    /// Nothing may be left in pages that are claimed, and about to be complete and zero, or
-    /// free.
-    pub(super) fn empty_for_zero(&self, pages: PageRange) {
-        if let Err(error) = self.empty_old(pages) {
-            tracing::error!(%error, %pages, "an older copy of zero pages cannot be emptied");
+    /// Nothing may be left in pages that are about to be complete and zero, or free; `false` if
+    /// something is.
+    pub(super) fn empty_for_zero(&self, pages: PageRange) -> bool {
+        let emptied = self.empty_old(pages);
+        if let Err(error) = &emptied {
+            tracing::error!(%error, %pages, "an older copy cannot be emptied: its pages stay missing");
         }
+        emptied.is_ok()
     }
 
     /// Discarded pages, of which nobody writes an early copy.
@@ -244,7 +261,8 @@ impl Pages {
         if self.early.is_taking() {
             self.early.current.clear(pages, |_| ());
         }
-        self.empty_for_zero(pages);
+        // Private memory is the VMM's to empty afterwards, who gives it up.
+        let _ = self.empty_for_zero(pages);
     }
 
     fn zap(&self, run: &RegionRun) -> io::Result<()> {
@@ -336,25 +354,26 @@ impl Pages {
         told: &mut impl FnMut(PageRange),
     ) {
         let gate = self.installing();
-        if !gate.is_empty() {
-            let gone: Vec<_> = run.pages.iter().filter(|page| gate.contains(*page)).collect();
-            if !gone.is_empty() {
-                drop(gate);
-                // Discarded meanwhile. The others come again: it is rare.
-                self.give_back_file_pages(run.pages, file);
-                self.wake(run);
-                return;
-            }
-        }
+        let gone: Vec<_> = if gate.is_empty() {
+            Vec::new()
+        } else {
+            run.pages.iter().filter(|page| gate.contains(*page)).collect()
+        };
         if self.early.takes(pass) {
             self.early.current.set(run.pages, |_| ());
+            for page in &gone {
+                self.early.current.clear_one(*page);
+            }
             told(run.pages);
-            self.planes.give_back(run.pages);
-            drop(gate);
-        } else {
-            drop(gate);
-            self.planes.give_back(run.pages);
-            // It may have been settled: whoever met the claim looks again.
+        }
+        drop(gate);
+        // Discarded meanwhile: they are complete and zero.
+        for page in &gone {
+            self.give_back_file_pages(PageRange::one(*page), file);
+        }
+        self.planes.give_back(run.pages);
+        if !self.early.is_taking() {
+            // Whoever met the claim looks again.
             self.wake(run);
         }
         self.note_alias_written(run.length);
@@ -403,7 +422,8 @@ impl Pages {
         }
         match filled.stopped {
             Some(stopped) => {
-                self.empty_for_zero(run.pages);
+                // What is left stays noted, if it cannot be emptied.
+                let _ = self.empty_for_zero(run.pages);
                 Err(self.install_error(run, filled.reached(), stopped))
             }
             None => Ok(()),
@@ -427,12 +447,30 @@ impl Pages {
                 let mut claim = self.claim_early(run.pages, pass, false, &mut told);
                 for won in claim.take() {
                     let emptied = self.zero_claimed(won, pass, &mut told);
-                    self.planes.give_back(won);
+                    self.give_back_zeros(won);
                     emptied?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Gives claimed pages back that hold nothing, or an early copy that is zero.
+    fn give_back_zeros(&self, won: PageRange) {
+        let run = self.run_of(won);
+        if let Some(file) = self.file_of(&run) {
+            let gate = self.installing();
+            let has_gone = !gate.is_empty();
+            let gone: Vec<_> = won.iter().filter(|page| has_gone && gate.contains(*page)).collect();
+            drop(gate);
+            for page in gone {
+                self.give_back_file_pages(PageRange::one(page), file);
+            }
+        }
+        self.planes.give_back(won);
+        if !self.early.is_taking() {
+            self.wake(&run);
+        }
     }
 
     fn zero_claimed(
@@ -441,8 +479,8 @@ impl Pages {
         pass: u16,
         told: &mut impl FnMut(PageRange),
     ) -> io::Result<()> {
-        let gate = self.installing();
-        if !self.early.takes(pass) || won.iter().any(|page| gate.contains(page)) {
+        let _gate = self.installing();
+        if !self.early.takes(pass) {
             return Ok(());
         }
         self.empty_old(won)?;

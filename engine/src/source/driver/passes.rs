@@ -13,20 +13,24 @@ use super::super::precopy::{
     Collector, PassReport, Passes, Precopy, SwitchoverCause, Tracking, Written, is_due,
 };
 use super::super::serving::Mode;
-use super::super::{CallError, NotNow, SourceEvent};
+use super::super::{CallError, SourceEvent};
 use super::{Driver, Input};
 use crate::inbox::Outlet;
+use crate::session_link::Beat;
 use crate::sys::words::LazyWords;
 use crate::threads::ThreadHook;
 use afterimage_protocol::bitmap::{Bitmap, MAX_SEGMENT_PAGES, Segment};
 use afterimage_protocol::layout::{GuestLayout, PageNumber, PageRange};
 use afterimage_protocol::session::Book;
-use afterimage_protocol::wire::ControlFrame;
+use afterimage_protocol::wire::{ControlFrame, Incarnation};
+use crossbeam_channel::RecvTimeoutError;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+/// How often is looked whether the peer must hear something, while a tracker is waited for.
+const BEAT_LOOK: Duration = Duration::from_millis(50);
 /// Between passes, once it is time to stop the guest and it goes on running.
 const IDLE_PAUSE: Duration = Duration::from_millis(100);
 
@@ -49,6 +53,8 @@ pub(in crate::source) struct Passing {
     is_told_due: bool,
     /// When to look again what was written, if nobody has stopped the guest by then.
     next_look: Option<Duration>,
+    /// Which destination attached last.
+    attached: Option<Incarnation>,
     /// The book of the connection before: what this side vouches for.
     vouched: Option<Arc<Book<LazyWords>>>,
     /// Nothing was told on this connection yet.
@@ -93,6 +99,7 @@ impl Passing {
             last: None,
             is_told_due: false,
             next_look: None,
+            attached: None,
             vouched: None,
             is_fresh: true,
             unsettled: None,
@@ -100,16 +107,30 @@ impl Passing {
     }
 }
 
+impl Passing {
+    /// When it is time to stop the guest in any case, if nobody was told that it is time.
+    fn time_is_up_at(&self) -> Option<Duration> {
+        let (passes, _, longest) = self.wanted;
+        let is_open = !self.is_told_due && self.stage != Stage::Ended;
+        self.begun.filter(|_| is_open && passes == Passes::Automatic).map(|begun| begun + longest)
+    }
+}
+
 impl Driver {
     /// A destination has attached; `book` is what was sent to it before.
     pub(super) fn passes_attach(&mut self, book: Option<Arc<Book<LazyWords>>>) {
-        let served = self.session.served();
+        let (served, incarnation) = (self.session.served(), self.session.incarnation());
         let Some(passing) = &mut self.passing else { return };
         passing.unsettled = None;
         // Of a connection that ended before anything was told, the book says what the
         // destination has, not what this side vouches for.
         if !std::mem::replace(&mut passing.is_fresh, true) {
             passing.vouched = book;
+        }
+        if passing.attached != incarnation {
+            // Another memory: nothing is vouched for, and nobody was told when it is time.
+            passing.attached = incarnation;
+            (passing.vouched, passing.last, passing.is_told_due) = (None, None, false);
         }
         let same = passing.tracking.is_numbered_as(served);
         passing.vouched.take_if(|book| !same || book.pages() != served.page_count());
@@ -128,15 +149,22 @@ impl Driver {
         let tracking = Arc::clone(&passing.tracking);
         let is_frozen = self.session.is_frozen();
         let told = tracking.tell(|written| {
-            written.latest.runs().for_each(|run| book.reopen(run));
-            if is_fresh {
-                let stale = stale_after_attach(&book, vouched.as_deref(), written)?;
-                self.send_stale(&stale);
+            // First what the destination has said that it has, then what is written of it.
+            let fresh = if is_fresh {
+                Some(stale_after_attach(&book, vouched.as_deref(), written)?)
             } else {
-                self.send_stale(&written.latest);
-            }
+                None
+            };
+            written.latest.runs().for_each(|run| book.reopen(run));
             if !is_frozen {
                 written.told();
+            }
+            let told = Arc::clone(written);
+            match fresh {
+                Some(stale) => self.link.send_first(segments(stale, |stale| stale)),
+                None if is_frozen => self.link.send_first(segments(told, |told| &told.latest)),
+                // It stays as it is until the next pass, which comes after the last of these.
+                None => self.link.send_first(segments(told, |told| &told.before)),
             }
             Ok(Arc::clone(written))
         });
@@ -151,18 +179,6 @@ impl Driver {
                 tracing::error!(%error, "no memory to say what is out of date");
                 self.session.disconnected();
             }
-        }
-    }
-
-    fn send_stale(&mut self, stale: &Bitmap<LazyWords>) {
-        let pages = stale.pages();
-        let mut from = PageNumber(0);
-        while let Some(run) = stale.next_set(from, 1) {
-            let start = run.start.0 / 64 * 64;
-            let range = PageRange::new(PageNumber(start), MAX_SEGMENT_PAGES.min(pages - start));
-            let segment = Segment::encode(stale, range);
-            self.link.send(&ControlFrame::Stale { range, segment });
-            from = PageNumber(start + range.count);
         }
     }
 
@@ -232,12 +248,15 @@ impl Driver {
         if passing.stage != Stage::Open || book.acked_pages() + unreadable < book.pages() {
             return;
         }
+        // Whoever has taken a page says so before he lets the mode go.
+        let mode = *serving.mode();
+        serving.set_mode(Mode::Closed);
         let channels = self.data.values().chain(self.retired.iter().map(|(_, data)| data));
         let is_under_way = channels.into_iter().any(|data| !data.underway.is_settled(&book));
         if is_under_way || book.peek(PageNumber(0)).is_some() {
+            serving.set_mode(mode);
             return;
         }
-        serving.set_mode(Mode::Closed);
         passing.stage = Stage::Collecting;
         passing.collector.collect();
     }
@@ -314,19 +333,27 @@ impl Driver {
             passing.since = now;
             return;
         }
-        if let Err(error) = self.session.next_pass() {
-            tracing::info!(%error, "no further precopy pass on this connection");
+        if !self.session.has_passes_left() {
+            tracing::info!("the connection has no number for another pass: it is made again");
+            self.session.disconnected();
+        } else if let Err(error) = self.session.next_pass() {
+            tracing::debug!(%error, "no precopy pass now");
         }
     }
 
     /// When [`look_again`](Self::look_again) is to be called.
     pub(super) fn next_look(&self) -> Option<Duration> {
-        self.passing.as_ref().and_then(|passing| passing.next_look)
+        let passing = self.passing.as_ref()?;
+        let look = passing.next_look.filter(|_| passing.stage == Stage::Closed);
+        look.into_iter().chain(passing.time_is_up_at()).min()
     }
 
     /// Between passes: looks what was written meanwhile.
     pub(super) fn look_again(&mut self) {
         let now = self.link.now();
+        if self.passing.as_ref().and_then(Passing::time_is_up_at).is_some_and(|at| at <= now) {
+            self.tell_due(SwitchoverCause::TimeIsUp);
+        }
         if let Some(passing) = &mut self.passing
             && passing.stage == Stage::Closed
             && passing.next_look.is_some_and(|at| at <= now)
@@ -355,6 +382,8 @@ impl Driver {
         if self.session.is_frozen() || self.session.is_over() {
             return Ok(self.session.freeze()?);
         }
+        // Whoever waits for it does not wait for a look at all of memory.
+        self.events.send(SourceEvent::Stopped);
         if let Some(serving) = &self.serving {
             // From here on no page is taken as an early one.
             serving.set_mode(Mode::Closed);
@@ -362,10 +391,25 @@ impl Driver {
         if let Some(passing) = &mut self.passing {
             passing.stage = Stage::Ended;
             passing.next_look = None;
-            if let Err(error) = passing.tracking.collect() {
+            let last = passing.collector.last();
+            let mut beat = self.session.pulse().map(Beat::after);
+            // A reply that does not come is a thread that has ended: nothing is known then.
+            let collected = loop {
+                match last.recv_timeout(BEAT_LOOK) {
+                    Ok(collected) => break collected,
+                    Err(RecvTimeoutError::Disconnected) => {
+                        break Err(io::ErrorKind::BrokenPipe.into());
+                    }
+                    Err(RecvTimeoutError::Timeout) => {
+                        // An error of the wait is met again in the next one.
+                        let _ = self.link.stay_alive(&mut beat, Some(Duration::ZERO));
+                    }
+                }
+            };
+            if let Err(error) = collected {
                 tracing::error!(%error, "it is not known what the guest has written: all is sent");
+                passing.tracking.tell(|written| written.is_all());
             }
-            passing.collector.stop();
         }
         self.session.freeze()?;
         if self.runs_with_all_only() {
@@ -383,13 +427,12 @@ impl Driver {
 
     /// Nobody holds the guest any more, unless its last pages are still to come.
     pub(super) fn proceed(&mut self) -> Result<(), CallError> {
-        if !std::mem::take(&mut self.is_held) {
-            return Err(NotNow { call: "continue", reason: "nothing is held" }.into());
-        }
-        if self.runs_with_all_only() {
+        let was_held = std::mem::take(&mut self.is_held);
+        if was_held && self.runs_with_all_only() {
             self.proceed_if_all_is_there();
             return Ok(());
         }
+        // Also where the last pages do not come: somebody has decided not to wait for them.
         Ok(self.session.proceed()?)
     }
 
@@ -449,6 +492,21 @@ impl Driver {
     pub(super) fn drop_passes(&mut self) {
         self.passing = None;
     }
+}
+
+/// `Stale` frames for a bitmap, each made when there is room for it.
+fn segments<T: Send + 'static>(
+    of: T,
+    bitmap: impl Fn(&T) -> &Bitmap<LazyWords> + Send + 'static,
+) -> impl Iterator<Item = ControlFrame> + Send + 'static {
+    let mut from = PageNumber(0);
+    std::iter::from_fn(move || {
+        let stale = bitmap(&of);
+        let start = stale.next_set(from, 1)?.start.0 / 64 * 64;
+        let range = PageRange::new(PageNumber(start), MAX_SEGMENT_PAGES.min(stale.pages() - start));
+        from = PageNumber(start + range.count);
+        Some(ControlFrame::Stale { range, segment: Segment::encode(stale, range) })
+    })
 }
 
 /// What the destination has said that it has, and this side does not vouch for. It is reopened

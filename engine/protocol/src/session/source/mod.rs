@@ -213,6 +213,9 @@ impl SourceSession {
                 for run in &runs {
                     self.check_pages(*run)?;
                 }
+                if self.ignores_acks() {
+                    return Ok(());
+                }
                 self.actions.push_back(SourceAction::Acknowledge(runs));
             }
             (ControlFrame::Complete, Link::Up) if self.knows_it_runs() || self.is_snapshot() => {

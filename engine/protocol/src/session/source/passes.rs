@@ -56,11 +56,23 @@ impl SourceSession {
         if self.stage != Stage::Open {
             return Err(NotNow { call, reason: "no pass is open" });
         }
-        if self.pass >= MAX_PASS - 1 {
+        if !self.has_passes_left() {
             return Err(NotNow { call, reason: "there were too many on this connection" });
         }
         self.say_pass();
         Ok(())
+    }
+
+    /// Between a pass that is said and the answer, acknowledgements are of copies that may be
+    /// stale by now, and that belong to pages which are acknowledged or open already.
+    pub(super) const fn ignores_acks(&self) -> bool {
+        matches!(self.stage, Stage::Said)
+    }
+
+    /// Whether this connection has numbers for another pass, and for the last.
+    #[must_use]
+    pub const fn has_passes_left(&self) -> bool {
+        self.pass < MAX_PASS - 1
     }
 
     pub(super) fn begin_passes(&mut self, phase: Phase) {

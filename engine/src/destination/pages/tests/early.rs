@@ -35,7 +35,7 @@ impl Guest {
         for &page in pages {
             bitmap.set(range(page, 1), |_| ());
         }
-        self.pages.stale(range(0, all), &Segment::encode(&bitmap, range(0, all))).unwrap();
+        self.pages.stale(range(0, all), &Segment::encode(&bitmap, range(0, all)), || ()).unwrap();
     }
 
     /// Ends precopy, and shows everything that counts.
