@@ -104,6 +104,10 @@ impl World {
         if is_awkward && self.random.chance(2 * self.plan.crashes_per_mille) {
             self.kill(Party::Handler);
         }
+        // A copy of a channel that was given up may come when its pass has ended.
+        if self.source.passes.open.is_some() && self.random.chance(2 * self.plan.breaks_per_mille) {
+            self.lose_patience(Side::Source);
+        }
         if begins_to_run
             && self.plan.wants_guest_back
             && !self.is_idle(Side::Source)

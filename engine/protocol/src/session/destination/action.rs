@@ -50,16 +50,17 @@ pub enum DestinationAction {
         /// The piece.
         bytes: Vec<u8>,
     },
-    /// Early copies of these pages are out of date. What is complete stays.
+    /// Early copies of these pages are out of date. What is complete stays. No early copy is
+    /// taken from here to the next [`Pass`](Self::Pass): it may be older than this.
     Stale {
         /// What the segment covers.
         range: PageRange,
         /// The pages.
         segment: Segment,
     },
-    /// A pass begins: early copies of others are dropped. At the end of the last, acknowledge
-    /// what waits for it and then let every early copy that is not out of date be complete,
-    /// and take no more of them.
+    /// Acknowledge what waits for it first. A pass begins: early copies of others are dropped. At
+    /// the end of the last, let every early copy that is not out of date be complete, and take
+    /// no more of them.
     Pass {
         /// Its number.
         number: u16,

@@ -83,7 +83,9 @@ pub enum SourceAction {
     },
     /// Send which early copies are out of date, as `Stale` frames: after a new attachment all
     /// that the destination has said and this side does not vouch for, otherwise what has been
-    /// written since the last pass began.
+    /// written since the last pass began. Until [`OpenPass`](Self::OpenPass) or
+    /// [`Settled`](Self::Settled) acknowledgements of these pages are of older copies, and do not
+    /// count.
     TellStale,
     /// Early copies of pages may be sent.
     OpenPass {

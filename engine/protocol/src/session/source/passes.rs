@@ -111,7 +111,7 @@ impl SourceSession {
             _ => {
                 return Err(Refusal::new(
                     RefuseCode::Protocol,
-                    format!("pass {number} was taken in that was not said"),
+                    format!("PassTaken is out of place here: pass {number} was not said"),
                 ));
             }
         }
