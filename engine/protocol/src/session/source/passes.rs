@@ -21,7 +21,10 @@ pub(super) enum Stage {
     /// It was taken in: its pages may leave.
     Open,
     /// It was said that memory is final.
-    Ending,
+    Ending {
+        /// The pass before was said too, and is not taken in.
+        awaits_another: bool,
+    },
 }
 
 impl SourceSession {
@@ -66,7 +69,7 @@ impl SourceSession {
     /// Between a pass that is said and the answer, acknowledgements are of copies that may be
     /// stale by now, and that belong to pages which are acknowledged or open already.
     pub(super) const fn ignores_acks(&self) -> bool {
-        matches!(self.stage, Stage::Said)
+        matches!(self.stage, Stage::Said | Stage::Ending { awaits_another: true })
     }
 
     /// Whether this connection has numbers for another pass, and for the last.
@@ -91,7 +94,8 @@ impl SourceSession {
 
     fn say_pass(&mut self) {
         self.pass += 1;
-        self.stage = if self.frozen { Stage::Ending } else { Stage::Said };
+        let awaits_another = self.stage == Stage::Said;
+        self.stage = if self.frozen { Stage::Ending { awaits_another } } else { Stage::Said };
         self.actions.push_back(SourceAction::TellStale);
         self.send(ControlFrame::Pass { number: self.pass, last: self.frozen });
     }
@@ -102,12 +106,14 @@ impl SourceSession {
                 self.stage = Stage::Open;
                 self.actions.push_back(SourceAction::OpenPass { number });
             }
-            Stage::Ending if number == self.pass && last => {
+            Stage::Ending { awaits_another: false } if number == self.pass && last => {
                 self.stage = Stage::Off;
                 self.actions.push_back(SourceAction::Settled);
             }
             // Of the pass that was ended by the switchover.
-            Stage::Ending if number + 1 == self.pass && !last => {}
+            Stage::Ending { awaits_another: true } if number + 1 == self.pass && !last => {
+                self.stage = Stage::Ending { awaits_another: false };
+            }
             _ => {
                 return Err(Refusal::new(
                     RefuseCode::Protocol,
