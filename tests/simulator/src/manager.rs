@@ -133,7 +133,8 @@ impl World {
     fn switch_over(&mut self) {
         let may = !self.is_idle(Side::Source) && self.is_migration() && !self.source.gave_state;
         let is_early = self.source.passes.ended < self.plan.passes;
-        let waits = is_early && !self.source.session.is_frozen();
+        // A guest that was stopped before the source was restarted writes nothing any more.
+        let waits = is_early && self.source.vmm_runs;
         if !may || !self.random.chance(if waits { self.plan.hurry_per_mille } else { 400 }) {
             return;
         }
@@ -171,7 +172,7 @@ impl World {
 
     fn dial_again(&mut self) {
         for side in [Side::Source, Side::Destination] {
-            if !self.is_idle(side) {
+            if !self.is_idle(side) && self.random.chance(self.plan.redials_per_mille) {
                 self.dial_missing(side);
             }
         }

@@ -59,6 +59,8 @@ pub(crate) struct Plan {
     /// A middlebox may swallow what goes over a data channel, and answer for the peer: no
     /// kernel notices, both hosts watch their channels themselves.
     pub(crate) channels_get_stuck: bool,
+    /// How soon a data connection that ended is made again, in 1000 of the soonest.
+    pub(crate) redials_per_mille: u64,
     pub(crate) chaos: u64,
 }
 
@@ -78,13 +80,14 @@ impl Plan {
         let does_precopy = is_migration && can_precopy == [true; 2];
         // All of memory comes more than once then.
         let slowest = if does_precopy { 250 } else { 50 };
+        let passes = if does_precopy { random.below(4) } else { 0 };
         Self {
             kind,
             first_alias,
             pages: first_alias + 8 + random.below(24),
             streams: 1 + random.below(3) as u16,
             can_precopy,
-            passes: if does_precopy { random.below(4) } else { 0 },
+            passes,
             hurry_per_mille: if random.chance(300) { 100 } else { 8 },
             holds: is_migration && random.chance(250),
             destination_connects: random.chance(600),
@@ -102,13 +105,14 @@ impl Plan {
             guest_rests: random.chance(500),
             waits_until_given: random.chance(700),
             is_fenced: is_migration && random.chance(300),
-            begins_well: random.chance(500),
+            begins_well: random.chance(if passes > 0 { 250 } else { 500 }),
             spares_control,
             breaks_per_mille: random.below(most_breaks),
             crashes_per_mille: if spares_control { 0 } else { random.below(most_crashes) },
             latency,
             channels_get_stuck: random.chance(600),
-            chaos: 200 + random.below(1800),
+            redials_per_mille: if random.chance(300) { 150 } else { 1000 },
+            chaos: 200 + random.below(1800) + passes * 1000,
         }
     }
 

@@ -2,6 +2,7 @@
 //! random, or one party at one step.
 
 use crate::network::{Body, Connection, Side};
+use crate::source::PIECE;
 use crate::world::World;
 use afterimage_protocol::session::{DestinationOwnership, SourceOwnership};
 use afterimage_protocol::wire::{Refusal, RefuseCode};
@@ -104,8 +105,11 @@ impl World {
         if is_awkward && self.random.chance(2 * self.plan.crashes_per_mille) {
             self.kill(Party::Handler);
         }
-        // A copy of a channel that was given up may come when its pass has ended.
-        if self.source.passes.open.is_some() && self.random.chance(2 * self.plan.breaks_per_mille) {
+        // What a channel still carries that is given up may come when its pass has ended.
+        let source = &self.source;
+        let is_ending =
+            source.passes.open.is_some() && source.book.acked_pages() + PIECE >= self.plan.pages;
+        if is_ending && self.random.chance(10 * self.plan.breaks_per_mille) {
             self.lose_patience(Side::Source);
         }
         if begins_to_run

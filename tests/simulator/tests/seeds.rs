@@ -130,7 +130,7 @@ caught! {
     other_memory_after_given_is_caught: NewIncarnationAfterGiven
         by "i3_given_to_whom" | "i3_one_owner" | "i6_rebuilt" within 500;
     serving_a_guest_that_runs_is_caught: ServeBeforeFrozen by "i1_once_and_i8_gone" within 100;
-    forgotten_discards_are_caught: DiscardsForgotten by "i1_once_and_i8_gone" within 500;
+    forgotten_discards_are_caught: DiscardsForgotten by "i1_once_and_i8_gone" within 1500;
     planes_that_are_not_sent_are_caught: PlanesNotSent by "i6_rebuilt" within 100;
     planes_that_are_not_heard_are_caught: ReceivedIgnored by "i6_rebuilt" within 100;
     a_discard_lost_with_its_reader_is_caught: EventBufferLost
@@ -165,16 +165,17 @@ caught! {
     a_pass_that_begins_too_soon_is_caught: PassBeforeAcknowledged
         by "i4_nothing_under_way" within 100;
     pages_that_overtake_their_pass_are_caught: PassNotWaitedFor
-        by "i6_early_after_its_pass" within 100;
+        by "i6_early_after_its_pass" | "i4_nothing_under_way" within 100;
     vouching_for_everything_is_caught: VouchForEverything
         by "i1_once_and_i8_gone" | "i1_early_copies" within 300;
-    an_ack_of_a_stale_copy_is_caught: StaleAckHeeded by "i6_rebuilt" within 100;
+    an_ack_of_a_stale_copy_is_caught: StaleAckHeeded
+        by "i1_early_copies" | "i6_rebuilt" within 100;
     an_old_copy_under_a_zero_page_is_caught: ZeroOverOldCopy
         by "i1_once_and_i8_gone" | "i1_early_copies" within 100;
     old_copies_that_stay_mapped_are_caught: OldCopiesKept
         by "i1_once_and_i8_gone" | "i1_early_copies" within 500;
     an_answer_that_is_too_early_is_caught: AnsweredBeforeFrozen
-        by "i1_once_and_i8_gone" within 1500;
+        by "i1_once_and_i8_gone" | "i4_progress" within 1500;
     a_cancel_after_the_point_of_no_return_is_caught: DenialIgnored
         by "i3_one_owner" | "i3_given_to_whom" within 100;
     a_hold_that_nobody_hears_of_is_caught: HoldIgnored by "i3_held" within 300;
