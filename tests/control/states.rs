@@ -61,10 +61,11 @@ fn subscribers_hear_every_change_of_a_migration_in_order() {
 fn the_state_at_a_subscription_and_the_events_after_it_leave_nothing_out() {
     // Subscribed at any moment of the migration, state and events together tell all of it.
     let server = Server::start(&["--bandwidth", "4M"]);
+    let mut setter = server.begun();
     let target = Target::connect(&server.address);
     let mut managers: Vec<_> = (0..8).map(|_| server.manager()).collect();
     let states: Vec<_> = managers.iter_mut().map(|it| it.ok(json!({"do": "subscribe"}))).collect();
-    server.manager().ok(json!({"do": "set", "bandwidth": "unlimited"}));
+    setter.ok(json!({"do": "set", "bandwidth": "unlimited"}));
     target.finish();
     let mut ends = Vec::new();
     for (manager, state) in managers.iter_mut().zip(states) {

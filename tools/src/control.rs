@@ -117,8 +117,7 @@ impl Control {
     fn shut(&mut self, outcome: &str) {
         let Some(Running { outlet, threads, paths }) = self.running.take() else { return };
         self.desk.detach();
-        self.desk.note(Happening::closing(outcome));
-        outlet.stop();
+        outlet.stop(outcome);
         for thread in threads {
             if thread.join().is_err() {
                 tracing::error!("a thread of the control socket has panicked");

@@ -29,8 +29,8 @@ pub(super) enum News {
     Happened { sequence: u64, line: String },
     /// The answer to a client's request, as a line.
     Answered { client: usize, line: String },
-    /// Nothing more is to be done.
-    Stop,
+    /// Nothing more is to be done; with how it ended.
+    Stop(String),
     /// Nothing is under way any more.
     AllAnswered,
 }
@@ -49,8 +49,8 @@ impl Outlet {
         }
     }
 
-    pub(super) fn stop(&self) {
-        self.tell(News::Stop);
+    pub(super) fn stop(&self, outcome: &str) {
+        self.tell(News::Stop(outcome.to_owned()));
     }
 }
 
@@ -162,6 +162,13 @@ impl Board {
     fn note(&self, happening: Happening) {
         let _order = lock(&self.order);
         self.happened(happening, |_| {});
+    }
+
+    /// The last event, which is not told to whoever talks to clients, because it asks for it.
+    pub(super) fn closing(&self, outcome: &str) -> (u64, String) {
+        let mut state = lock(&self.state);
+        let told = Happening::closing(outcome).apply(&mut state, Now::since(self.begun));
+        (state.sequence, words::line(&told))
     }
 
     fn happened(&self, happening: Happening, before: impl FnOnce(&mut State)) {

@@ -134,10 +134,9 @@ impl Visitor {
 }
 
 /// How near the end is.
-#[derive(Clone, Copy)]
 enum End {
-    /// Nothing more is done.
-    Near,
+    /// Nothing more is done; with how it ended.
+    Near(String),
     /// What was under way was answered.
     Here,
 }
@@ -184,9 +183,9 @@ impl Server {
     /// Serves until it is told to stop, and all answers are there. What may wait goes to `jobs`.
     pub(super) fn run(mut self, board: &Board, jobs: Sender<Job>) {
         let mut events = Events::with_capacity(64);
-        let (mut jobs, mut last_words) = (Some(jobs), None);
+        let (mut jobs, mut last_words, mut outcome) = (Some(jobs), None, String::new());
         loop {
-            if !self.poll(&mut events, last_words) {
+            if !self.poll(&mut events, jobs.as_ref(), last_words) {
                 return;
             }
             if jobs.is_some() {
@@ -194,8 +193,13 @@ impl Server {
             }
             self.turn(board, jobs.as_ref(), &events);
             match self.take_news() {
-                Some(End::Near) => jobs = None,
-                Some(End::Here) => last_words = Some(Instant::now() + FAREWELL),
+                Some(End::Near(how)) => (jobs, outcome) = (None, how),
+                Some(End::Here) => {
+                    // After every answer, and nothing comes after it.
+                    let (sequence, line) = board.closing(&outcome);
+                    self.tell(sequence, &line);
+                    last_words = Some(Instant::now() + FAREWELL);
+                }
                 None => {}
             }
             let owed = self.visitors.values().any(|it| it.connection().has_unsent());
@@ -206,10 +210,15 @@ impl Server {
     }
 
     /// Waits for something to do. `false` if that is not possible any more.
-    fn poll(&mut self, events: &mut Events, last_words: Option<Instant>) -> bool {
+    fn poll(
+        &mut self,
+        events: &mut Events,
+        jobs: Option<&Sender<Job>>,
+        last_words: Option<Instant>,
+    ) -> bool {
         let now = Instant::now();
         let due = self.visitors.values().filter_map(|visitor| match visitor {
-            Visitor::Client(client) => client.due(),
+            Visitor::Client(client) => client.due().filter(|_| jobs.is_some()),
             Visitor::Scrape(scrape) => Some(scrape.until()),
         });
         let due = due.chain(last_words).chain(self.has_waiting.then(|| now + RETRY)).min();
@@ -321,11 +330,12 @@ impl Server {
         }
         let now = Instant::now();
         self.each(|visitor| match visitor {
-            Visitor::Client(client) => client.progress(now, board),
+            // Whoever waits for the end has heard how things stand.
+            Visitor::Client(client) if jobs.is_some() => client.progress(now, board),
             Visitor::Scrape(scrape) if scrape.until() <= now => {
                 Err(io::Error::from(io::ErrorKind::TimedOut).into())
             }
-            Visitor::Scrape(_) => Ok(()),
+            Visitor::Client(_) | Visitor::Scrape(_) => Ok(()),
         });
     }
 
@@ -334,19 +344,24 @@ impl Server {
         let mut end = None;
         while let Ok(news) = self.news.try_recv() {
             match news {
-                News::Happened { sequence, line } => self.each(|visitor| match visitor {
-                    Visitor::Client(client) => client.tell(sequence, &line),
-                    Visitor::Scrape(_) => Ok(()),
-                }),
+                News::Happened { sequence, line } => self.tell(sequence, &line),
                 News::Answered { client, line } => self.with(client, |visitor| match visitor {
                     Visitor::Client(client) => client.answer(&line),
                     Visitor::Scrape(_) => Ok(()),
                 }),
-                News::Stop => end = Some(End::Near),
+                News::Stop(outcome) => end = Some(End::Near(outcome)),
                 News::AllAnswered => end = Some(End::Here),
             }
         }
         end
+    }
+
+    /// Tells an event to those who have subscribed.
+    fn tell(&mut self, sequence: u64, line: &str) {
+        self.each(|visitor| match visitor {
+            Visitor::Client(client) => client.tell(sequence, line),
+            Visitor::Scrape(_) => Ok(()),
+        });
     }
 
     fn each(&mut self, mut what: impl FnMut(&mut Visitor) -> Result<(), Broken>) {
