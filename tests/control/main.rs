@@ -2,6 +2,7 @@
 
 mod acting;
 mod ctl;
+mod demo;
 mod hostile;
 mod metrics;
 mod places;

@@ -41,7 +41,7 @@ pub use happening::Happening;
 pub use options::ControlOptions;
 use server::{Door, Doors, Server};
 pub(crate) use snapshot::SnapshotControl;
-pub(crate) use source::{GoingBack, SourceControl};
+pub(crate) use source::{GoingBack, Hold, SourceControl, Switching};
 pub(crate) use state::Image;
 pub use state::{Link, Phase};
 pub use words::{Change, Code, Greeting, Recovery, Refusal, SCHEMA_VERSION, Verb};

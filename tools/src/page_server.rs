@@ -30,7 +30,9 @@ use afterimage::{
 };
 use clap::Parser;
 
-use crate::control::{Control, Desk, GoingBack, Identity, Phase, SnapshotControl, SourceControl};
+use crate::control::{
+    Control, Desk, GoingBack, Identity, Phase, SnapshotControl, SourceControl, Switching,
+};
 use crate::handoff::Offer;
 use crate::logging;
 pub use failure::Failure;
@@ -266,8 +268,10 @@ fn controlled(
                  says where the guest is",
             ),
         },
-        switched: "page-server serves a guest that is stopped already: it was switched over when \
-                   its session began",
+        switching: Switching::Over(
+            "page-server serves a guest that is stopped already: it was switched over when its \
+             session began",
+        ),
     }
 }
 

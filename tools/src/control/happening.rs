@@ -26,6 +26,8 @@ enum Effect {
     Recovering,
     /// So far, at least.
     Phase(Phase),
+    /// It is held before something, or not any more.
+    Hold(Option<&'static str>),
     /// Something went wrong.
     Trouble,
 }
@@ -66,6 +68,18 @@ impl Happening {
         Self::new("closing").with("outcome", outcome)
     }
 
+    /// The migration is held before this, until somebody lets it go on.
+    #[must_use]
+    pub fn held(before: &'static str) -> Self {
+        Self::new("held").with("hold", before).effect(Effect::Hold(Some(before)))
+    }
+
+    /// It goes on.
+    #[must_use]
+    pub fn released() -> Self {
+        Self::new("released").effect(Effect::Hold(None))
+    }
+
     /// Parameters have changed.
     #[must_use]
     pub(super) fn parameters(parameters: &Parameters) -> Self {
@@ -98,6 +112,7 @@ impl Happening {
             }
             Effect::Link(link) => state.link = link,
             Effect::Recovering if state.link == Link::Paused => state.link = Link::Down,
+            Effect::Hold(before) => state.hold = before,
             Effect::None | Effect::Recovering => {}
             Effect::Phase(phase) => state.phase = state.phase.max(phase),
             Effect::Trouble => {

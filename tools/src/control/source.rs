@@ -1,6 +1,6 @@
 //! Driving a source whose guest is stopped already.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use afterimage::{Endpoint, Plaintext, Source};
 
@@ -27,8 +27,60 @@ pub(crate) struct SourceControl {
     pub(crate) streams: u16,
     pub(crate) bandwidth: Mutex<Bandwidth>,
     pub(crate) going_back: GoingBack,
-    /// Why the guest cannot be switched over from here.
-    pub(crate) switched: &'static str,
+    pub(crate) switching: Switching,
+}
+
+/// Who decides when the guest is switched over.
+pub(crate) enum Switching {
+    /// Nobody any more, and why.
+    Over(&'static str),
+    /// Its VMM, when it likes.
+    Vmm,
+    /// Its VMM, which waits for leave before.
+    VmmWithLeave(Arc<Hold>),
+}
+
+/// A VMM that waits before it switches over, until it is told to go on.
+#[derive(Debug, Default)]
+pub(crate) struct Hold(Mutex<Held>);
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Held {
+    #[default]
+    NotYet,
+    Waits,
+    Over,
+}
+
+impl Hold {
+    /// The VMM waits from now on.
+    pub(crate) fn begin(&self) {
+        *self.now() = Held::Waits;
+    }
+
+    /// Whether it may go on.
+    pub(crate) fn is_over(&self) -> bool {
+        *self.now() == Held::Over
+    }
+
+    fn release(&self) -> Result<(), Refusal> {
+        let mut now = self.now();
+        match *now {
+            Held::Waits => {
+                *now = Held::Over;
+                Ok(())
+            }
+            Held::NotYet => Err(Refusal::not_now(
+                "the guest is not held yet: wait for the event \"held\", which comes once a \
+                 destination is attached",
+            )),
+            Held::Over => Err(Refusal::not_now("the guest was let go already")),
+        }
+    }
+
+    fn now(&self) -> MutexGuard<'_, Held> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Controlled for SourceControl {
@@ -44,14 +96,27 @@ impl Controlled for SourceControl {
     fn reason_against(&self, verb: Verb) -> Option<String> {
         match verb {
             Verb::Start => Some("it has started: connections are made or taken".to_owned()),
-            Verb::Switchover => Some(self.switched.to_owned()),
-            Verb::Continue => Some("nothing is held".to_owned()),
+            Verb::Switchover | Verb::Continue => match &self.switching {
+                Switching::Over(why) => Some((*why).to_owned()),
+                Switching::VmmWithLeave(_) => None,
+                Switching::Vmm => {
+                    Some("nothing is held: the VMM switches over when it likes".to_owned())
+                }
+            },
             Verb::Cancel | Verb::Fence => match self.going_back {
                 GoingBack::Possible => None,
                 GoingBack::Impossible(why) => Some(why.to_owned()),
             },
             Verb::Pause | Verb::Recover | Verb::Set => None,
         }
+    }
+
+    fn switch_over(&self) -> Result<(), Refusal> {
+        self.release(Verb::Switchover)
+    }
+
+    fn go_on(&self) -> Result<(), Refusal> {
+        self.release(Verb::Continue)
     }
 
     fn pause(&self) -> Result<(), Refusal> {
@@ -85,6 +150,13 @@ impl Controlled for SourceControl {
 }
 
 impl SourceControl {
+    fn release(&self, verb: Verb) -> Result<(), Refusal> {
+        match &self.switching {
+            Switching::VmmWithLeave(hold) => hold.release(),
+            Switching::Over(_) | Switching::Vmm => self.may(verb),
+        }
+    }
+
     fn may(&self, verb: Verb) -> Result<(), Refusal> {
         self.reason_against(verb).map_or(Ok(()), |why| Err(Refusal::not_now(why)))
     }

@@ -88,6 +88,8 @@ pub(super) struct State {
     pub(super) memory_bytes: u64,
     pub(super) phase: Phase,
     pub(super) link: Link,
+    /// What the migration is held before.
+    pub(super) hold: Option<&'static str>,
     pub(super) trouble: Option<Trouble>,
     /// Counts events.
     pub(super) sequence: u64,
@@ -100,6 +102,7 @@ impl State {
             memory_bytes: 0,
             phase: Phase::Preparing,
             link: Link::Down,
+            hold: None,
             trouble: None,
             sequence: 0,
         }
@@ -146,6 +149,7 @@ impl Image {
             session: self.session(),
             phase: self.state.phase,
             link: self.state.link,
+            hold: self.state.hold,
             sequence: self.state.sequence,
             memory_bytes: self.state.memory_bytes,
             parameters: &self.parameters,
@@ -166,6 +170,7 @@ struct Told<'a> {
     session: Option<&'a str>,
     phase: Phase,
     link: Link,
+    hold: Option<&'static str>,
     sequence: u64,
     memory_bytes: u64,
     parameters: &'a Parameters,
