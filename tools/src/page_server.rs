@@ -243,7 +243,12 @@ fn migrate(
         source.switch_over(sections).map_err(Failure::of("switch over"))?;
     }
     let subject = controlled(options, &source, pages, origin);
-    desk.begin(Phase::Connecting, bytes, Arc::new(subject));
+    let phase = match ownership {
+        SourceOwnership::Given => Phase::Given,
+        SourceOwnership::Finished => Phase::Finished,
+        _ => Phase::Connecting,
+    };
+    desk.begin(phase, bytes, Arc::new(subject));
     Migration { source, events, waiter, progress, journal, desk, origin, survival, ownership }.run()
 }
 

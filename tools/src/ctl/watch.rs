@@ -111,13 +111,15 @@ impl Screen {
         if *drawn > 0 {
             let _ = write!(text, "\x1b[{drawn}A");
         }
-        text += "\r\x1b[J";
+        // A line that is too long is cut off rather than taken for two.
+        text += "\r\x1b[J\x1b[?7l";
         let lines: Vec<_> = picture.lines().chain(events.iter().map(String::as_str)).collect();
         *drawn = lines.len();
         for line in lines {
             text += line;
             text.push('\n');
         }
+        text += "\x1b[?7h";
         print(&text);
     }
 

@@ -14,7 +14,7 @@ use super::farewell::{self, FAREWELL};
 use super::guest::Served;
 use super::report::{Journal, Outcome, Report};
 use crate::attachment::{Arrival, Word, send_state};
-use crate::control::Desk;
+use crate::control::{Desk, Happening};
 use crate::handoff::framing;
 use crate::keeper::Place;
 use crate::page_server::progress::Progress;
@@ -204,6 +204,9 @@ impl Serving {
             DestinationEvent::Disconnected => {
                 self.note("disconnected", "the source is away; waiting for it to come back");
             }
+            DestinationEvent::Paused => {
+                self.note("paused", "paused at the control socket; recover goes on");
+            }
             DestinationEvent::State(state) => {
                 self.note("state", "the device state has arrived");
                 self.state = Some(state);
@@ -286,6 +289,7 @@ impl Serving {
             News::HungUp(number) if number == self.connection => {
                 self.hang_up();
                 self.journal.note("vmm_hung_up");
+                self.desk.note(Happening::new("vmm_hung_up"));
             }
             News::Said(..) | News::HungUp(_) => {}
             News::Died => {
@@ -296,6 +300,7 @@ impl Serving {
                     "the process that was to run the guest has ended before it did"
                 };
                 self.note("vmm_died", line);
+                self.desk.note(Happening::new("vmm_died"));
                 return Some(Outcome::VmmDied);
             }
         }
@@ -325,6 +330,7 @@ impl Serving {
         }
         self.tell(&Word::Attached);
         self.journal.note("vmm_attached");
+        self.desk.note(Happening::new("vmm_attached"));
         self.tell_state();
         if self.runs {
             self.tell(&Word::Run);

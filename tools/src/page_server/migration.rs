@@ -104,6 +104,9 @@ impl Migration {
             SourceEvent::Disconnected => {
                 ("disconnected", "the destination is away; waiting for it to come back", None)
             }
+            SourceEvent::Paused => {
+                ("paused", "paused at the control socket; recover goes on", None)
+            }
             SourceEvent::Ready => ("ready", "the destination has restored the guest", None),
             SourceEvent::Given => ("given", "the guest is given to the destination", None),
             SourceEvent::Running => ("running", "the guest runs at the destination", None),

@@ -41,8 +41,8 @@ Exit status:
      --fence: recorded
   1  something failed; the line on the standard error says what, where, and how to mend it
   2  the command line is wrong
-  3  stopped by a signal, and nothing is lost: the guest was not given away, or with --state
-     and the same command line page-server goes on
+  3  stopped by a signal or at the control socket, and nothing is lost: the guest is this
+     side's, or with --state and the same command line page-server goes on
   4  stopped by a second signal while pages were missing; they are lost to the destination
   5  --probe: something is lacking without which a guest on KVM cannot be served
 
