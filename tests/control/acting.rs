@@ -42,11 +42,11 @@ fn a_pause_holds_the_migration_until_it_is_recovered() {
         let left = (&told["link"], &told["counts"]["pages_missing"]);
         assert_eq!(left, (&json!("paused"), &json!(PAGES)), "{told}");
     }
-    // To another place, and back to one that the destination knows.
+    // At another place, to which the destination is sent as well.
     let elsewhere = format!("unix:{}/elsewhere.sock", server.directory.path().display());
     manager.ok(json!({"do": "recover", "listen": elsewhere}));
     assert_eq!(manager.event("recovering")["link"], "down");
-    manager.ok(json!({"do": "recover", "listen": server.address.to_string()}));
+    target.recover(&elsewhere.parse().unwrap());
     assert_eq!(manager.event("attached")["link"], "up");
     target.finish();
     manager.event("finished");
@@ -57,8 +57,10 @@ fn a_pause_holds_the_migration_until_it_is_recovered() {
 fn recovering_is_refused_where_it_makes_no_sense() {
     let server = Server::start(&["--bandwidth", "on-request"]);
     let mut manager = server.begun();
+    manager.ok(json!({"do": "subscribe"}));
     let target = Target::connect(&server.address);
     target.until(|event| *event == DestinationEvent::Run);
+    manager.event("running");
     let (code, message) = manager.refused(json!({"do": "recover"}));
     assert_eq!(code, "not_now", "{message}");
     for (request, code) in [

@@ -118,8 +118,11 @@ fn a_source_is_measured_in_base_units() {
     assert_eq!(count(&before, "afterimage_memory_bytes"), PAGES * 4096);
     assert_eq!(count(&before, "afterimage_link_up"), 0);
     assert!(before["afterimage_uptime_seconds"] > 0.0);
+    manager.ok(json!({"do": "subscribe"}));
     let target = Target::connect(&server.address);
     target.until(|event| *event == DestinationEvent::Run);
+    // The destination hears of it first.
+    manager.event("running");
     manager.ok(json!({"do": "set", "bandwidth": "100M"}));
     let during = scrape();
     assert_eq!(count(&during, "afterimage_link_up"), 1);

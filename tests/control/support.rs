@@ -282,6 +282,11 @@ impl Target {
         self.destination.stats().pages_complete
     }
 
+    /// Looks for its source here from now on.
+    pub(crate) fn recover(&self, at: &Address) {
+        self.destination.recover(Some(Endpoint::Connect(at.clone()))).unwrap();
+    }
+
     pub(crate) fn ready(&self) {
         self.destination.ready().unwrap();
     }
