@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use afterimage::DestinationStats;
+use afterimage::{Address, DestinationStats};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde::{Deserialize, Serialize};
 
 use super::error::{DemoError, Status};
-use super::options::Transport;
+use super::options::{Role, Transport};
 use crate::bandwidth::Bandwidth;
+use crate::control::ControlOptions;
 use crate::guest::{GuestKind, Workload};
 use crate::ram::Backing;
 use crate::sampling::ArrivalSample;
@@ -50,6 +51,12 @@ pub(super) struct Setup {
     pub(super) page_server_state: Option<PathBuf>,
     /// How the destination is served, if not by itself.
     pub(super) page_client: Option<PageClient>,
+    /// Where the roles' control sockets are, if they can be driven.
+    pub(super) control: Option<PathBuf>,
+    /// Where the roles' metrics are, if there are any.
+    pub(super) metrics: Option<PathBuf>,
+    /// Whether the source waits to be told to switch over.
+    pub(super) holds: bool,
     /// How often is told how far things are.
     pub(super) progress_pause: Duration,
     /// Whether the destination is to take samples of what arrives.
@@ -57,6 +64,25 @@ pub(super) struct Setup {
     /// How long any one step may take.
     pub(super) limit: Duration,
     pub(super) corrupt_one_byte: bool,
+}
+
+impl Setup {
+    /// The sockets of a role.
+    pub(super) fn control(&self, role: Role) -> ControlOptions {
+        let at = |directory: &Option<PathBuf>, kind: &str| {
+            let name = format!("{}{kind}.sock", role.name());
+            directory.as_ref().map(|it| Address::Unix(it.join(name)))
+        };
+        let (control, metrics) = (at(&self.control, ""), at(&self.metrics, ".metrics"));
+        ControlOptions { control, metrics, insecure_metrics: false }
+    }
+
+    /// The same on a command line.
+    pub(super) fn control_arguments(&self, role: Role) -> impl Iterator<Item = String> {
+        let ControlOptions { control, metrics, .. } = self.control(role);
+        let control = control.map(|address| format!("--control={address}"));
+        control.into_iter().chain(metrics.map(|address| format!("--metrics={address}")))
+    }
 }
 
 /// What a page-client must know beside.

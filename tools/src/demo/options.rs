@@ -27,6 +27,7 @@ Examples:
   demo --cuts 100 --kill page-server,page-client,source --json
                                           and the processes around the guest are killed
   demo --json | jq .blackout_us           one object, described in docs/report.md
+  demo --control run --hold               driven by afterimage-ctl --socket unix:run/source.sock
   demo --report out                       also a page with pictures, out/index.html
   demo --probe                            what this machine has for it
 
@@ -117,6 +118,21 @@ pub(super) struct Options {
     /// default
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
+
+    /// Let the processes be driven and watched at sockets in this directory: source.sock and
+    /// destination.sock, and page-server.sock and page-client.sock where there are those. See
+    /// docs/control.md
+    #[arg(long, value_name = "DIR")]
+    pub(super) control: Option<PathBuf>,
+
+    /// Answer GET /metrics at sockets in this directory, source.metrics.sock and so on
+    #[arg(long, value_name = "DIR")]
+    pub(super) metrics: Option<PathBuf>,
+
+    /// Let the guest run at the source until somebody asks for switchover or continue at its
+    /// control socket
+    #[arg(long, requires = "control", conflicts_with_all = ["handoff", "kill"])]
+    pub(super) hold: bool,
 
     /// One JSON object on standard output instead of the report
     #[arg(long)]

@@ -1,6 +1,6 @@
 //! The source's process: it has a running guest, and gives it away.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use afterimage::{
@@ -9,20 +9,34 @@ use afterimage::{
 
 use super::error::DemoError;
 use super::messages::{Line, Message, Setup, Step, Stopped, deadline, now_us};
+use super::options::Role;
 use super::report::hex;
+use crate::control::{
+    Control, Desk, GoingBack, Happening, Hold, Identity, Phase, SourceControl, Switching,
+};
 use crate::guest::{Guest, GuestKind, GuestSpec, ThreadsGuest, digest, init_ram};
 use crate::microvm::KvmGuest;
 use crate::migrate;
 use crate::ram::GuestRam;
 
+/// How often a source that is held looks whether it still is.
+const LOOK: Duration = Duration::from_millis(5);
+
 /// Plays the source.
 pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     let Running { ram, spec, mut guest } = boot(line, setup)?;
-    let (source, events) = serve(setup, &ram, line)?;
-    run_for_a_while(&mut *guest, setup.limit)?;
-    wait_for(&events, setup.limit, "a destination connects", |event| {
+    // Ends before the memory goes, with the last handle of the source.
+    let control = driven(setup, Role::Source)?;
+    let (source, told) = serve(setup, &ram, line, &control)?;
+    if !setup.holds {
+        run_for_a_while(&mut *guest, setup.limit)?;
+    }
+    told.wait_for(setup.limit, "a destination connects", |event| {
         matches!(event, SourceEvent::Attached(_))
     })?;
+    if let Some(hold) = told.hold.clone() {
+        told.wait_for_leave(&hold, setup.limit)?;
+    }
 
     let at_us = now_us();
     let state =
@@ -37,13 +51,21 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     if let Some(failure) = guest.failure() {
         return Err(DemoError::Failed(format!("the guest failed before it moved: {failure}")));
     }
-    wait_for(&events, setup.limit, "the destination has everything", |event| {
+    told.wait_for(setup.limit, "the destination has everything", |event| {
         *event == SourceEvent::Finished
     })?;
     // Only now: to read holes fills them, and the destination needed the processor.
     let untouched = spec.worked_pages()..spec.geometry().pages;
     line.say(&Message::Served { sha256: hex(&digest(&ram, &spec, untouched)) });
+    control.close("finished");
     Ok(())
+}
+
+/// The control socket of a role.
+pub(super) fn driven(setup: &Setup, role: Role) -> Result<Control, DemoError> {
+    let identity = Identity { tool: "demo", role: role.name() };
+    Control::open(&setup.control(role), identity)
+        .map_err(|error| DemoError::failed("cannot be driven", &error))
 }
 
 /// A guest that runs.
@@ -101,7 +123,8 @@ fn serve(
     setup: &Setup,
     ram: &Arc<GuestRam>,
     line: &Line,
-) -> Result<(Source, Events<SourceEvent>), DemoError> {
+    control: &Control,
+) -> Result<(Arc<Source>, Told), DemoError> {
     // SAFETY: `run` keeps the RAM until after the source has been dropped, and stops the
     // guest, the only writer, before it switches over.
     let memory = unsafe { migrate::source_memory(ram) }
@@ -115,10 +138,27 @@ fn serve(
     options.streams = setup.streams;
     options.background = setup.bandwidth.into();
     options.checksums = checksums(setup);
-    let started = Source::start(Arc::new(memory), Endpoint::Listen(listener), options)
+    let (pages, bytes) = (memory.layout().page_count(), memory.layout().bytes());
+    let (source, events) = Source::start(Arc::new(memory), Endpoint::Listen(listener), options)
         .map_err(|error| DemoError::failed("cannot start the source", &error))?;
+    let hold = setup.holds.then(Arc::<Hold>::default);
+    let source = Arc::new(source);
+    let subject = SourceControl {
+        source: Arc::clone(&source),
+        pages,
+        plaintext: Plaintext::LoopbackOnly,
+        streams: setup.streams,
+        bandwidth: Mutex::new(setup.bandwidth),
+        going_back: GoingBack::Impossible(
+            "the demo does not run its guest at the source again: interrupt the demo instead",
+        ),
+        switching: hold.clone().map_or(Switching::Vmm, Switching::VmmWithLeave),
+    };
+    let desk = control.desk();
+    desk.name(&source.session().to_string());
+    desk.begin(Phase::Connecting, bytes, Arc::new(subject));
     line.say(&Message::Listening(address));
-    Ok(started)
+    Ok((source, Told { events, desk, hold }))
 }
 
 /// Whether frames carry checksums.
@@ -139,35 +179,70 @@ pub(super) fn run_for_a_while(guest: &mut dyn Guest, limit: Duration) -> Result<
     )))
 }
 
-/// Takes events until one is the awaited; an end of the migration is an error.
-fn wait_for(
-    events: &Events<SourceEvent>,
-    limit: Duration,
-    what: &str,
-    is_awaited: impl Fn(&SourceEvent) -> bool,
-) -> Result<(), DemoError> {
-    let deadline = deadline(limit);
-    loop {
-        match events.next_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(event) if is_awaited(&event) => return Ok(()),
-            Ok(
-                event @ (SourceEvent::Reclaimed
-                | SourceEvent::ReclaimDenied
-                | SourceEvent::PersistFailed),
-            ) => {
-                let what = format!("while waiting until {what}, the engine said {event:?}");
-                return Err(DemoError::Failed(what));
-            }
-            Ok(event) => tracing::info!(?event, "source"),
-            Err(NoEvent::NotInTime) => {
-                let seconds = limit.as_secs();
-                return Err(DemoError::Failed(format!("waited {seconds} s until {what}")));
-            }
-            Err(NoEvent::Ended) => {
-                return Err(DemoError::Failed(format!(
-                    "the engine ended before it happened that {what}"
-                )));
+/// What the engine tells, and somebody at the control socket.
+struct Told {
+    events: Events<SourceEvent>,
+    desk: Desk,
+    hold: Option<Arc<Hold>>,
+}
+
+impl Told {
+    /// Takes events until one is the awaited; an end of the migration is an error.
+    fn wait_for(
+        &self,
+        limit: Duration,
+        what: &str,
+        is_awaited: impl Fn(&SourceEvent) -> bool,
+    ) -> Result<(), DemoError> {
+        let deadline = deadline(limit);
+        loop {
+            match self.events.next_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(event) => {
+                    self.take(&event, what)?;
+                    if is_awaited(&event) {
+                        return Ok(());
+                    }
+                }
+                Err(why) => return Err(not_in_time(why, limit, what)),
             }
         }
     }
+
+    /// Takes events until somebody at the control socket lets the migration go on.
+    fn wait_for_leave(&self, hold: &Hold, limit: Duration) -> Result<(), DemoError> {
+        let what = "somebody asks for switchover at the control socket";
+        hold.begin();
+        self.desk.note(Happening::held("before_switchover"));
+        let deadline = deadline(limit);
+        while !hold.is_over() {
+            match self.events.next_timeout(LOOK) {
+                Ok(event) => self.take(&event, what)?,
+                Err(NoEvent::NotInTime) if Instant::now() < deadline => {}
+                Err(why) => return Err(not_in_time(why, limit, what)),
+            }
+        }
+        self.desk.note(Happening::released());
+        Ok(())
+    }
+
+    fn take(&self, event: &SourceEvent, what: &str) -> Result<(), DemoError> {
+        self.desk.note(event);
+        match event {
+            SourceEvent::Reclaimed | SourceEvent::ReclaimDenied | SourceEvent::PersistFailed => {
+                let what = format!("while waiting until {what}, the engine said {event:?}");
+                Err(DemoError::Failed(what))
+            }
+            _ => {
+                tracing::info!(?event, "source");
+                Ok(())
+            }
+        }
+    }
+}
+
+fn not_in_time(why: NoEvent, limit: Duration, what: &str) -> DemoError {
+    DemoError::Failed(match why {
+        NoEvent::NotInTime => format!("waited {} s until {what}", limit.as_secs()),
+        NoEvent::Ended => format!("the engine ended before it happened that {what}"),
+    })
 }
