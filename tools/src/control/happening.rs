@@ -1,6 +1,6 @@
 //! What happens to a session, as it is told to subscribers, and what it changes in the state.
 
-use afterimage::{DestinationEvent, Incarnation, SourceEvent};
+use afterimage::{DestinationEvent, Incarnation, SourceEvent, SwitchoverCause};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -114,7 +114,12 @@ impl Happening {
             Effect::Recovering if state.link == Link::Paused => state.link = Link::Down,
             Effect::Hold(before) => state.hold = before,
             Effect::None | Effect::Recovering => {}
-            Effect::Phase(phase) => state.phase = state.phase.max(phase),
+            Effect::Phase(phase) => {
+                state.phase = state.phase.max(phase);
+                if phase >= Phase::Given {
+                    state.hold = None;
+                }
+            }
             Effect::Trouble => {
                 let (event, at_us, fields) = (self.event, now.at_us, self.fields.clone());
                 state.trouble = Some(Trouble { event, at_us, fields });
@@ -133,6 +138,20 @@ impl Happening {
     }
 }
 
+/// The word for why it is time to stop the guest.
+#[must_use]
+pub(crate) fn cause_name(cause: SwitchoverCause) -> &'static str {
+    match cause {
+        SwitchoverCause::Converged => "converged",
+        SwitchoverCause::NotShrinking => "not_shrinking",
+        SwitchoverCause::PassesDone => "passes_done",
+        SwitchoverCause::TimeIsUp => "time_is_up",
+        SwitchoverCause::NoPrecopy => "no_precopy",
+        // Newer than this program.
+        _ => "other",
+    }
+}
+
 impl From<&SourceEvent> for Happening {
     fn from(event: &SourceEvent) -> Self {
         match event {
@@ -141,6 +160,17 @@ impl From<&SourceEvent> for Happening {
                 .effect(Effect::Attached),
             SourceEvent::Disconnected => Self::new("disconnected").effect(Effect::Link(Link::Down)),
             SourceEvent::Paused => Self::new("paused").effect(Effect::Link(Link::Paused)),
+            SourceEvent::PassEnded(pass) => Self::new("pass_ended")
+                .with("pass", pass.number)
+                .with("bytes_sent", pass.bytes_sent)
+                .with("time_us", pass.time.as_micros() as u64)
+                .with("pages_written", pass.pages_written)
+                .with("bytes_written", pass.bytes_written),
+            SourceEvent::SwitchoverDue(cause) => {
+                Self::new("switchover_due").with("cause", cause_name(*cause))
+            }
+            SourceEvent::Stopped => Self::new("stopped").effect(Effect::Phase(Phase::Stopped)),
+            SourceEvent::Held => Self::held("before_run"),
             SourceEvent::Ready => Self::new("ready").effect(Effect::Phase(Phase::Ready)),
             SourceEvent::Given => Self::new("given").effect(Effect::Phase(Phase::Given)),
             SourceEvent::Running => Self::new("running").effect(Effect::Phase(Phase::Running)),
@@ -182,6 +212,14 @@ impl From<&DestinationEvent> for Happening {
                 Self::new("disconnected").effect(Effect::Link(Link::Down))
             }
             DestinationEvent::Paused => Self::new("paused").effect(Effect::Link(Link::Paused)),
+            DestinationEvent::SourceStopped => {
+                Self::new("source_stopped").effect(Effect::Phase(Phase::Stopped))
+            }
+            DestinationEvent::Section(it) => Self::new("section")
+                .with("name", &it.name)
+                .with("version", it.version)
+                .with("bytes", it.bytes.len()),
+            DestinationEvent::StateRestarted => Self::new("state_restarted"),
             DestinationEvent::State(sections) => {
                 // Its content is the guest's.
                 let sections = sections.iter().map(

@@ -58,6 +58,10 @@ impl Hold {
         *self.now() = Held::Waits;
     }
 
+    fn waits(&self) -> bool {
+        *self.now() == Held::Waits
+    }
+
     /// Whether it may go on.
     pub(crate) fn is_over(&self) -> bool {
         *self.now() == Held::Over
@@ -96,7 +100,7 @@ impl Controlled for SourceControl {
     fn reason_against(&self, verb: Verb) -> Option<String> {
         match verb {
             Verb::Start => Some("it has started: connections are made or taken".to_owned()),
-            Verb::Switchover | Verb::Continue => match &self.switching {
+            Verb::Switchover => match &self.switching {
                 Switching::Over(why) => Some((*why).to_owned()),
                 Switching::VmmWithLeave(_) => None,
                 Switching::Vmm => {
@@ -107,7 +111,8 @@ impl Controlled for SourceControl {
                 GoingBack::Possible => None,
                 GoingBack::Impossible(why) => Some(why.to_owned()),
             },
-            Verb::Pause | Verb::Recover | Verb::Set => None,
+            // The engine knows whether the guest is held before it runs.
+            Verb::Continue | Verb::Pause | Verb::Recover | Verb::Set => None,
         }
     }
 
@@ -116,7 +121,10 @@ impl Controlled for SourceControl {
     }
 
     fn go_on(&self) -> Result<(), Refusal> {
-        self.release(Verb::Continue)
+        match &self.switching {
+            Switching::VmmWithLeave(hold) if hold.waits() => hold.release(),
+            _ => Ok(self.source.proceed()?),
+        }
     }
 
     fn pause(&self) -> Result<(), Refusal> {
@@ -142,6 +150,12 @@ impl Controlled for SourceControl {
     }
 
     fn set(&self, change: &Change) -> Result<(), Refusal> {
+        if let Some(before) = change.precopy_bandwidth {
+            self.source.set_precopy_background(before.into());
+            if change.bandwidth.is_none() {
+                return Ok(());
+            }
+        }
         let bandwidth = bandwidth(change)?;
         self.source.set_background(bandwidth.into());
         *self.bandwidth.lock().unwrap_or_else(PoisonError::into_inner) = bandwidth;

@@ -21,6 +21,8 @@ pub enum Phase {
     Serving,
     /// The peer is there, and the guest at the source.
     Attached,
+    /// The guest's vCPUs are stopped at the source.
+    Stopped,
     /// The destination has the device state, and restores it.
     Restoring,
     /// The destination has restored the guest.
@@ -60,6 +62,7 @@ impl Phase {
             Self::Connecting => "connecting",
             Self::Serving => "serving",
             Self::Attached => "attached",
+            Self::Stopped => "stopped",
             Self::Restoring => "restoring",
             Self::Ready => "ready",
             Self::Given => "given",

@@ -153,6 +153,9 @@ pub struct Change {
     /// What may leave in a second that nobody has asked for.
     #[serde(default)]
     pub bandwidth: Option<Bandwidth>,
+    /// The same before the switchover alone.
+    #[serde(default)]
+    pub precopy_bandwidth: Option<Bandwidth>,
 }
 
 /// Subscribing.
@@ -280,7 +283,7 @@ mod tests {
             let (id, request) = parsed(&format!(r#"{{"do":"{}","id":1}}"#, verb.name()));
             assert!(id == 1 && matches!(request, Request::Call(_)), "{verb:?}: {request:?}");
         }
-        let change = Change { bandwidth: Some("100M".parse().unwrap()) };
+        let change = Change { bandwidth: Some("100M".parse().unwrap()), precopy_bandwidth: None };
         let set = parsed(r#"{"id":0,"do":"set","bandwidth":"100M"}"#);
         assert_eq!(set, (0, Request::Call(Call::Set(change))));
         let (_, recover) = parsed(r#"{"id":0,"do":"recover","connect":"unix:/a"}"#);
