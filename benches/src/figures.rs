@@ -46,6 +46,7 @@ pub fn of(measured: &Measured) -> Figures {
     }
     footprint(&mut figures, source, destination);
     recovery(&mut figures, destination);
+    moving(&mut figures, source, destination);
     if let [.., last] = source.resident[..] {
         figures.insert("resident_at_end", last.resident);
         figures.extend(resident_at_half(&source.resident).map(|it| ("resident_at_half", it)));
@@ -93,6 +94,18 @@ fn recovery(figures: &mut Figures, destination: &Outcome) {
     ];
     for (name, figure) in names {
         figures.extend(destination.get(figure).map(|value| (name, value)));
+    }
+}
+
+fn moving(figures: &mut Figures, source: &Outcome, destination: &Outcome) {
+    let names = [
+        ("remote_faults", destination, Figure::RemoteFaults),
+        ("stall_us", destination, Figure::StallUs),
+        ("stopped_us", source, Figure::StoppedUs),
+        ("wake_us", source, Figure::WakeUs),
+    ];
+    for (name, side, figure) in names {
+        figures.extend(side.get(figure).map(|value| (name, value)));
     }
 }
 

@@ -46,6 +46,15 @@ pub enum Figure {
     AgreementUs,
     /// From there to the page that somebody waited for.
     RequestUs,
+    /// Faults that were answered with a page from the source.
+    RemoteFaults,
+    /// How long the guest's vCPUs waited for memory, all together, in microseconds.
+    StallUs,
+    /// From [`Source::stopped`](afterimage::Source::stopped) to its event, on a thread that
+    /// waited for the descriptor, in microseconds.
+    StoppedUs,
+    /// From writing an eventfd to its reader, in microseconds.
+    WakeUs,
 }
 
 /// What one process measured.

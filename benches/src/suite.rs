@@ -13,8 +13,8 @@ use afterimage_tools::ram::Backing;
 use crate::figures::Figures;
 use crate::floors::anonymous;
 use crate::unit::{
-    BackgroundPlan, FaultPlan, Into, Load, Mechanism, MemoryPlan, Residence, Shape, Think, Unit,
-    Wait,
+    BackgroundPlan, FaultPlan, Into, Load, Mechanism, MemoryPlan, MovingPlan, Precopied, Residence,
+    Shape, Think, Unit, Wait,
 };
 
 /// What connects both sides of a step.
@@ -161,6 +161,13 @@ impl Units {
     pub const fn resident_source(&self, backing: Backing) -> Unit {
         let (bytes, shape) = (self.sizes.guest, Shape::Dense);
         Unit::ResidentSource(MemoryPlan { backing, bytes, shape })
+    }
+
+    /// A guest at work, moved.
+    #[must_use]
+    pub const fn moving(&self, backing: Backing, precopy: Precopied) -> Unit {
+        let memory = MemoryPlan { backing, bytes: self.sizes.guest, shape: Shape::Dense };
+        Unit::Moving(MovingPlan { memory, precopy })
     }
 
     /// All of a guest by streams.

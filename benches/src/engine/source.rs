@@ -1,6 +1,7 @@
 //! The side that has the guest's memory.
 
 use std::num::NonZeroU64;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -16,14 +17,16 @@ use super::Setup;
 use super::echo::Echo;
 use super::footprint::Footprint;
 use super::resident::Resident;
+use super::{precopy, stopped};
 use crate::error::{BenchError, Doing};
+use crate::guest::hot::HotGuest;
 use crate::memory::Memory;
 use crate::outcome::{Figure, Meter, Outcome};
 use crate::sys;
 use crate::unit::{Load, Unit};
 
 /// How long one event may be waited for.
-const LIMIT: Duration = Duration::from_mins(5);
+pub(super) const LIMIT: Duration = Duration::from_mins(5);
 /// As much as the state of a few vCPUs.
 const STATE_BYTES: usize = 8192;
 
@@ -51,14 +54,25 @@ pub fn serve(
     let listener = listener.doing(&format!("listening at {listen}"))?;
     let bound = listener.address().to_string();
     let footprint = Footprint::start()?;
-    // SAFETY: `memory` outlives the source, which is dropped below, and nobody writes it.
+    // SAFETY: `memory` outlives the source, which is dropped below; its guest, if there is one,
+    // has stopped before the switchover.
     let served = unsafe { migrate::source_memory(memory.ram()) }.doing("the source's memory")?;
-    let options = options(unit, setup);
+    let mut options = options(unit, setup);
+    options.precopy = precopy::of(unit, memory)?;
     let (source, events) = Source::start(Arc::new(served), Endpoint::Listen(listener), options)
         .doing("starting the source")?;
     listening(bound)?;
     until(&events, |event| matches!(event, SourceEvent::Attached(_)))?;
-    let state = StateSection { name: "vcpus".into(), version: 1, bytes: vec![7; STATE_BYTES] };
+    let (bytes, times) = match unit {
+        Unit::Moving(plan) => {
+            let guest = HotGuest::new(memory);
+            precopy::work(&guest, plan, &source, &events)?;
+            let times = stopped::measure(&source, &events)?;
+            (guest.state(), Some(times))
+        }
+        _ => (vec![7; STATE_BYTES], None),
+    };
+    let state = StateSection { name: "vcpus".into(), version: 1, bytes };
     let last = if unit.is_given_up() { SourceEvent::Running } else { SourceEvent::Finished };
     let resident = matches!(unit, Unit::ResidentSource(_)).then(|| Resident::start(memory));
     let resident = resident.transpose()?;
@@ -85,6 +99,11 @@ pub fn serve(
     let mut outcome = Outcome::default().metered(reading).with(Figure::AtNanoseconds, at as f64);
     if let Some(extra) = extra {
         outcome = outcome.with(Figure::ExtraBytes, extra as f64);
+    }
+    if let Some(times) = times {
+        let us = |time: Duration| time.as_secs_f64() * 1e6;
+        outcome =
+            outcome.with(Figure::StoppedUs, us(times.stopped)).with(Figure::WakeUs, us(times.wake));
     }
     outcome.resident = samples.unwrap_or_default();
     Ok(outcome)
@@ -120,14 +139,23 @@ fn until(
     events: &Events<SourceEvent>,
     is_it: impl Fn(&SourceEvent) -> bool,
 ) -> Result<(), BenchError> {
+    next_event(events, |event| {
+        if is_it(&event) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })
+}
+
+/// Takes events until one of them is what is looked for.
+pub(super) fn next_event<T>(
+    events: &Events<SourceEvent>,
+    look: impl Fn(SourceEvent) -> ControlFlow<T>,
+) -> Result<T, BenchError> {
     loop {
-        match events.next_timeout(LIMIT) {
-            Ok(event) if is_it(&event) => return Ok(()),
-            Ok(SourceEvent::PersistFailed) => {
-                return Err(BenchError::Failed("the source gave up".into()));
-            }
-            Ok(_) => {}
-            Err(error) => return Err(error).doing("waiting for the source"),
+        let event = events.next_timeout(LIMIT).doing("waiting for the source")?;
+        if event == SourceEvent::PersistFailed {
+            return Err(BenchError::Failed("the source gave up".into()));
+        }
+        if let ControlFlow::Break(found) = look(event) {
+            return Ok(found);
         }
     }
 }
