@@ -496,7 +496,7 @@ impl Driver {
                 self.pause_if_by_hand();
                 return;
             }
-            Said::Stopped => SourceEvent::Stopped,
+            Said::Stopped => return, // Told when it was called.
             // It waits for its last pages, and for nobody.
             Said::Held if !self.is_held => return,
             Said::Held => SourceEvent::Held,
