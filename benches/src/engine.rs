@@ -1,6 +1,7 @@
 //! The engine under measurement, as a VMM would link it: a source in one process, a
 //! destination in another.
 
+mod bandwidth;
 pub mod destination;
 pub mod echo;
 mod footprint;
@@ -48,10 +49,11 @@ impl Setup {
                 (memory, 1, Wait::Blocking, Load::Limited(memory.bytes / RESIDENT_SECONDS))
             }
             Unit::Recovery(RecoveryPlan { memory, .. }) => (memory, 1, Wait::Polling, Load::Idle),
-            Unit::Moving(MovingPlan { memory, .. }) => (memory, 1, Wait::Polling, Load::Saturating),
-            Unit::Switchover(memory) | Unit::Wire(memory) | Unit::Footprint(memory) => {
-                (memory, 1, Wait::Polling, Load::Saturating)
-            }
+            Unit::Moving(MovingPlan { memory, .. })
+            | Unit::Switchover(memory)
+            | Unit::Wire(memory)
+            | Unit::Footprint(memory)
+            | Unit::Bandwidth(memory) => (memory, 1, Wait::Polling, Load::Saturating),
             Unit::WorkingSet(Residence { is_resident: false, bytes }) => {
                 (anonymous(bytes), 1, Wait::Polling, Load::Saturating)
             }

@@ -43,6 +43,8 @@ pub enum Unit {
     Recovery(RecoveryPlan),
     /// The engine: a guest that works at the source, is moved, and works on at the destination.
     Moving(MovingPlan),
+    /// The engine: limits of background, by what a relay counts.
+    Bandwidth(MemoryPlan),
     /// The engine: from the stop at the source until the guest may run.
     Switchover(MemoryPlan),
     /// The engine: what both sides need beside guest RAM.
@@ -307,6 +309,7 @@ impl Unit {
             Self::Recovery(plan) => plan.memory,
             Self::Moving(plan) => plan.memory,
             Self::Switchover(memory)
+            | Self::Bandwidth(memory)
             | Self::Footprint(memory)
             | Self::Wire(memory)
             | Self::ResidentSource(memory)
@@ -330,6 +333,7 @@ impl Unit {
             Self::Background(plan) => Some(plan.memory),
             Self::Moving(plan) => Some(plan.memory),
             Self::Switchover(memory)
+            | Self::Bandwidth(memory)
             | Self::Footprint(memory)
             | Self::Wire(memory)
             | Self::ResidentSource(memory)
@@ -375,6 +379,7 @@ impl fmt::Display for Unit {
             Self::Moving(MovingPlan { memory, precopy }) => {
                 write!(f, "a guest at work moves, {memory}, {precopy}")
             }
+            Self::Bandwidth(memory) => write!(f, "limits of background, {memory}"),
             Self::Switchover(memory) => write!(f, "switchover, {memory}"),
             Self::Footprint(memory) => write!(f, "footprint, {memory}"),
             Self::Wire(memory) => write!(f, "wire, {memory}"),

@@ -37,7 +37,7 @@ const ENTRY: u64 = 8;
 /// If the engine fails, the guest is not here within minutes, or a page is not what it must
 /// be.
 pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, BenchError> {
-    let is_relayed = matches!(unit, Unit::Wire(_) | Unit::Recovery(_));
+    let is_relayed = matches!(unit, Unit::Wire(_) | Unit::Recovery(_) | Unit::Bandwidth(_));
     let mut relay = is_relayed.then(|| Relay::start(&source.address)).transpose()?;
     let address = relay.as_ref().map_or_else(|| source.address.clone(), Relay::address);
     let memory = Memory::empty(setup.memory)?;
@@ -53,7 +53,7 @@ pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, 
     options.plaintext = Plaintext::Anywhere;
     let (destination, events) = Destination::start(registered, Endpoint::Connect(address), options)
         .doing("starting the destination")?;
-    let state = begin(&destination, &events)?;
+    let vcpus = begin(&destination, &events)?;
     let (at, meter) = (sys::now_ns(), Meter::start());
     let recoveries = match (unit, &mut relay, &source.echo) {
         (Unit::Recovery(plan), Some(relay), Some(echo)) => {
@@ -61,7 +61,7 @@ pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, 
         }
         _ => None,
     };
-    let mut run = run(unit, &destination, &events, (&memory, &state), (at, meter, footprint))?;
+    let mut run = run(unit, &destination, &events, (&memory, &vcpus), (at, meter, footprint))?;
     if let Some(recoveries) = recoveries {
         run.guest = GuestOutcome::Recovered(recoveries);
     }
@@ -73,7 +73,11 @@ pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, 
         run.guest.verify(&memory)?;
     }
     let wire = relay.as_ref().map(Relay::bytes);
-    Ok(outcome(run, &stats, &memory, wire))
+    let mut outcome = outcome(run, &stats, &memory, wire);
+    if let (Unit::Bandwidth(_), Some(relay)) = (unit, &relay) {
+        outcome.wire = relay.samples();
+    }
+    Ok(outcome)
 }
 
 /// What a page costs the guest itself: its entry in the page table and, where the memory is
@@ -131,7 +135,7 @@ fn outcome(run: Run, stats: &DestinationStats, memory: &Memory, wire: Option<u64
     outcome
 }
 
-/// Until the guest may run; returns its state.
+/// Until the guest may run; returns the state of its vCPUs.
 fn begin(
     destination: &Destination,
     events: &Events<DestinationEvent>,
@@ -157,7 +161,7 @@ fn run(
     unit: Unit,
     destination: &Destination,
     events: &Events<DestinationEvent>,
-    (memory, state): (&Memory, &[u8]),
+    (memory, vcpus): (&Memory, &[u8]),
     (at, meter, footprint): (u64, Meter, Footprint),
 ) -> Result<Run, BenchError> {
     if unit.is_given_up() {
@@ -175,7 +179,7 @@ fn run(
         (stats.pages_requested + stats.pages_background) * guest_share(memory)
     };
     let (guest, reading, extra, samples) = thread::scope(|scope| {
-        let guest = scope.spawn(|| work(unit, memory, state, &done));
+        let guest = scope.spawn(|| work(unit, memory, vcpus, &done));
         let watch = matches!(unit, Unit::Footprint(_))
             .then(|| scope.spawn(|| footprint.watch(share, &done)));
         let (stop, stopped) = crossbeam_channel::bounded(1);
@@ -221,7 +225,7 @@ impl GuestOutcome {
 fn work(
     unit: Unit,
     memory: &Memory,
-    state: &[u8],
+    vcpus: &[u8],
     done: &AtomicBool,
 ) -> Result<GuestOutcome, BenchError> {
     match unit {
@@ -236,7 +240,7 @@ fn work(
             Ok(GuestOutcome::Worked { seconds, added })
         }
         Unit::Moving(_) => {
-            let (waits, added) = guest::hot::work(memory, state, done)?;
+            let (waits, added) = guest::hot::work(memory, vcpus, done)?;
             Ok(GuestOutcome::Moved { waits, added })
         }
         _ => Ok(GuestOutcome::Idle),

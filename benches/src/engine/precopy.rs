@@ -16,24 +16,21 @@ use super::source::{LIMIT, next_event};
 use crate::error::{BenchError, Doing};
 use crate::guest::hot::{HotGuest, VCPUS};
 use crate::memory::Memory;
-use crate::unit::{MovingPlan, Precopied, Unit};
+use crate::unit::{MovingPlan, Precopied};
 
 /// What a guest does before it is moved by postcopy alone.
 const OPERATIONS: u64 = 200_000;
 /// Between two looks how far a pass has come.
 const EVERY: Duration = Duration::from_micros(500);
 
-/// How the source of a unit sends memory before the switchover, if it does.
-pub(super) fn of(unit: Unit, memory: &Memory) -> Result<Option<Precopy>, BenchError> {
-    match unit {
-        Unit::Moving(MovingPlan { precopy: Precopied::Nothing, .. }) => Ok(None),
-        Unit::Moving(_) => {
-            let mut precopy = Precopy::new(Box::new(tracker(memory)?));
-            precopy.passes = Passes::Count(1);
-            Ok(Some(precopy))
-        }
-        _ => Ok(None),
+/// How memory is sent before the switchover, if it is.
+pub(super) fn of(plan: MovingPlan, memory: &Memory) -> Result<Option<Precopy>, BenchError> {
+    if plan.precopy == Precopied::Nothing {
+        return Ok(None);
     }
+    let mut precopy = Precopy::new(Box::new(tracker(memory)?));
+    precopy.passes = Passes::Count(1);
+    Ok(Some(precopy))
 }
 
 fn tracker(memory: &Memory) -> Result<WriteProtectTracker, BenchError> {

@@ -15,25 +15,17 @@ use nix::unistd::gettid;
 
 use super::source::LIMIT;
 use crate::error::{BenchError, Doing};
+use crate::outcome::{Figure, Outcome};
 use crate::sys;
 
 /// Bare wakes, of which the median is taken.
 const WAKES: usize = 9;
 
-/// Both times.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct StoppedTimes {
-    /// From the call of [`Source::stopped`] until the waiting thread has the event.
-    pub(super) stopped: Duration,
-    /// From writing an eventfd until the waiting thread has read it.
-    pub(super) wake: Duration,
-}
-
-/// Tells the source that its guest has stopped.
+/// Tells the source that its guest has stopped, and returns both times.
 pub(super) fn measure(
     source: &Source,
     events: &Events<SourceEvent>,
-) -> Result<StoppedTimes, BenchError> {
+) -> Result<Outcome, BenchError> {
     let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
     let bell = bell.doing("an eventfd")?;
     let (orders, taken) = bounded(0);
@@ -68,14 +60,17 @@ struct Caller {
 }
 
 impl Caller {
-    fn measure(&self, bell: &EventFd, source: &Source) -> Result<StoppedTimes, BenchError> {
+    fn measure(&self, bell: &EventFd, source: &Source) -> Result<Outcome, BenchError> {
         let mut wakes = Vec::with_capacity(WAKES);
         for _ in 0..WAKES {
             wakes.push(self.one(Order::Bell, || bell.write(1).map(drop).doing("an eventfd"))?);
         }
         wakes.sort_unstable();
         let stopped = self.one(Order::Stopped, || source.stopped().doing("stopping"))?;
-        Ok(StoppedTimes { stopped, wake: wakes[WAKES / 2] })
+        let us = |time: Duration| time.as_secs_f64() * 1e6;
+        Ok(Outcome::default()
+            .with(Figure::StoppedUs, us(stopped))
+            .with(Figure::WakeUs, us(wakes[WAKES / 2])))
     }
 
     fn one(

@@ -40,7 +40,9 @@ pub fn work(
         waits.collect::<Result<Vec<_>, _>>()
     })?;
     let mut waits = Latencies::default();
-    all.iter().for_each(|vcpu| waits.add(vcpu));
+    for vcpu in &all {
+        waits.add(vcpu);
+    }
     let pages = memory.plan().bytes / PAGE;
     Ok((waits, (0..pages).map(|page| guest.added(page)).collect()))
 }
