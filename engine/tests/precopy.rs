@@ -15,7 +15,7 @@ use common::{Kind, Memory, Pair, Random, Setup, Toucher};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{self, Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -141,14 +141,25 @@ impl Moving {
         change: impl FnOnce(&mut SourceOptions),
         proxy: Option<&mut Option<Proxy>>,
     ) -> Option<Self> {
+        Self::start_with(setup, passes, random, |source, _| change(source), proxy)
+    }
+
+    /// The same where the change needs to know what the guest marks.
+    fn start_with(
+        setup: &Setup,
+        passes: Passes,
+        random: &mut Random,
+        change: impl FnOnce(&mut SourceOptions, &Arc<DirtyBitmap>),
+        proxy: Option<&mut Option<Proxy>>,
+    ) -> Option<Self> {
         let mut tracker = None;
         let started = Pair::start_on(
             setup,
             |old, source, _| {
                 let dirty = tracker_of(old, setup);
                 source.precopy = Some(precopy(&dirty, passes));
+                change(source, &dirty);
                 tracker = Some(dirty);
-                change(source);
             },
             |address| match proxy {
                 Some(place) => place.insert(Proxy::start(&address)).address(),
@@ -338,6 +349,60 @@ fn a_side_that_cannot_do_precopy_is_told_of_and_the_guest_moves() {
     assert_eq!(moving.wait_due(), SwitchoverCause::NoPrecopy);
     moving.switch_and_check();
     assert_eq!(moving.pair.destination.stats().pages_precopy, 0);
+}
+
+/// Says what was written only once it may.
+#[derive(Debug)]
+struct Slow {
+    tracker: Arc<DirtyBitmap>,
+    is_slow: Arc<AtomicBool>,
+    may_go_on: mpsc::Receiver<()>,
+}
+
+impl DirtyTracker for Slow {
+    fn start(&mut self) -> io::Result<()> {
+        self.tracker.start()
+    }
+
+    fn collect(&mut self, written: &mut dyn FnMut(GuestAddress, u64)) -> io::Result<()> {
+        if self.is_slow.load(Ordering::Acquire) {
+            self.may_go_on.recv_timeout(common::PATIENCE).expect("nobody lets it go on");
+        }
+        self.tracker.collect(written)
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        self.tracker.stop()
+    }
+}
+
+#[test]
+fn that_the_guest_has_stopped_is_told_before_it_is_known_what_it_wrote() {
+    prologue!("that_the_guest_has_stopped_is_told");
+    let mut random = Random::seeded("precopy_slow_tracker");
+    let setup = Setup::default();
+    let is_slow = Arc::new(AtomicBool::new(false));
+    let (go_on, may_go_on) = mpsc::channel();
+    let slow = Arc::clone(&is_slow);
+    let watched = |source: &mut SourceOptions, dirty: &Arc<DirtyBitmap>| {
+        let tracker = Slow { tracker: Arc::clone(dirty), is_slow: slow, may_go_on };
+        let mut precopy = Precopy::new(Box::new(tracker));
+        precopy.passes = Passes::Count(1);
+        source.precopy = Some(precopy);
+    };
+    let mut moving =
+        Moving::start_with(&setup, Passes::Count(1), &mut random, watched, None).expect("started");
+    moving.wait_due();
+    moving.writers.stop();
+    is_slow.store(true, Ordering::Release);
+    std::thread::scope(|scope| {
+        let stopped = scope.spawn(|| moving.pair.source.stopped());
+        moving.pair.wait_source(&SourceEvent::Stopped);
+        go_on.send(()).expect("the tracker is asked");
+        stopped.join().expect("no panic").expect("may stop");
+    });
+    is_slow.store(false, Ordering::Release);
+    moving.switch_and_check();
 }
 
 #[test]

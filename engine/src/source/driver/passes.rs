@@ -377,7 +377,7 @@ impl Driver {
         self.tell_due(SwitchoverCause::NoPrecopy);
     }
 
-    /// The vCPUs are stopped: memory is final.
+    /// The vCPUs are stopped: memory is final. Told before all of it is looked through.
     pub(super) fn memory_is_final(&mut self) -> Result<(), CallError> {
         if self.session.is_frozen() || self.session.is_over() {
             return Ok(self.session.freeze()?);
