@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use zerocopy::IntoBytes;
 
 use super::spec::{COUNTER_OFFSET, LANE_BYTES, TAG_OFFSET, mix};
-use super::{GuestSpec, MachineState, VcpuProgress, Workload, control, tag_of};
+use super::{GuestKind, GuestSpec, MachineState, VcpuProgress, Workload, control, mailbox, tag_of};
 use crate::ram::{GuestAddress, GuestRam, PAGE_BYTES};
 
 type Page = [u64; 512];
@@ -82,6 +82,16 @@ pub enum VerifyError {
         /// What the vCPU counted.
         expected: u64,
         /// The sum.
+        found: u64,
+    },
+    /// What the VMM has noted in RAM is older or newer than what the vCPU has done.
+    #[error("the VMM's note of vCPU {vcpu} says {found} operations, it has done {done}")]
+    Mailbox {
+        /// The vCPU.
+        vcpu: u32,
+        /// What it has done.
+        done: u64,
+        /// The note.
         found: u64,
     },
     /// The guest itself read wrong tags.
@@ -264,6 +274,12 @@ fn verify_totals(ram: &GuestRam, state: &MachineState, sums: &[u64]) -> Result<(
         let expected = load(control::WRITES) + u64::from(vcpu.in_flight);
         if spec.workload() != Workload::Pattern && *found != expected {
             return Err(VerifyError::Total { lane, expected, found: *found });
+        }
+        let (done, found) =
+            (vcpu.operations, ram.word(mailbox::address(lane)).load(Ordering::Relaxed));
+        let is_recent = found <= done && done - found <= spec.report_every();
+        if state.kind() == GuestKind::Kvm && !is_recent {
+            return Err(VerifyError::Mailbox { vcpu: lane, done, found });
         }
     }
     Ok(())
