@@ -75,8 +75,8 @@ pub(crate) mod control {
     }
 }
 
-/// The page in which the VMM, and no vCPU, writes what it has heard of each vCPU on KVM: a word
-/// with its operations when it last reported.
+/// The page in which the VMM, and no vCPU, counts what it has heard of each vCPU on KVM: a word
+/// with the number of its reports. A write that is lost once is missing for ever.
 pub(crate) mod mailbox {
     use crate::ram::{GuestAddress, PAGE_BYTES};
 

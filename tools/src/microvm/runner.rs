@@ -189,7 +189,9 @@ impl Exits {
         match register {
             DOORBELL_OPERATIONS => {
                 let note = mailbox::address(vcpu);
-                self.ram.word(note).store(value, Ordering::Relaxed);
+                // Only the thread of this vCPU writes it.
+                let reports = self.ram.word(note);
+                reports.store(reports.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
                 self.written.mark(note);
                 self.progress.report(vcpu, value);
             }
