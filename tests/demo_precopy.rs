@@ -66,7 +66,7 @@ fn every_tracker_of_a_guest_on_threads_finds_what_it_writes() {
         assert_eq!(report["dirty_tracker"], tracker);
         assert_eq!(report["passes"].as_array().unwrap().len(), 2, "{report}");
     }
-    if let Some(_pages) = require::hugetlb((2 * 64 << 20) / HUGE_PAGE_BYTES) {
+    if let Some(_pages) = require::hugetlb(2 * (64 << 20) / HUGE_PAGE_BYTES) {
         moves("--guest threads --passes 1 --backing hugetlb");
     }
 }

@@ -12,12 +12,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use afterimage::{
-    Background, Endpoint, Listener, NoEvent, Passes, Plaintext, Precopy, Source, SourceEvent,
-    SourceOptions,
+    Background, Destination, DestinationOptions, DiscardNotice, Endpoint, FaultScope, Listener,
+    NoEvent, PassReport, Passes, Plaintext, Precopy, Source, SourceEvent, SourceOptions,
 };
 use afterimage_tools::guest::{Guest, GuestKind, GuestSpec, Workload, init_ram, verify};
+use afterimage_tools::migrate;
 use afterimage_tools::ram::{Backing, GuestRam, HUGE_PAGE_BYTES, HugePages};
 use afterimage_tools::require;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use plan::{Ending, Plan};
 use session::{Machine, Outcome, Session};
@@ -43,11 +46,19 @@ fn run_all(kind: GuestKind) {
     }
     // For both sides, one that was taken back, and two tests at once.
     let huge_pages = require::hugetlb(4 * RAM / HUGE_PAGE_BYTES);
+    allow_many_descriptors();
     let runs = number_of("AFTERIMAGE_RUNS").unwrap_or(RUNS);
     let seeds = number_of("AFTERIMAGE_SEED").map_or(0..runs, |seed| seed..seed + 1);
     for seed in seeds {
         run_one(&Plan::of(kind, seed), huge_pages.as_ref());
     }
+}
+
+/// A destination whose guest was taken back leaves a userfaultfd behind, which the engine keeps
+/// open as long as the process lives.
+fn allow_many_descriptors() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
 }
 
 fn run_one(plan: &Plan, huge_pages: Option<&HugePages>) {
@@ -70,12 +81,15 @@ fn run_one(plan: &Plan, huge_pages: Option<&HugePages>) {
     let mut random = plan.random.clone();
     let mut ending = plan.first;
     for _ in 0..MOST_SESSIONS {
+        println!("{ending:?}");
         match Session::new(plan, ending).run(&mut machine) {
             Outcome::Moved(mut guest) => {
+                println!("it moved");
                 check_running(&mut *guest);
                 return;
             }
             Outcome::Stayed => {
+                println!("it stayed");
                 check_running(machine.guest());
                 machine.assert_untracked();
                 machine.guest().start().unwrap();
@@ -143,7 +157,7 @@ fn a_guest_that_writes_faster_than_the_link_moves_but_never_converges() {
 }
 
 /// Five passes of a guest that is to move only when what is left fits into 10 ms.
-fn passes_without_convergence(plan: &Plan, guest: &mut dyn Guest) -> Vec<afterimage::PassReport> {
+fn passes_without_convergence(plan: &Plan, guest: &mut dyn Guest) -> Vec<PassReport> {
     let mut precopy = Precopy::new(guest.tracker(plan.tracker).unwrap());
     precopy.passes = Passes::Converged;
     precopy.downtime = Duration::from_millis(10);
@@ -155,22 +169,17 @@ fn passes_without_convergence(plan: &Plan, guest: &mut dyn Guest) -> Vec<afterim
     let listener = listener.unwrap();
     let address = listener.address().to_string();
     // SAFETY: the source is gone when this returns, and the guest is not; nothing switches over.
-    let memory = unsafe { afterimage_tools::migrate::source_memory(guest.ram()) }.unwrap();
+    let memory = unsafe { migrate::source_memory(guest.ram()) }.unwrap();
     let (source, events) =
         Source::start(Arc::new(memory), Endpoint::Listen(listener), options).unwrap();
     let ram = GuestRam::allocate(RAM, plan.backing).unwrap();
     // SAFETY: the RAM outlives the destination, and nobody touches it.
     let memory = unsafe {
-        afterimage_tools::migrate::destination_memory(
-            &ram,
-            afterimage::FaultScope::KernelAndUser,
-            afterimage::DiscardNotice::Called,
-        )
+        migrate::destination_memory(&ram, FaultScope::KernelAndUser, DiscardNotice::Called)
     };
     let endpoint = Endpoint::Connect(address.parse().unwrap());
-    let options = afterimage::DestinationOptions::default();
-    let (_destination, _events) =
-        afterimage::Destination::start(memory.unwrap(), endpoint, options).unwrap();
+    let options = DestinationOptions::default();
+    let (_destination, _events) = Destination::start(memory.unwrap(), endpoint, options).unwrap();
     let mut passes = Vec::new();
     while passes.len() < 5 {
         match events.next_timeout(LIMIT) {

@@ -8,14 +8,14 @@ use afterimage_tools::ram::Backing;
 
 /// `SplitMix64`.
 #[derive(Clone, Debug)]
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub const fn new(seed: u64) -> Self {
+    pub(crate) const fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    pub const fn next(&mut self) -> u64 {
+    pub(crate) const fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let value = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -23,16 +23,16 @@ impl Random {
     }
 
     /// Less than `end`.
-    pub const fn below(&mut self, end: u64) -> u64 {
+    pub(crate) const fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 
-    pub fn choice<T: Copy>(&mut self, of: &[T]) -> T {
+    pub(crate) fn choice<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.below(of.len() as u64) as usize]
     }
 
     /// Of any order of magnitude below 2^`bits`.
-    pub const fn magnitude(&mut self, bits: u64) -> u64 {
+    pub(crate) const fn magnitude(&mut self, bits: u64) -> u64 {
         let most = 1 << self.below(bits);
         most + self.below(most)
     }
@@ -40,7 +40,7 @@ impl Random {
 
 /// When the source stops its guest, or takes it back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub(crate) enum Ending {
     /// Stopped when the engine says so.
     Due,
     /// Stopped after so many operations of the guest.
@@ -51,7 +51,7 @@ pub enum Ending {
 }
 
 impl Ending {
-    pub const fn at_random(random: &mut Random) -> Self {
+    pub(crate) const fn at_random(random: &mut Random) -> Self {
         match random.below(4) {
             0 => Self::Due,
             1 => Self::After(random.magnitude(20)),
@@ -65,28 +65,28 @@ impl Ending {
 }
 
 #[derive(Clone, Debug)]
-pub struct Plan {
-    pub seed: u64,
-    pub kind: GuestKind,
-    pub tracker: TrackerKind,
-    pub backing: Backing,
-    pub passes: Option<Passes>,
-    pub vcpus: u32,
-    pub streams: u16,
-    pub workload: Workload,
-    pub checksums: bool,
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    pub(crate) kind: GuestKind,
+    pub(crate) tracker: TrackerKind,
+    pub(crate) backing: Backing,
+    pub(crate) passes: Option<Passes>,
+    pub(crate) vcpus: u32,
+    pub(crate) streams: u16,
+    pub(crate) workload: Workload,
+    pub(crate) checksums: bool,
     /// Whether the guest is held at the source until the engine asks.
-    pub holds: bool,
+    pub(crate) holds: bool,
     /// MiB a second before the switchover.
-    pub rate: Option<u64>,
-    pub worked: f64,
-    pub zero: f64,
-    pub first: Ending,
-    pub random: Random,
+    pub(crate) rate: Option<u64>,
+    pub(crate) worked: f64,
+    pub(crate) zero: f64,
+    pub(crate) first: Ending,
+    pub(crate) random: Random,
 }
 
 impl Plan {
-    pub fn of(kind: GuestKind, seed: u64) -> Self {
+    pub(crate) fn of(kind: GuestKind, seed: u64) -> Self {
         let mut random = Random::new(seed);
         let passes = [None, Some(Passes::Count(1)), Some(Passes::Count(3))];
         let trackers: &[_] = match kind {

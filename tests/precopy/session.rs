@@ -30,13 +30,13 @@ const RING_ENTRIES: u32 = 1024;
 const LOOK: Duration = Duration::from_millis(1);
 
 /// A guest of either kind.
-pub enum Machine {
+pub(crate) enum Machine {
     Kvm(KvmGuest),
     Threads(ThreadsGuest),
 }
 
 impl Machine {
-    pub fn new(plan: &Plan, ram: &Arc<GuestRam>, spec: GuestSpec) -> Self {
+    pub(crate) fn new(plan: &Plan, ram: &Arc<GuestRam>, spec: GuestSpec) -> Self {
         match plan.kind {
             GuestKind::Kvm if plan.tracker == TrackerKind::Ring => {
                 Self::Kvm(KvmGuest::with_dirty_rings(ram.clone(), spec, RING_ENTRIES).unwrap())
@@ -46,7 +46,7 @@ impl Machine {
         }
     }
 
-    pub fn guest(&mut self) -> &mut dyn Guest {
+    pub(crate) fn guest(&mut self) -> &mut dyn Guest {
         match self {
             Self::Kvm(guest) => guest,
             Self::Threads(guest) => guest,
@@ -54,7 +54,7 @@ impl Machine {
     }
 
     /// Asserts that nobody tracks the guest's writes any more, after it has written.
-    pub fn assert_untracked(&mut self) {
+    pub(crate) fn assert_untracked(&mut self) {
         if let Self::Kvm(guest) = self {
             assert!(!guest.is_tracked().unwrap(), "KVM still notes what is written");
         }
@@ -79,7 +79,7 @@ impl Machine {
 }
 
 /// How a session ended.
-pub enum Outcome {
+pub(crate) enum Outcome {
     Moved(Box<dyn Guest>),
     /// The guest is at the source, and runs.
     Stayed,
@@ -103,19 +103,19 @@ struct Said {
     end: Option<SourceEvent>,
 }
 
-pub struct Session<'a> {
-    pub plan: &'a Plan,
-    pub ending: Ending,
+pub(crate) struct Session<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) ending: Ending,
     shared: Shared,
 }
 
 impl<'a> Session<'a> {
-    pub fn new(plan: &'a Plan, ending: Ending) -> Self {
+    pub(crate) fn new(plan: &'a Plan, ending: Ending) -> Self {
         Self { plan, ending, shared: Shared::default() }
     }
 
     /// Moves a running guest, or not.
-    pub fn run(&self, machine: &mut Machine) -> Outcome {
+    pub(crate) fn run(&self, machine: &mut Machine) -> Outcome {
         let guest = machine.guest();
         // SAFETY: the source is gone when this returns, and whoever calls keeps the guest; it
         // is stopped before the switchover.
@@ -177,7 +177,7 @@ impl<'a> Session<'a> {
         since: u64,
     ) -> bool {
         let mut said = Said::default();
-        self.listen(source, events, &mut said, |said| {
+        listen(source, events, &mut said, |said| {
             let done = guest.operations() - since;
             said.end.is_some()
                 || match self.ending {
@@ -197,7 +197,7 @@ impl<'a> Session<'a> {
                 let state = guest.save().unwrap();
                 let _ = source.switch_over(migrate::state_sections(&state));
             }
-            self.listen(source, events, &mut said, |said| said.end.is_some());
+            listen(source, events, &mut said, |said| said.end.is_some());
             if said.end == Some(SourceEvent::Finished) {
                 return true;
             }
@@ -205,38 +205,6 @@ impl<'a> Session<'a> {
         }
         assert_eq!(said.end, Some(SourceEvent::Reclaimed), "{said:?}");
         false
-    }
-
-    /// Takes events until something is so.
-    fn listen(
-        &self,
-        source: &Source,
-        events: &Events<SourceEvent>,
-        said: &mut Said,
-        is_so: impl Fn(&Said) -> bool,
-    ) {
-        let deadline = Instant::now() + LIMIT;
-        while !is_so(said) {
-            match events.next_timeout(LOOK) {
-                Ok(SourceEvent::Attached(_)) => said.is_attached = true,
-                Ok(SourceEvent::PassEnded(report)) => said.passes.push(report),
-                Ok(SourceEvent::SwitchoverDue(cause)) => {
-                    assert_eq!(said.cause.replace(cause), None, "told once");
-                }
-                // Whoever takes it back may have been faster.
-                Ok(SourceEvent::Held) => drop(source.proceed()),
-                Ok(event @ (SourceEvent::Finished | SourceEvent::Reclaimed)) => {
-                    said.end = Some(event);
-                }
-                Ok(_) | Err(NoEvent::NotInTime) => {}
-                Err(NoEvent::Ended) => panic!("the source ended; it had said {said:?}"),
-            }
-            assert!(
-                Instant::now() < deadline,
-                "nothing comes of it: {said:?}, {:?}",
-                source.stats()
-            );
-        }
     }
 
     fn check_passes(&self, said: &Said) {
@@ -332,6 +300,33 @@ impl<'a> Session<'a> {
             plan.kind
         );
         std::process::abort();
+    }
+}
+
+/// Takes events until something is so.
+fn listen(
+    source: &Source,
+    events: &Events<SourceEvent>,
+    said: &mut Said,
+    is_so: impl Fn(&Said) -> bool,
+) {
+    let deadline = Instant::now() + LIMIT;
+    while !is_so(said) {
+        match events.next_timeout(LOOK) {
+            Ok(SourceEvent::Attached(_)) => said.is_attached = true,
+            Ok(SourceEvent::PassEnded(report)) => said.passes.push(report),
+            Ok(SourceEvent::SwitchoverDue(cause)) => {
+                assert_eq!(said.cause.replace(cause), None, "told once");
+            }
+            // Whoever takes it back may have been faster.
+            Ok(SourceEvent::Held) => drop(source.proceed()),
+            Ok(event @ (SourceEvent::Finished | SourceEvent::Reclaimed)) => {
+                said.end = Some(event);
+            }
+            Ok(_) | Err(NoEvent::NotInTime) => {}
+            Err(NoEvent::Ended) => panic!("the source ended; it had said {said:?}"),
+        }
+        assert!(Instant::now() < deadline, "nothing comes of it: {said:?}, {:?}", source.stats());
     }
 }
 
