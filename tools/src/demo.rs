@@ -13,6 +13,7 @@
 
 mod destination;
 mod error;
+mod hearing;
 mod keeper;
 mod machine;
 mod messages;
@@ -21,6 +22,7 @@ mod outages;
 mod page_client;
 mod page_server;
 mod parent;
+mod precopy;
 mod process;
 mod progress;
 mod proxy;

@@ -238,7 +238,11 @@ impl Arrival<'_> {
     fn next(&self, running: Option<&dyn Guest>) -> Result<Happening, DemoError> {
         // Who has no count of pages sees by its guest that they come.
         let done = || {
-            let pages = self.served.destination().map(|it| it.stats().pages_complete);
+            // Before the switchover nothing is complete, but much may come.
+            let pages = self.served.destination().map(|it| {
+                let stats = it.stats();
+                (stats.pages_complete, stats.bytes_received)
+            });
             (pages, running.map(Guest::operations))
         };
         let (mut before, mut deadline) = (done(), deadline(self.setup.limit));

@@ -147,7 +147,9 @@ fn of_the_engine(event: DestinationEvent) -> Result<Happening, DemoError> {
         DestinationEvent::AllArrived => Happening::AllArrived,
         DestinationEvent::Finished => Happening::Finished,
         DestinationEvent::Attached(_) => Happening::Attached,
-        DestinationEvent::Disconnected | DestinationEvent::Paused => Happening::Other,
+        DestinationEvent::Disconnected
+        | DestinationEvent::Paused
+        | DestinationEvent::SourceStopped => Happening::Other,
         event => return Err(DemoError::Failed(format!("the engine said {event:?}"))),
     })
 }
