@@ -1,17 +1,20 @@
 //! The engine under measurement, as a VMM would link it: a source in one process, a
 //! destination in another.
 
+mod bandwidth;
 pub mod destination;
 pub mod echo;
 mod footprint;
+mod precopy;
 mod recovery;
 mod relay;
 mod resident;
 pub mod source;
+mod stopped;
 
 use crate::floors::anonymous;
 use crate::unit::{
-    BackgroundPlan, FaultPlan, Load, MemoryPlan, RecoveryPlan, Residence, Unit, Wait,
+    BackgroundPlan, FaultPlan, Load, MemoryPlan, MovingPlan, RecoveryPlan, Residence, Unit, Wait,
 };
 
 /// How long a guest takes to move whose source is watched while it frees: it gathers what it
@@ -46,9 +49,11 @@ impl Setup {
                 (memory, 1, Wait::Blocking, Load::Limited(memory.bytes / RESIDENT_SECONDS))
             }
             Unit::Recovery(RecoveryPlan { memory, .. }) => (memory, 1, Wait::Polling, Load::Idle),
-            Unit::Switchover(memory) | Unit::Wire(memory) | Unit::Footprint(memory) => {
-                (memory, 1, Wait::Polling, Load::Saturating)
-            }
+            Unit::Moving(MovingPlan { memory, .. })
+            | Unit::Switchover(memory)
+            | Unit::Wire(memory)
+            | Unit::Footprint(memory)
+            | Unit::Bandwidth(memory) => (memory, 1, Wait::Polling, Load::Saturating),
             Unit::WorkingSet(Residence { is_resident: false, bytes }) => {
                 (anonymous(bytes), 1, Wait::Polling, Load::Saturating)
             }

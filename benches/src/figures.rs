@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::outcome::{Figure, Outcome, ResidentSample};
+use crate::outcome::{Figure, Outcome, RateWindow, ResidentSample, WireSample};
 use crate::pair::Measured;
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -46,6 +46,8 @@ pub fn of(measured: &Measured) -> Figures {
     }
     footprint(&mut figures, source, destination);
     recovery(&mut figures, destination);
+    moving(&mut figures, source, destination);
+    limits(&mut figures, &source.limits, &destination.wire);
     if let [.., last] = source.resident[..] {
         figures.insert("resident_at_end", last.resident);
         figures.extend(resident_at_half(&source.resident).map(|it| ("resident_at_half", it)));
@@ -94,6 +96,34 @@ fn recovery(figures: &mut Figures, destination: &Outcome) {
     for (name, figure) in names {
         figures.extend(destination.get(figure).map(|value| (name, value)));
     }
+}
+
+fn moving(figures: &mut Figures, source: &Outcome, destination: &Outcome) {
+    let names = [
+        ("remote_faults", destination, Figure::RemoteFaults),
+        ("stall_us", destination, Figure::StallUs),
+        ("stopped_us", source, Figure::StoppedUs),
+        ("wake_us", source, Figure::WakeUs),
+    ];
+    for (name, side, figure) in names {
+        figures.extend(side.get(figure).map(|value| (name, value)));
+    }
+}
+
+/// By how much what crossed the wire while a limit held was more or less than that, in percent.
+fn limits(figures: &mut Figures, limits: &[RateWindow], wire: &[WireSample]) {
+    let names = ["off_before_percent", "off_after_percent", "off_changed_percent"];
+    for (name, limit) in names.into_iter().zip(limits) {
+        let bytes = bytes_at(wire, limit.until_ns) - bytes_at(wire, limit.from_ns);
+        let seconds = (limit.until_ns - limit.from_ns) as f64 / 1e9;
+        let allowed = limit.bytes_per_second as f64 * seconds;
+        figures.insert(name, 100.0 * (bytes as f64 / allowed - 1.0).abs());
+    }
+}
+
+fn bytes_at(wire: &[WireSample], at_ns: u64) -> u64 {
+    let index = wire.partition_point(|sample| sample.at_ns <= at_ns);
+    index.checked_sub(1).map_or(0, |last| wire[last].bytes)
 }
 
 /// What was left when half of the pages were acknowledged, between the two samples around that
@@ -162,6 +192,23 @@ mod tests {
         assert!((resident_at_half(&samples).unwrap() - 0.6).abs() < 1e-9);
         assert!((resident_at_half(&samples[3..]).unwrap() - 0.1).abs() < 1e-9);
         assert_eq!(resident_at_half(&samples[..2]), None);
+    }
+
+    #[test]
+    fn what_crosses_within_a_limit_is_compared_with_it() {
+        let wire: Vec<_> =
+            (1..=40).map(|ms| WireSample { at_ns: ms * 1_000_000, bytes: ms * 100 }).collect();
+        let limit = |from_ms: u64, until_ms: u64, bytes_per_second| RateWindow {
+            from_ns: from_ms * 1_000_000,
+            until_ns: until_ms * 1_000_000,
+            bytes_per_second,
+        };
+        let mut figures = Figures::new();
+        let all = [limit(0, 10, 100_000), limit(10, 20, 125_000), limit(30, 40, 80_000)];
+        limits(&mut figures, &all, &wire);
+        assert!(figures["off_before_percent"].abs() < 1e-9);
+        assert!((figures["off_after_percent"] - 20.0).abs() < 1e-9);
+        assert!((figures["off_changed_percent"] - 25.0).abs() < 1e-9);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! A thread that touches missing pages and measures how long it waits, as a vCPU would.
 
+pub mod hot;
+
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

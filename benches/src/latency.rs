@@ -55,6 +55,12 @@ impl Latencies {
         self.0.len()
     }
 
+    /// All of them together, in microseconds.
+    #[must_use]
+    pub fn total_us(&self) -> f64 {
+        self.mean_us() * self.count() as f64
+    }
+
     /// The mean in microseconds.
     #[must_use]
     pub fn mean_us(&self) -> f64 {

@@ -46,6 +46,15 @@ pub enum Figure {
     AgreementUs,
     /// From there to the page that somebody waited for.
     RequestUs,
+    /// Faults that were answered with a page from the source.
+    RemoteFaults,
+    /// How long the guest's vCPUs waited for memory, all together, in microseconds.
+    StallUs,
+    /// From [`Source::stopped`](afterimage::Source::stopped) to its event, on a thread that
+    /// waited for the descriptor, in microseconds.
+    StoppedUs,
+    /// From writing an eventfd to its reader, in microseconds.
+    WakeUs,
 }
 
 /// What one process measured.
@@ -58,6 +67,30 @@ pub struct Outcome {
     pub samples: Vec<ArrivalSample>,
     /// What was left at the source when, if that was watched.
     pub resident: Vec<ResidentSample>,
+    /// What limits of background held when, before the switchover, after it, and changed.
+    pub limits: Vec<RateWindow>,
+    /// What a relay had counted when, if that is of use.
+    pub wire: Vec<WireSample>,
+}
+
+/// A time in which a limit of background held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateWindow {
+    /// Since when; nanoseconds of `CLOCK_MONOTONIC`.
+    pub from_ns: u64,
+    /// Until when.
+    pub until_ns: u64,
+    /// The limit.
+    pub bytes_per_second: u64,
+}
+
+/// Bytes that had crossed a relay at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireSample {
+    /// Nanoseconds of `CLOCK_MONOTONIC`.
+    pub at_ns: u64,
+    /// Bytes in both directions by then.
+    pub bytes: u64,
 }
 
 /// Guest memory of a source that frees what has arrived, at a moment.

@@ -13,8 +13,8 @@ use afterimage_tools::ram::Backing;
 use crate::figures::Figures;
 use crate::floors::anonymous;
 use crate::unit::{
-    BackgroundPlan, FaultPlan, Into, Load, Mechanism, MemoryPlan, Residence, Shape, Think, Unit,
-    Wait,
+    BackgroundPlan, FaultPlan, Into, Load, Mechanism, MemoryPlan, MovingPlan, Precopied, Residence,
+    Shape, Think, Unit, Wait,
 };
 
 /// What connects both sides of a step.
@@ -163,6 +163,30 @@ impl Units {
         Unit::ResidentSource(MemoryPlan { backing, bytes, shape })
     }
 
+    /// A guest at work, moved.
+    #[must_use]
+    pub const fn moving(&self, backing: Backing, precopy: Precopied) -> Unit {
+        let memory = MemoryPlan { backing, bytes: self.sizes.guest, shape: Shape::Dense };
+        Unit::Moving(MovingPlan { memory, precopy })
+    }
+
+    /// Limits of background.
+    #[must_use]
+    pub const fn bandwidth(&self) -> Unit {
+        Unit::Bandwidth(anonymous(self.at_most(MOST_LIMITED)))
+    }
+
+    /// Faults beside a background that is limited, or without any; every page is a fault then.
+    #[must_use]
+    pub const fn limited(&self, load: Load) -> FaultPlan {
+        let bytes = self.at_most(LIMITED_FAULTS);
+        FaultPlan { wait: Wait::Polling, load, think: Think::BackToBack, bytes }
+    }
+
+    const fn at_most(&self, bytes: u64) -> u64 {
+        if self.sizes.guest < bytes { self.sizes.guest } else { bytes }
+    }
+
     /// All of a guest by streams.
     #[must_use]
     pub const fn background(&self, backing: Backing, shape: Shape, streams: u16) -> Unit {
@@ -217,6 +241,12 @@ impl Units {
         units.into_iter().map(Step::from).collect()
     }
 }
+
+/// Guest memory of which limits of background are a part each second: of larger ones the relay
+/// that counts would be the limit.
+const MOST_LIMITED: u64 = 512 << 20;
+/// Guest memory of faults beside a limited background: 32,768 faults if there is none.
+const LIMITED_FAULTS: u64 = 128 << 20;
 
 const FILLS: [Mechanism; 5] = [
     Mechanism::Copy,

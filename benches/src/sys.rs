@@ -281,6 +281,17 @@ pub fn now_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
+/// Whether a thread of this process sleeps in the kernel.
+///
+/// # Errors
+/// If there is no such thread.
+pub fn is_asleep(thread: i32) -> io::Result<bool> {
+    let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat"))?;
+    // The name before it may have anything in it.
+    let state = stat.rsplit_once(") ").map(|(_, rest)| rest);
+    Ok(state.is_some_and(|state| state.starts_with('S')))
+}
+
 /// Bytes of memory that only this process has, and bytes of its page tables. Shared memory
 /// does not count: mapped twice it would count twice.
 ///

@@ -41,6 +41,10 @@ pub enum Unit {
     ResidentSource(MemoryPlan),
     /// The engine: a link that is cut and comes back, while a guest waits for a page.
     Recovery(RecoveryPlan),
+    /// The engine: a guest that works at the source, is moved, and works on at the destination.
+    Moving(MovingPlan),
+    /// The engine: limits of background, by what a relay counts.
+    Bandwidth(MemoryPlan),
     /// The engine: from the stop at the source until the guest may run.
     Switchover(MemoryPlan),
     /// The engine: what both sides need beside guest RAM.
@@ -198,6 +202,27 @@ pub struct BackgroundPlan {
     pub streams: u16,
 }
 
+/// A guest that is moved while it works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct MovingPlan {
+    /// Guest memory.
+    pub memory: MemoryPlan,
+    /// What is sent before it stops.
+    pub precopy: Precopied,
+}
+
+/// What is sent while a guest still runs at the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precopied {
+    /// Nothing: postcopy alone.
+    Nothing,
+    /// All of it, once.
+    OnePass,
+    /// Half of it: the guest stops while the first pass is under way.
+    HalfAPass,
+}
+
 /// A link that is cut while a guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RecoveryPlan {
@@ -254,6 +279,12 @@ impl Unit {
         matches!(self, Self::Release(_) | Self::ResidentSource(_))
     }
 
+    /// Whether its source's memory is of no use afterwards.
+    #[must_use]
+    pub const fn uses_up_memory(&self) -> bool {
+        self.releases() || matches!(self, Self::Moving(_))
+    }
+
     /// Whether it needs a source.
     #[must_use]
     pub const fn has_source(&self) -> bool {
@@ -276,7 +307,9 @@ impl Unit {
             Self::PingPong(_) | Self::LocalFault(_) | Self::Fill(_) => return FLOOR_BYTES,
             Self::Background(plan) => plan.memory,
             Self::Recovery(plan) => plan.memory,
+            Self::Moving(plan) => plan.memory,
             Self::Switchover(memory)
+            | Self::Bandwidth(memory)
             | Self::Footprint(memory)
             | Self::Wire(memory)
             | Self::ResidentSource(memory)
@@ -298,7 +331,9 @@ impl Unit {
     pub fn huge_memory(&self) -> Option<MemoryPlan> {
         let memory = match self {
             Self::Background(plan) => Some(plan.memory),
+            Self::Moving(plan) => Some(plan.memory),
             Self::Switchover(memory)
+            | Self::Bandwidth(memory)
             | Self::Footprint(memory)
             | Self::Wire(memory)
             | Self::ResidentSource(memory)
@@ -341,6 +376,10 @@ impl fmt::Display for Unit {
             Self::Recovery(RecoveryPlan { memory, outage }) => {
                 write!(f, "recovery after {outage}, {memory}")
             }
+            Self::Moving(MovingPlan { memory, precopy }) => {
+                write!(f, "a guest at work moves, {memory}, {precopy}")
+            }
+            Self::Bandwidth(memory) => write!(f, "limits of background, {memory}"),
             Self::Switchover(memory) => write!(f, "switchover, {memory}"),
             Self::Footprint(memory) => write!(f, "footprint, {memory}"),
             Self::Wire(memory) => write!(f, "wire, {memory}"),
@@ -393,6 +432,16 @@ impl fmt::Display for Outage {
         f.write_str(match self {
             Self::Short => "100 ms without a link",
             Self::Long => "2 s without a link",
+        })
+    }
+}
+
+impl fmt::Display for Precopied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => "postcopy alone",
+            Self::OnePass => "after one pass",
+            Self::HalfAPass => "in mid-pass",
         })
     }
 }

@@ -104,7 +104,7 @@ fn serve(unit: Unit, listen: &str, memories: &mut Memories) -> Result<Outcome, B
         let echo = matches!(unit, Unit::Recovery(_)).then(|| Echo::start(listen)).transpose()?;
         let say = |address| listening(address, echo.as_ref());
         let served = engine::source::serve(unit, memory, setup, listen, echo.as_ref(), say);
-        if unit.releases() {
+        if unit.uses_up_memory() {
             memories.drop_last();
         }
         return served;
@@ -170,7 +170,7 @@ impl Memories {
         Ok(self.kept.last().expect("just pushed"))
     }
 
-    /// Keeps no more what was got last: its pages are gone.
+    /// Keeps no more what was got last: its pages are gone, or have other content.
     fn drop_last(&mut self) {
         self.kept.pop();
     }

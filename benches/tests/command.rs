@@ -96,14 +96,47 @@ fn recoveries_and_what_a_source_frees_are_measured_and_drawn() {
     assert!(page.contains("What is left at a source that frees"));
 }
 
+/// Rows of precopy and of limits.
+const PRECOPY: &str = "precopy_fault_ratio,precopy_stall_ratio,precopy_fault_ratio_memfd,\
+                       precopy_stall_ratio_memfd,stopped_event_us,stopped_event,bandwidth_error,\
+                       bandwidth_error_before,bandwidth_error_after,bandwidth_error_changed,\
+                       fault_limited_p99,fault_limited_p99_floor";
+
+#[test]
+fn guests_that_move_at_work_and_limits_are_measured_and_verified() {
+    if !require::userfaultfd() {
+        return;
+    }
+    let output = bench(&["--json", "--memory", "64M", "--rounds", "1", "--only", PRECOPY]);
+    let object = object(&output);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(object["verified"], true);
+    for name in PRECOPY.split(',') {
+        let value = row(&object, name)["value"].as_f64();
+        assert!(value.is_some_and(f64::is_finite), "{name}: {value:?}");
+    }
+    // Each limit is another, so that what is watched is the one that holds. A busy machine may
+    // be too slow for it.
+    for part in ["bandwidth_error_before", "bandwidth_error_after", "bandwidth_error_changed"] {
+        assert!(row(&object, part)["value"].as_f64().expect("a value") < 50.0, "{part}");
+    }
+    let alone = "a guest at work moves, 64 MiB anonymous, dense, postcopy alone";
+    assert!(object["scenarios"][alone]["remote_faults"]["median"].as_f64().expect("faults") > 0.0);
+}
+
 #[test]
 fn one_wrong_byte_fails_the_run_whatever_moved_it() {
     if !require::userfaultfd() {
         return;
     }
-    for row in
-        ["fault_idle_p50_blocking", "background_limit_anonymous", "working_set_time", "recovery"]
-    {
+    for row in [
+        "fault_idle_p50_blocking",
+        "background_limit_anonymous",
+        "working_set_time",
+        "recovery",
+        "precopy_fault_ratio",
+        "bandwidth_error",
+    ] {
         let arguments = ["--json", "--memory", "8M", "--rounds", "1", "--only", row];
         let output = bench(&[&arguments[..], &["--corrupt-one-byte"]].concat());
         assert_eq!(output.status.code(), Some(1), "{row}");

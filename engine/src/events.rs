@@ -5,7 +5,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The receiving end: blocks, polls, or waits in an event loop.
 ///
@@ -14,14 +14,23 @@ use std::time::Duration;
 /// should take events.
 #[derive(Debug)]
 pub struct Events<T> {
-    receiver: Receiver<T>,
+    receiver: Receiver<Stamped<T>>,
     ready: Arc<EventFd>,
+}
+
+/// An event, and when it happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamped<T> {
+    /// What happened.
+    pub event: T,
+    /// When; in the order of the events.
+    pub at: Instant,
 }
 
 /// The sending end.
 #[derive(Debug)]
 pub(crate) struct EventSender<T> {
-    sender: Sender<T>,
+    sender: Sender<Stamped<T>>,
     ready: Arc<EventFd>,
 }
 
@@ -42,7 +51,7 @@ pub(crate) fn channel<T>() -> io::Result<(EventSender<T>, Events<T>)> {
 impl<T> EventSender<T> {
     /// Sends an event; dropped if nobody can receive it any more.
     pub(crate) fn send(&self, event: T) {
-        if self.sender.send(event).is_ok() {
+        if self.sender.send(Stamped { event, at: Instant::now() }).is_ok() {
             // Cannot fail short of 2^64 events.
             let _ = self.ready.write(1);
         }
@@ -53,6 +62,12 @@ impl<T> Events<T> {
     /// Waits for the next event. Blocks. `None` once the sender is gone and all events are taken.
     #[must_use]
     pub fn next(&self) -> Option<T> {
+        self.next_stamped().map(|stamped| stamped.event)
+    }
+
+    /// [`next`](Self::next) with its time.
+    #[must_use]
+    pub fn next_stamped(&self) -> Option<Stamped<T>> {
         let event = self.receiver.recv().ok()?;
         self.taken();
         Some(event)
@@ -61,6 +76,12 @@ impl<T> Events<T> {
     /// The next event, if one is there.
     #[must_use]
     pub fn try_next(&self) -> Option<T> {
+        self.try_next_stamped().map(|stamped| stamped.event)
+    }
+
+    /// [`try_next`](Self::try_next) with its time.
+    #[must_use]
+    pub fn try_next_stamped(&self) -> Option<Stamped<T>> {
         let event = self.receiver.try_recv().ok()?;
         self.taken();
         Some(event)
@@ -72,9 +93,9 @@ impl<T> Events<T> {
     /// Whether the time is over or the sender is gone.
     pub fn next_timeout(&self, timeout: Duration) -> Result<T, NoEvent> {
         match self.receiver.recv_timeout(timeout) {
-            Ok(event) => {
+            Ok(stamped) => {
                 self.taken();
-                Ok(event)
+                Ok(stamped.event)
             }
             Err(RecvTimeoutError::Timeout) => Err(NoEvent::NotInTime),
             Err(RecvTimeoutError::Disconnected) => Err(NoEvent::Ended),
@@ -124,9 +145,11 @@ mod tests {
         sender.send(1);
         sender.send(2);
         assert!(is_readable(&events));
-        assert_eq!(events.next(), Some(1));
+        let first = events.next_stamped().unwrap();
+        assert_eq!(first.event, 1);
         assert!(is_readable(&events));
-        assert_eq!(events.try_next(), Some(2));
+        let second = events.try_next_stamped().unwrap();
+        assert!(second.event == 2 && second.at >= first.at);
         assert!(!is_readable(&events));
         assert_eq!(events.try_next(), None);
         drop(sender);

@@ -101,6 +101,7 @@
 //!   its children (`MADV_DONTFORK`).
 
 mod destination;
+pub mod dirty;
 mod events;
 mod inbox;
 mod ledger;
@@ -129,16 +130,17 @@ pub use afterimage_protocol::layout::{
 pub use destination::{
     Destination, DestinationEvent, DestinationLedger, DestinationMemory, DestinationOptions,
     DestinationOwnership, DestinationRecord, DestinationRegion, DiscardNotice, MemoryError,
-    UnreadablePages,
+    StateDelivery, UnreadablePages,
 };
-pub use events::{Events, NoEvent};
+pub use events::{Events, NoEvent, Stamped};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
 pub use reconnect::Reconnect;
 pub use source::{
-    Background, CallError, Checksums, Endpoint, Incarnation, MemoryLifetime, Release, ReleaseError,
-    ReleaseLedger, SessionId, SnapshotServer, SnapshotStats, Source, SourceEvent, SourceLedger,
-    SourceMemory, SourceMemoryError, SourceOptions, SourceOwnership, SourcePages, SourceRecord,
-    SourceRegion, StartError, StateSection,
+    Background, CallError, Checksums, Endpoint, Incarnation, MemoryLifetime, PassReport, Passes,
+    Precopy, Release, ReleaseError, ReleaseLedger, SessionId, SnapshotServer, SnapshotStats,
+    Source, SourceEvent, SourceLedger, SourceMemory, SourceMemoryError, SourceOptions,
+    SourceOwnership, SourcePages, SourceRecord, SourceRegion, StartError, StateSection,
+    SwitchoverCause,
 };
 pub use state_file::{
     DestinationStateFile, LayoutDigest, SourceStateFile, StateFile, StateFileError, StateRecord,

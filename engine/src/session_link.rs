@@ -8,7 +8,9 @@ use afterimage_protocol::session::Pulse;
 use afterimage_protocol::wire::{Channel, ControlFrame, Epoch, Hello, Refusal, RefuseCode, Stamp};
 use mio::{Events, Poll, Token};
 use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::io;
+use std::iter::once;
 use std::time::{Duration, Instant};
 
 /// The token of the session thread's inbox.
@@ -67,13 +69,16 @@ pub(crate) enum Line {
 }
 
 /// Waits for the session thread, and carries its frames.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
 pub(crate) struct SessionLink {
     poll: Poll,
     events: Events,
     line: Line,
     connection: Option<ControlConnection>,
-    /// Frames that are made as they go out.
-    stream: Option<FrameStream>,
+    /// Frames that are made as they go out, one stream after the other.
+    streams: VecDeque<FrameStream>,
+    /// Some of these must go before whatever is sent next.
+    is_ordered: bool,
     /// Frames may be there that were not taken in the last round.
     has_more: bool,
     checksums: bool,
@@ -96,7 +101,8 @@ impl SessionLink {
             events: Events::with_capacity(8),
             line,
             connection: None,
-            stream: None,
+            streams: VecDeque::new(),
+            is_ordered: false,
             has_more: false,
             checksums: false,
             origin: Instant::now(),
@@ -291,8 +297,10 @@ impl SessionLink {
 
     /// Queues a frame, if there is a connection.
     pub(crate) fn send(&mut self, frame: &ControlFrame) {
-        if let Some(connection) = &mut self.connection {
-            connection.push(frame);
+        match &mut self.connection {
+            None => {}
+            Some(_) if self.is_ordered => self.streams.push_back(Box::new(once(frame.clone()))),
+            Some(connection) => connection.push(frame),
         }
     }
 
@@ -301,7 +309,16 @@ impl SessionLink {
         &mut self,
         frames: impl Iterator<Item = ControlFrame> + Send + 'static,
     ) {
-        self.stream = Some(Box::new(frames));
+        self.streams.push_back(Box::new(frames));
+    }
+
+    /// The same; whatever is sent afterwards goes out after them.
+    pub(crate) fn send_first(
+        &mut self,
+        frames: impl Iterator<Item = ControlFrame> + Send + 'static,
+    ) {
+        self.is_ordered = true;
+        self.send_stream(frames);
     }
 
     /// Sends what goes.
@@ -312,21 +329,23 @@ impl SessionLink {
         let Some(connection) = &mut self.connection else { return Ok(()) };
         loop {
             while connection.queued() < AHEAD
-                && let Some(frames) = &mut self.stream
+                && let Some(frames) = self.streams.front_mut()
             {
                 match frames.next() {
                     Some(frame) => connection.push(&frame),
-                    None => self.stream = None,
+                    None => drop(self.streams.pop_front()),
                 }
             }
+            self.is_ordered &= !self.streams.is_empty();
             if let Err(error) = connection.flush(self.poll.registry(), CONTROL) {
                 // What the peer said before it went may still lie here, perhaps its bye.
                 tracing::info!(%error, "nothing more goes out on the control connection");
                 connection.mute();
-                (self.stream, self.has_more) = (None, true);
+                self.streams.clear();
+                (self.is_ordered, self.has_more) = (false, true);
                 return Ok(());
             }
-            if connection.queued() > 0 || self.stream.is_none() {
+            if connection.queued() > 0 || self.streams.is_empty() {
                 break;
             }
         }
@@ -376,7 +395,8 @@ impl SessionLink {
 
     /// Ends the connection, if there is one.
     pub(crate) fn disconnect(&mut self) {
-        (self.stream, self.has_more) = (None, false);
+        self.streams.clear();
+        (self.is_ordered, self.has_more) = (false, false);
         if let Some(connection) = self.connection.take() {
             connection.close(self.poll.registry());
         }

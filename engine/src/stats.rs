@@ -8,6 +8,9 @@ use std::time::Duration;
 /// Counted by a source's threads.
 #[derive(Debug, Default)]
 pub(crate) struct SourceCounters {
+    pub(crate) early: AtomicU64,
+    /// Of guest memory, in background.
+    pub(crate) bytes: AtomicU64,
     pub(crate) requested: AtomicU64,
     pub(crate) background: AtomicU64,
     pub(crate) zero: AtomicU64,
@@ -24,6 +27,10 @@ pub struct SourceStats {
     pub pages_total: u64,
     /// Pages that the destination has acknowledged.
     pub pages_acknowledged: u64,
+    /// Pages sent before the switchover, each time one was.
+    pub pages_precopy: u64,
+    /// Bytes of guest memory that were sent unasked, before the switchover and after it.
+    pub bytes_sent: u64,
     /// Pages sent because they were asked for.
     pub pages_requested: u64,
     /// Pages sent in background, with content.
@@ -112,7 +119,9 @@ pub struct DestinationStats {
     pub pages_requested: u64,
     /// Pages put in place from background streams.
     pub pages_background: u64,
-    /// Pages that are zero at the source.
+    /// Pages of which an early copy, sent before the switchover, turned out to be right.
+    pub pages_precopy: u64,
+    /// Pages that are zero at the source, and not among the former.
     pub pages_zero: u64,
     /// Pages that the guest gave up before they arrived.
     pub pages_discarded: u64,

@@ -24,6 +24,10 @@ pub enum ThreadRole {
     Background,
     /// At a source: frees pages that have arrived.
     Release,
+    /// At a source: finds out what the guest has written, between precopy passes.
+    Precopy,
+    /// At a destination: maps what came by precopy, after the switchover.
+    Map,
 }
 
 impl ThreadRole {
@@ -36,6 +40,8 @@ impl ThreadRole {
             Self::Request => "ai-request",
             Self::Background => "ai-backgr",
             Self::Release => "ai-release",
+            Self::Precopy => "ai-precopy",
+            Self::Map => "ai-map",
         }
     }
 }

@@ -13,6 +13,7 @@
 
 mod destination;
 mod error;
+mod hearing;
 mod keeper;
 mod machine;
 mod messages;
@@ -21,6 +22,7 @@ mod outages;
 mod page_client;
 mod page_server;
 mod parent;
+mod precopy;
 mod process;
 mod progress;
 mod proxy;
@@ -32,8 +34,8 @@ mod watch;
 
 use std::process::ExitCode;
 
+use crate::logging;
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 
 use options::{Options, Role};
 
@@ -41,8 +43,7 @@ use options::{Options, Role};
 #[must_use]
 pub fn main() -> ExitCode {
     let options = Options::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    logging::start("error");
     let status = match options.role {
         Some(Role::Source) => messages::run_role(|line, setup| match &setup.handoff {
             None => source::run(line, setup),

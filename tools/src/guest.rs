@@ -14,11 +14,14 @@ mod progress;
 mod spec;
 mod state;
 mod threads;
+mod tracking;
 
 use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+
+use afterimage::dirty::DirtyTracker;
 
 pub use content::{
     PatternError, PatternReport, VerifyError, VerifyReport, digest, init_ram, verify,
@@ -26,11 +29,13 @@ pub use content::{
 };
 pub use progress::Progress;
 pub use spec::{Geometry, GuestSpec, MAX_VCPUS, SYSTEM_BYTES, SpecError, Workload};
-pub(crate) use spec::{control, tag_of};
+pub(crate) use spec::{control, mailbox, tag_of};
 pub(crate) use state::Sections;
 pub use state::{GuestKind, MachineState, StateError, VcpuProgress};
 pub use threads::ThreadsGuest;
 pub(crate) use threads::install_control_pages;
+pub use tracking::TrackerKind;
+pub(crate) use tracking::tracked_regions;
 
 use crate::ram::GuestRam;
 
@@ -66,6 +71,14 @@ pub enum GuestError {
     /// The guest has failed and its state cannot be moved.
     #[error("the guest failed: {0}")]
     Failed(String),
+    /// What the guest writes cannot be tracked in this way.
+    #[error("what the guest writes cannot be tracked by {tracker}")]
+    Untracked {
+        /// In which way.
+        tracker: TrackerKind,
+        /// Why not, and what to use instead.
+        source: io::Error,
+    },
     /// Start of a running guest, or stop of a stopped one.
     #[error("the guest is {0} already")]
     Already(&'static str),
@@ -81,14 +94,37 @@ pub trait Guest: Send + Debug {
     /// If it runs already, or a thread cannot be started.
     fn start(&mut self) -> Result<(), GuestError>;
 
-    /// Stops all vCPUs and returns all of their state that is not in RAM.
+    /// Stops all vCPUs: when this returns, nobody writes RAM any more.
     ///
     /// Running vCPUs stop within microseconds. A vCPU that waits for a page stops
     /// only once the page has arrived: until then this **blocks**.
     ///
     /// # Errors
-    /// If it does not run, a vCPU failed, or its state cannot be read.
-    fn stop(&mut self) -> Result<MachineState, GuestError>;
+    /// If it does not run, or a vCPU failed.
+    fn halt(&mut self) -> Result<(), GuestError>;
+
+    /// All state of the stopped vCPUs that is not in RAM.
+    ///
+    /// # Errors
+    /// If it runs, a vCPU failed, or its state cannot be read.
+    fn save(&self) -> Result<MachineState, GuestError>;
+
+    /// [`halt`](Self::halt) and [`save`](Self::save).
+    ///
+    /// # Errors
+    /// Theirs.
+    fn stop(&mut self) -> Result<MachineState, GuestError> {
+        self.halt()?;
+        self.save()
+    }
+
+    /// What tells which pages the guest writes; one at a time. It tells nothing before it is
+    /// started.
+    ///
+    /// # Errors
+    /// [`GuestError::Untracked`], or [`GuestError::Already`] where the guest must be
+    /// stopped when this is first asked for.
+    fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError>;
 
     /// What the guest does.
     fn spec(&self) -> &GuestSpec;

@@ -10,6 +10,8 @@
 //! - [`page_client`]: serving the memory of a guest that another process runs
 //! - [`keeper`]: holding descriptors for processes that may die
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
+//! - [`control`]: driving a migration from a socket, and watching it
+//! - [`ctl`]: the client of that socket
 //! - [`report_page`]: measurements as a page of HTML with pictures
 //! - [`sampling`]: samples of a migration as it goes on
 //! - [`bandwidth`]: the rate of the background as people write it
@@ -18,11 +20,15 @@
 
 pub mod attachment;
 pub mod bandwidth;
+pub mod control;
+pub mod ctl;
 pub mod demo;
 mod descriptors;
 pub mod guest;
 pub mod handoff;
 pub mod keeper;
+mod logging;
+mod metrics;
 pub mod microvm;
 pub mod migrate;
 pub mod page_client;

@@ -15,9 +15,9 @@ pub mod options;
 mod report;
 mod serving;
 
-use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use afterimage::{
@@ -25,17 +25,19 @@ use afterimage::{
     DestinationRecord, DestinationStateFile, Endpoint, Listener, Plaintext,
 };
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 
 use crate::attachment::{Arrival, Offer, Word};
+use crate::control::{Control, Desk, DestinationControl, Identity, Phase};
 use crate::handoff::framing;
 use crate::keeper::{Place, place_path};
+use crate::logging;
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
 use crate::page_server::{Failure, Notice, check_connect, listen_privately};
 use door::{Door, News};
 use guest::Served;
 use options::Options;
+pub(crate) use report::Work;
 use report::{Journal, Outcome, Report};
 use serving::{Serving, Session};
 
@@ -43,12 +45,7 @@ use serving::{Serving, Session};
 #[must_use]
 pub fn main() -> ExitCode {
     let options = Options::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    logging::start("warn");
     let report = serve(&options, Progress::new("page-client")).unwrap_or_else(|failure| {
         eprintln!("page-client: {failure}");
         Report::failed(&failure)
@@ -81,7 +78,20 @@ pub fn run(
 }
 
 fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
-    let mut waiter = Waiter::new().map_err(Failure::of("wait for signals"))?;
+    let waiter = Waiter::new().map_err(Failure::of("wait for signals"))?;
+    let identity = Identity { tool: "page-client", role: "destination" };
+    let control = Control::open(&options.control, identity)?;
+    let report = serve_at(options, progress, waiter, control.desk())?;
+    control.close(report.outcome().name());
+    Ok(report)
+}
+
+fn serve_at(
+    options: &Options,
+    progress: Progress,
+    mut waiter: Waiter,
+    desk: Desk,
+) -> Result<Report, Failure> {
     let mut journal = Journal::new();
     let state = options.state.as_deref().map(DestinationStateFile::open).transpose();
     let state = state.map_err(Failure::of("use the state file"))?;
@@ -110,6 +120,7 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
         return Ok(journal.close(Outcome::NotHere, None));
     };
     let runs = with.record.ownership == DestinationOwnership::Running;
+    let bytes = memory.layout().bytes();
     let watched = served.vmm.try_clone().and_then(|vmm| door.watch(vmm));
     let started = watched.map_err(Failure::of("watch the VMM")).and_then(|()| {
         Destination::start(memory, endpoint, with).map_err(Failure::of("start serving"))
@@ -119,10 +130,15 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
             turn_away(socket, failure, place.as_mut(), &progress);
         }
     })?;
+    let destination = Arc::new(destination);
+    let plaintext = plaintext(options);
+    let subject = DestinationControl { destination: Arc::clone(&destination), plaintext };
+    let phase = if runs { Phase::Running } else { Phase::Connecting };
+    desk.begin(phase, bytes, Arc::new(subject));
     journal.serves(served.pid, socket.is_none());
     let what = if socket.is_some() { "serving" } else { "taking over" };
     progress.say(&format!("{what} the guest {:?} of process {}", served.name, served.pid));
-    let session = Session { destination, events, door, waiter, progress, journal };
+    let session = Session { destination, events, door, waiter, progress, journal, desk };
     let mut serving = Serving::new(session, served, place, state, runs);
     if let Some(socket) = socket {
         serving.greet(socket);

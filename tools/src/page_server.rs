@@ -21,18 +21,20 @@ mod survival;
 pub(crate) mod wait;
 mod waiting;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use afterimage::{
     Checksums, Endpoint, Listener, Plaintext, Release, ReleaseLedger, SnapshotServer, Source,
     SourceMemory, SourceOptions, SourceOwnership, SourceRecord,
 };
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 
+use crate::control::{
+    Control, Desk, GoingBack, Identity, Phase, SnapshotControl, SourceControl, Switching,
+};
 use crate::handoff::Offer;
+use crate::logging;
 pub use failure::Failure;
 pub(crate) use failure::check_connect;
 use holding::Kept;
@@ -41,6 +43,7 @@ use migration::{Migration, Origin};
 use options::Options;
 pub use progress::Notice;
 use progress::Progress;
+pub(crate) use report::Counts as PageCounts;
 use report::{Counts, Journal, Mode, Outcome, Report};
 use snapshot::Snapshot;
 use survival::{Memory, Past, Survival};
@@ -55,12 +58,7 @@ pub fn main() -> ExitCode {
     if options.probe {
         return probing::show(options.json);
     }
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    logging::start("warn");
     let report = serve(&options, Progress::new("page-server")).unwrap_or_else(|failure| {
         eprintln!("page-server: {failure}");
         Report::failed(mode(&options), &failure)
@@ -92,21 +90,30 @@ const fn mode(options: &Options) -> Mode {
 }
 
 fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
-    let mode = mode(options);
     if options.silence <= options.heartbeat {
         return Err(Failure::usage("--silence must be longer than --heartbeat"));
     }
-    let mut waiter = Waiter::new().map_err(Failure::of("wait for signals"))?;
-    let journal = Journal::new(mode);
+    let waiter = Waiter::new().map_err(Failure::of("wait for signals"))?;
+    let journal = Journal::new(mode(options));
     if options.fence {
         return fence::fence(options, &progress, journal);
     }
+    let role = if options.snapshot { "snapshot" } else { "source" };
+    let control = Control::open(&options.control, Identity { tool: "page-server", role })?;
+    let report = serve_at(options, Parts { waiter, progress, journal, desk: control.desk() })?;
+    control.close(report.outcome().name());
+    Ok(report)
+}
+
+fn serve_at(options: &Options, parts: Parts) -> Result<Report, Failure> {
+    let Parts { mut waiter, progress, journal, desk } = parts;
+    let mode = mode(options);
     // Everything that can be wrong with the command line shows before anything is served.
     let mut survival = Survival::open(options)?;
     match survival.past()? {
         Past::Open => {}
         Past::Fenced => {
-            let parts = Parts { waiter, progress, journal };
+            let parts = Parts { waiter, progress, journal, desk };
             return fence::refuse(&survival, listen(options, &parts.progress)?, options, parts);
         }
         Past::Complete if survival.can_say_bye(options, &progress) => {}
@@ -131,7 +138,7 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
     let endpoint = listen(options, &progress)?;
     let (memory, supply) = match (from_files, kept, door) {
         (Some(memory), ..) if mode == Mode::Snapshot => {
-            return snapshot(options, memory, endpoint, Parts { waiter, progress, journal });
+            return snapshot(options, memory, endpoint, Parts { waiter, progress, journal, desk });
         }
         (Some(memory), ..) => (memory, Supply::Files),
         (None, Some(kept), _) => waiting::map_kept(kept)?,
@@ -143,7 +150,7 @@ fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {
             return Err(Failure::usage("give --memory, --layout, --handoff or --keeper"));
         }
     };
-    migrate(options, memory, supply, endpoint, survival, Parts { waiter, progress, journal })
+    migrate(options, memory, supply, endpoint, survival, Parts { waiter, progress, journal, desk })
 }
 
 /// The address, which is said where it is listened on.
@@ -188,6 +195,7 @@ struct Parts {
     waiter: Waiter,
     progress: Progress,
     journal: Journal,
+    desk: Desk,
 }
 
 type State = (Vec<afterimage::StateSection>, Origin);
@@ -201,8 +209,8 @@ fn migrate(
     mut survival: Survival,
     parts: Parts,
 ) -> Result<Report, Failure> {
-    let Parts { waiter, progress, mut journal } = parts;
-    let pages = memory.layout().page_count();
+    let Parts { waiter, progress, mut journal, desk } = parts;
+    let (pages, bytes) = (memory.layout().page_count(), memory.layout().bytes());
     let mut source_options = source_options(options);
     let which = if matches!(supply, Supply::Offered(_)) { Memory::New } else { Memory::Same };
     let before = survival.begin(memory.layout(), which, &mut source_options)?;
@@ -211,8 +219,10 @@ fn migrate(
     }
     let (source, events) =
         Source::start(memory, endpoint, source_options).map_err(Failure::of("start serving"))?;
+    let source = Arc::new(source);
     let session = source.session().to_string();
     journal.begin(&session, pages);
+    desk.name(&session);
     let (sections, origin) = match supply {
         Supply::Files => {
             survival.note_files(options, &progress);
@@ -232,7 +242,42 @@ fn migrate(
     if ownership != SourceOwnership::Finished {
         source.switch_over(sections).map_err(Failure::of("switch over"))?;
     }
-    Migration { source, events, waiter, progress, journal, origin, survival, ownership }.run()
+    let subject = controlled(options, &source, pages, origin);
+    let phase = match ownership {
+        SourceOwnership::Given => Phase::Given,
+        SourceOwnership::Finished => Phase::Finished,
+        _ => Phase::Connecting,
+    };
+    desk.begin(phase, bytes, Arc::new(subject));
+    Migration { source, events, waiter, progress, journal, desk, origin, survival, ownership }.run()
+}
+
+/// What can be asked for at the control socket.
+fn controlled(
+    options: &Options,
+    source: &Arc<Source>,
+    pages: u64,
+    origin: Origin,
+) -> SourceControl {
+    SourceControl {
+        source: Arc::clone(source),
+        pages,
+        plaintext: plaintext(options),
+        streams: options.streams,
+        bandwidth: Mutex::new(options.bandwidth),
+        going_back: match origin {
+            Origin::Files => GoingBack::Possible,
+            Origin::HandedOver => GoingBack::Impossible(
+                "the VMM that ran the guest has given it away, and here it cannot run: end \
+                 page-server, and declare the destination dead with page-server --fence, which \
+                 says where the guest is",
+            ),
+        },
+        switching: Switching::Over(
+            "page-server serves a guest that is stopped already: it was switched over when its \
+             session began",
+        ),
+    }
 }
 
 fn resumed(record: &SourceRecord) -> String {
@@ -251,16 +296,26 @@ fn snapshot(
     endpoint: Endpoint,
     parts: Parts,
 ) -> Result<Report, Failure> {
-    let Parts { waiter, progress, mut journal } = parts;
+    let Parts { waiter, progress, mut journal, desk } = parts;
     let Endpoint::Listen(listener) = endpoint else {
         return Err(Failure::usage("--snapshot needs --listen"));
     };
-    let pages = memory.layout().page_count();
+    let (pages, bytes) = (memory.layout().page_count(), memory.layout().bytes());
     let most = options.max_destinations;
     let (server, events) = SnapshotServer::start(memory, listener, source_options(options), most)
         .map_err(Failure::of("start serving"))?;
-    journal.begin(&server.session().to_string(), pages);
-    Snapshot::new(server, events, waiter, progress, journal).run()
+    let session = server.session().to_string();
+    journal.begin(&session, pages);
+    let server = Arc::new(server);
+    let subject = SnapshotControl {
+        server: Arc::clone(&server),
+        pages,
+        streams: options.streams,
+        bandwidth: Mutex::new(options.bandwidth),
+    };
+    desk.name(&session);
+    desk.begin(Phase::Serving, bytes, Arc::new(subject));
+    Snapshot::new(server, events, Parts { waiter, progress, journal, desk }).run()
 }
 
 fn files(options: &Options) -> Result<Option<SourceMemory>, Failure> {

@@ -33,6 +33,8 @@ pub struct ArrivalSample {
     pub pages_requested: u64,
     /// Pages put in place from background streams.
     pub pages_background: u64,
+    /// Pages of which a copy that was sent before the switchover turned out to be right.
+    pub pages_precopy: u64,
     /// Pages that are zero, of which no content was sent.
     pub pages_zero: u64,
     /// How long vCPUs had waited for pages, all waits that were over added up, in
@@ -49,6 +51,7 @@ impl ArrivalSample {
             at_us,
             pages_requested: stats.pages_requested,
             pages_background: stats.pages_background,
+            pages_precopy: stats.pages_precopy,
             pages_zero: stats.pages_zero,
             stall_us: stats.fault_latency.total.as_nanos() as f64 / 1000.0,
             arrived_percent: shares.iter().copied().map(percent).collect(),

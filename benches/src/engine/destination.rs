@@ -1,5 +1,6 @@
 //! The side that gets the guest.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use super::recovery::{Cuts, Recoveries};
 use super::relay::Relay;
 use crate::error::{BenchError, Doing};
 use crate::guest;
+use crate::latency::Latencies;
 use crate::memory::{self, Memory, PAGE};
 use crate::outcome::{Figure, Meter, Outcome, Reading};
 use crate::sys;
@@ -35,7 +37,7 @@ const ENTRY: u64 = 8;
 /// If the engine fails, the guest is not here within minutes, or a page is not what it must
 /// be.
 pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, BenchError> {
-    let is_relayed = matches!(unit, Unit::Wire(_) | Unit::Recovery(_));
+    let is_relayed = matches!(unit, Unit::Wire(_) | Unit::Recovery(_) | Unit::Bandwidth(_));
     let mut relay = is_relayed.then(|| Relay::start(&source.address)).transpose()?;
     let address = relay.as_ref().map_or_else(|| source.address.clone(), Relay::address);
     let memory = Memory::empty(setup.memory)?;
@@ -51,7 +53,7 @@ pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, 
     options.plaintext = Plaintext::Anywhere;
     let (destination, events) = Destination::start(registered, Endpoint::Connect(address), options)
         .doing("starting the destination")?;
-    begin(&destination, &events)?;
+    let vcpus = begin(&destination, &events)?;
     let (at, meter) = (sys::now_ns(), Meter::start());
     let recoveries = match (unit, &mut relay, &source.echo) {
         (Unit::Recovery(plan), Some(relay), Some(echo)) => {
@@ -59,7 +61,7 @@ pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, 
         }
         _ => None,
     };
-    let mut run = run(unit, &destination, &events, &memory, (at, meter, footprint))?;
+    let mut run = run(unit, &destination, &events, (&memory, &vcpus), (at, meter, footprint))?;
     if let Some(recoveries) = recoveries {
         run.guest = GuestOutcome::Recovered(recoveries);
     }
@@ -71,7 +73,11 @@ pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, 
         run.guest.verify(&memory)?;
     }
     let wire = relay.as_ref().map(Relay::bytes);
-    Ok(outcome(run, &stats, &memory, wire))
+    let mut outcome = outcome(run, &stats, &memory, wire);
+    if let (Unit::Bandwidth(_), Some(relay)) = (unit, &relay) {
+        outcome.wire = relay.samples();
+    }
+    Ok(outcome)
 }
 
 /// What a page costs the guest itself: its entry in the page table and, where the memory is
@@ -114,6 +120,12 @@ fn outcome(run: Run, stats: &DestinationStats, memory: &Memory, wire: Option<u64
                 .with(Figure::RequestUs, us(recoveries.request));
             outcome.latencies = Some(recoveries.latencies);
         }
+        GuestOutcome::Moved { waits, .. } => {
+            outcome = outcome
+                .with(Figure::RemoteFaults, stats.fault_latency.count as f64)
+                .with(Figure::StallUs, waits.total_us());
+            outcome.latencies = Some(waits);
+        }
         GuestOutcome::Worked { seconds, added } => {
             let operations: u64 = added.iter().sum();
             outcome =
@@ -123,11 +135,18 @@ fn outcome(run: Run, stats: &DestinationStats, memory: &Memory, wire: Option<u64
     outcome
 }
 
-/// Until the guest may run.
-fn begin(destination: &Destination, events: &Events<DestinationEvent>) -> Result<(), BenchError> {
-    until(events, |event| matches!(event, DestinationEvent::State(_)))?;
+/// Until the guest may run; returns the state of its vCPUs.
+fn begin(
+    destination: &Destination,
+    events: &Events<DestinationEvent>,
+) -> Result<Vec<u8>, BenchError> {
+    let mut sections = next_event(events, |event| match event {
+        DestinationEvent::State(sections) => ControlFlow::Break(sections),
+        _ => ControlFlow::Continue(()),
+    })?;
     destination.ready().doing("being ready")?;
-    until(events, |event| *event == DestinationEvent::Run)
+    until(events, |event| *event == DestinationEvent::Run)?;
+    Ok(sections.pop().map(|section| section.bytes).unwrap_or_default())
 }
 
 struct Run {
@@ -142,7 +161,7 @@ fn run(
     unit: Unit,
     destination: &Destination,
     events: &Events<DestinationEvent>,
-    memory: &Memory,
+    (memory, vcpus): (&Memory, &[u8]),
     (at, meter, footprint): (u64, Meter, Footprint),
 ) -> Result<Run, BenchError> {
     if unit.is_given_up() {
@@ -160,7 +179,7 @@ fn run(
         (stats.pages_requested + stats.pages_background) * guest_share(memory)
     };
     let (guest, reading, extra, samples) = thread::scope(|scope| {
-        let guest = scope.spawn(|| work(unit, memory, &done));
+        let guest = scope.spawn(|| work(unit, memory, vcpus, &done));
         let watch = matches!(unit, Unit::Footprint(_))
             .then(|| scope.spawn(|| footprint.watch(share, &done)));
         let (stop, stopped) = crossbeam_channel::bounded(1);
@@ -186,15 +205,16 @@ fn run(
 /// What the guest did meanwhile.
 enum GuestOutcome {
     Idle,
-    Faulted(crate::latency::Latencies),
+    Faulted(Latencies),
     Worked { seconds: f64, added: Vec<u64> },
+    Moved { waits: Latencies, added: Vec<u64> },
     Recovered(Recoveries),
 }
 
 impl GuestOutcome {
     fn verify(&self, memory: &Memory) -> Result<(), BenchError> {
         match self {
-            Self::Worked { added, .. } => {
+            Self::Worked { added, .. } | Self::Moved { added, .. } => {
                 memory.verify_except(|page| added.get(page as usize).copied().unwrap_or(0))
             }
             _ => memory.verify(),
@@ -202,7 +222,12 @@ impl GuestOutcome {
     }
 }
 
-fn work(unit: Unit, memory: &Memory, done: &AtomicBool) -> Result<GuestOutcome, BenchError> {
+fn work(
+    unit: Unit,
+    memory: &Memory,
+    vcpus: &[u8],
+    done: &AtomicBool,
+) -> Result<GuestOutcome, BenchError> {
     match unit {
         Unit::Faults(plan) | Unit::Trace(plan) => {
             let pages = memory::shuffled(plan.bytes / PAGE).into_iter();
@@ -213,6 +238,10 @@ fn work(unit: Unit, memory: &Memory, done: &AtomicBool) -> Result<GuestOutcome, 
         Unit::WorkingSet(_) => {
             let (seconds, added) = guest::work(memory);
             Ok(GuestOutcome::Worked { seconds, added })
+        }
+        Unit::Moving(_) => {
+            let (waits, added) = guest::hot::work(memory, vcpus, done)?;
+            Ok(GuestOutcome::Moved { waits, added })
         }
         _ => Ok(GuestOutcome::Idle),
     }
@@ -236,14 +265,26 @@ pub(super) fn until(
     events: &Events<DestinationEvent>,
     is_it: impl Fn(&DestinationEvent) -> bool,
 ) -> Result<(), BenchError> {
+    next_event(events, |event| {
+        if is_it(&event) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })
+}
+
+/// Takes events until one of them is what is looked for.
+fn next_event<T>(
+    events: &Events<DestinationEvent>,
+    look: impl Fn(DestinationEvent) -> ControlFlow<T>,
+) -> Result<T, BenchError> {
     loop {
-        match events.next_timeout(LIMIT) {
-            Ok(event) if is_it(&event) => return Ok(()),
-            Ok(DestinationEvent::Failed(why) | DestinationEvent::Ended(why)) => {
+        match events.next_timeout(LIMIT).doing("waiting for the destination")? {
+            DestinationEvent::Failed(why) | DestinationEvent::Ended(why) => {
                 return Err(BenchError::Failed(why));
             }
-            Ok(_) => {}
-            Err(error) => return Err(error).doing("waiting for the destination"),
+            event => {
+                if let ControlFlow::Break(found) = look(event) {
+                    return Ok(found);
+                }
+            }
         }
     }
 }

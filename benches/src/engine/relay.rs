@@ -5,13 +5,14 @@
 
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use crate::error::{BenchError, Doing};
 use crate::network::Socket;
+use crate::outcome::WireSample;
+use crate::sys;
 
 /// Bytes passed on in one go.
 const BUFFER: usize = 64 << 10;
@@ -35,7 +36,8 @@ struct Accepting {
 #[derive(Debug)]
 struct Shared {
     source: String,
-    bytes: AtomicU64,
+    /// What was passed on when.
+    passed: Mutex<Vec<WireSample>>,
     connections: Mutex<Vec<Connection>>,
 }
 
@@ -52,7 +54,7 @@ impl Relay {
         let address = listener.local_addr().doing("the address of the relay")?;
         let shared = Shared {
             source: source.to_owned(),
-            bytes: AtomicU64::new(0),
+            passed: Mutex::default(),
             connections: Mutex::default(),
         };
         let mut relay = Self { address, shared: Arc::new(shared), accepting: None };
@@ -67,7 +69,12 @@ impl Relay {
 
     /// Bytes in both directions.
     pub(super) fn bytes(&self) -> u64 {
-        self.shared.bytes.load(Ordering::Relaxed)
+        self.shared.passed().last().map_or(0, |sample| sample.bytes)
+    }
+
+    /// The same at each moment at which it grew.
+    pub(super) fn samples(&self) -> Vec<WireSample> {
+        self.shared.passed().clone()
     }
 
     /// Ends all connections; whoever wants to make one is refused.
@@ -125,6 +132,17 @@ impl Shared {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn passed(&self) -> MutexGuard<'_, Vec<WireSample>> {
+        self.passed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, bytes: u64) {
+        let mut passed = self.passed();
+        let bytes = passed.last().map_or(0, |sample| sample.bytes) + bytes;
+        // Under the lock, so that time grows too.
+        passed.push(WireSample { at_ns: sys::now_ns(), bytes });
+    }
+
     fn join(self: &Arc<Self>, near: TcpStream) -> Result<(), BenchError> {
         let came = Instant::now();
         let doing = "passing a connection on";
@@ -142,7 +160,7 @@ impl Shared {
         thread::spawn(move || {
             let mut buffer = vec![0; BUFFER];
             while let Ok(length @ 1..) = std::io::Read::read(&mut from, &mut buffer) {
-                shared.bytes.fetch_add(length as u64, Ordering::Relaxed);
+                shared.note(length as u64);
                 if to.send(&buffer[..length]).is_err() {
                     break;
                 }

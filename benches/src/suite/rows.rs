@@ -1,5 +1,7 @@
 //! The rows, and what each is to reach.
 
+mod limits;
+mod precopy;
 mod reliability;
 
 use afterimage_tools::ram::Backing;
@@ -32,6 +34,10 @@ pub fn all(sizes: Sizes) -> Vec<Row> {
     rows.extend(switchover());
     rows.extend(cost(&units));
     rows.push(working_set(&units));
+    rows.extend(limits::bandwidth(&units));
+    rows.extend(limits::faults(&units));
+    rows.extend(precopy::moving(&units));
+    rows.extend(precopy::stopped(&units));
     rows.extend(reliability::release(&units));
     rows.extend(reliability::resident_source(&units));
     rows.extend(reliability::recovery());

@@ -41,6 +41,8 @@ pub(super) struct Arrivals {
     arrived: Arc<Arrived>,
     pub(super) epoch: Epoch,
     pub(super) checksums: bool,
+    /// Both sides can do precopy.
+    pub(super) precopy: bool,
 }
 
 impl std::ops::Deref for Arrivals {
@@ -73,8 +75,8 @@ impl Arrived {
         }
     }
 
-    pub(super) fn on(self: &Arc<Self>, epoch: Epoch, checksums: bool) -> Arrivals {
-        Arrivals { arrived: Arc::clone(self), epoch, checksums }
+    pub(super) fn on(self: &Arc<Self>, epoch: Epoch, checksums: bool, precopy: bool) -> Arrivals {
+        Arrivals { arrived: Arc::clone(self), epoch, checksums, precopy }
     }
 
     fn acks(&self) -> MutexGuard<'_, Vec<PageRange>> {
@@ -193,6 +195,7 @@ impl Arrived {
             pages_complete: total - self.pages.remaining(),
             pages_requested: of(&pages.urgent),
             pages_background: of(&pages.background),
+            pages_precopy: of(&pages.early),
             pages_zero: of(&pages.zero),
             pages_discarded: of(&pages.discarded),
             pages_duplicate: of(&pages.duplicate),

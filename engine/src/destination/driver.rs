@@ -3,6 +3,8 @@
 
 mod by_hand;
 mod channels;
+mod passes;
+mod state;
 
 use super::arrivals::{Arrivals, Arrived};
 use super::faults::Order;
@@ -39,8 +41,6 @@ use std::time::Duration;
 const ACK_PAUSE: Duration = Duration::from_millis(20);
 /// Frames of acknowledgements of one look, so that a flood of them keeps nobody from the rest.
 const ACK_FRAMES: usize = 16;
-/// The most device state that is kept for the VMM.
-const MAX_STATE_BYTES: usize = 1 << 30;
 
 /// Where the outcome of a call goes.
 pub(super) type Reply = Sender<Result<(), CallError>>;
@@ -95,8 +95,12 @@ pub(super) struct Driver {
     state: Vec<StateSection>,
     state_bytes: usize,
     is_section_open: bool,
+    /// A section was told that comes again if the connection breaks.
+    has_told_section: bool,
     /// Why this side was turned away, if the VMM has been told and nothing has changed.
     turned_away: Option<Refusal>,
+    /// Maps what came by early copies.
+    mapper: Option<JoinHandle<()>>,
 }
 
 impl Driver {
@@ -131,7 +135,9 @@ impl Driver {
             state: Vec::new(),
             state_bytes: 0,
             is_section_open: false,
+            has_told_section: false,
             turned_away: None,
+            mapper: None,
         }
     }
 
@@ -183,6 +189,7 @@ impl Driver {
     }
 
     fn stop(&mut self) {
+        self.stop_mapping();
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, "the destination was shut down")));
         if self.arrived.pages.remaining() > 0 {
             self.events.send(DestinationEvent::Abandoned);
@@ -299,7 +306,7 @@ impl Driver {
             self.link.redial_refused();
             return;
         }
-        let common = self.options.capabilities().common(theirs.capabilities);
+        let common = self.session.capabilities().common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
         let (stamp, silence) = (self.session.stamp(), self.silence());
         if let Err(error) = self.link.connected(stream, stamp, checksums, silence) {
@@ -325,13 +332,13 @@ impl Driver {
                     self.open_channels(stamp, streams);
                 }
                 DestinationAction::Renew { channel, generation } => self.renew(channel, generation),
-                DestinationAction::ResetState => {
-                    self.state.clear();
-                    (self.state_bytes, self.is_section_open) = (0, false);
-                }
+                DestinationAction::ResetState => self.reset_state(),
                 DestinationAction::Section { name, version, last, bytes } => {
                     self.take_section(name, version, last, &bytes);
                 }
+                DestinationAction::Stale { range, segment } => self.stale(range, &segment),
+                DestinationAction::Pass { number, last } => self.pass(number, last),
+                DestinationAction::ForgetEarly => self.forget_early(),
                 DestinationAction::Event(event) => self.tell(event),
                 DestinationAction::HangUp(refusal) => self.hang_up(refusal),
                 other => tracing::error!(?other, "an action of a newer protocol"),
@@ -364,12 +371,13 @@ impl Driver {
     /// What is complete now. Pages that become complete from here on are acknowledged.
     fn send_received(&mut self) {
         self.arrived.forget_acks();
+        self.prepare_received();
         let arrived = Arc::clone(&self.arrived);
         let pages = arrived.pages.planes().pages();
         let segments = (0..pages).step_by(MAX_SEGMENT_PAGES as usize).map(move |start| {
             let count = MAX_SEGMENT_PAGES.min(pages - start);
             let range = PageRange::new(PageNumber(start), count);
-            let segment = Segment::encode(arrived.pages.planes().completed(), range);
+            let segment = Segment::encode(arrived.pages.present(), range);
             ControlFrame::Received { range, segment, last: start + count == pages }
         });
         self.link.send_stream(segments);
@@ -418,23 +426,6 @@ impl Driver {
         self.act();
     }
 
-    fn take_section(&mut self, name: String, version: u32, last: bool, bytes: &[u8]) {
-        self.state_bytes += bytes.len();
-        if self.state_bytes > MAX_STATE_BYTES {
-            let reason = format!("more than {MAX_STATE_BYTES} bytes of device state");
-            self.session.disconnected();
-            self.hang_up(Some(Refusal::new(RefuseCode::Protocol, reason)));
-            return;
-        }
-        match self.state.last_mut() {
-            Some(open) if self.is_section_open && open.name == name => {
-                open.bytes.extend_from_slice(bytes);
-            }
-            _ => self.state.push(StateSection { name, version, bytes: bytes.to_vec() }),
-        }
-        self.is_section_open = !last;
-    }
-
     fn tell(&mut self, said: Said) {
         let event = match said {
             Said::Attached(session) => {
@@ -448,6 +439,7 @@ impl Driver {
                 self.pause_if_by_hand();
                 return;
             }
+            Said::Stopped => DestinationEvent::SourceStopped,
             Said::StateComplete => DestinationEvent::State(std::mem::take(&mut self.state)),
             Said::Run => {
                 self.arrived.note_running();

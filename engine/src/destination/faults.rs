@@ -299,6 +299,7 @@ impl FaultThread {
         let now = Instant::now();
         self.waits_for_nothing_else();
         let asked = Asked { since: None, last: now, first: now };
+        self.arrived.pages.promote(pages);
         for page in pages.iter() {
             if !self.arrived.pages.planes().is_complete(page) && !self.asked.contains_key(&page) {
                 self.asked.insert(page, asked);
@@ -423,6 +424,9 @@ impl FaultThread {
             let header = Header::from_bytes(*header);
             let frame = DataFrame::parse(&header, line.arrivals.pages.layout(), "request")
                 .map_err(io::Error::other)?;
+            if header.pass().is_some() {
+                return Err(io::Error::other("early copies were not asked for"));
+            }
             let length = header.length() as usize;
             if length > line.incoming.len() - HEADER_BYTES {
                 return Err(io::Error::other("an answer of several pages was not asked for"));
@@ -463,6 +467,8 @@ impl FaultThread {
                 }
                 self.arrived.acknowledge_complete(pages);
             }
+            // Asked for before anything is settled; it is asked for again then.
+            DataFrame::Unreadable(_) if self.arrived.pages.is_taking_early() => {}
             DataFrame::Unreadable(pages) => {
                 for page in pages.iter() {
                     self.asked.remove(&page);

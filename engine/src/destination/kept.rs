@@ -56,6 +56,7 @@ pub(crate) struct Kept {
     /// A word for each field.
     head: LazyWords,
     pages: u64,
+    is_in_file: bool,
 }
 
 /// An empty file for planes: memory that exists as long as anybody holds the descriptor.
@@ -69,12 +70,12 @@ impl Kept {
     pub(crate) fn for_now(layout: &GuestLayout) -> io::Result<Self> {
         let pages = layout.page_count();
         let map = MmapOptions::new().len(length_for(pages)).no_reserve_swap().map_anon()?;
-        Ok(Self::over(MmapRaw::from(map), pages))
+        Ok(Self::over(MmapRaw::from(map), pages, false))
     }
 
-    fn over(map: MmapRaw, pages: u64) -> Self {
+    fn over(map: MmapRaw, pages: u64, is_in_file: bool) -> Self {
         let map = Arc::new(map);
-        Self { head: LazyWords::within(&map, 0, FIELDS), map, pages }
+        Self { head: LazyWords::within(&map, 0, FIELDS), map, pages, is_in_file }
     }
 
     /// In a file: begun anew if it is empty, or taken over as it is.
@@ -94,13 +95,18 @@ impl Kept {
         }
         keep_size(&file)?;
         let map = MmapOptions::new().len(wanted).map_raw(file.as_raw_fd())?;
-        let kept = Self::over(map, pages);
+        let kept = Self::over(map, pages, true);
         if kept.field(Field::Magic).load(Ordering::Acquire) == 0 {
             kept.describe(layout);
         } else {
             kept.check(layout)?;
         }
         Ok(kept)
+    }
+
+    /// Whether a successor finds it.
+    pub(crate) const fn is_in_file(&self) -> bool {
+        self.is_in_file
     }
 
     fn describe(&self, layout: &GuestLayout) {

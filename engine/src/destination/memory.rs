@@ -300,6 +300,29 @@ impl DestinationMemory {
         )
     }
 
+    /// Why pages cannot be kept here before the guest's vCPUs have stopped at the source, if they
+    /// cannot: then nothing is sent before.
+    #[must_use]
+    pub fn precopy_lack(&self) -> Option<&'static str> {
+        let lacks_file = |local: bool| {
+            let regions = self.layout.regions().iter().zip(&self.files);
+            regions
+                .into_iter()
+                .any(|(region, file)| file.is_none() && (local == region.local.is_some()))
+        };
+        if self.kept.is_in_file() {
+            Some("its planes are kept for a successor, who would not know of early copies")
+        } else if lacks_file(false) {
+            Some("it was handed over without a file, and cannot be emptied from outside")
+        } else if self.has_events && lacks_file(true) {
+            Some(
+                "it has no file, and dropping a page that is out of date would look like a discard",
+            )
+        } else {
+            None
+        }
+    }
+
     /// The userfaultfd.
     pub(crate) const fn uffd(&self) -> &Uffd {
         &self.uffd

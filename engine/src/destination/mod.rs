@@ -82,6 +82,18 @@ pub enum UnreadablePages {
     Poison,
 }
 
+/// When the VMM gets device state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StateDelivery {
+    /// All of it at once ([`DestinationEvent::State`]), 1 GiB at most.
+    #[default]
+    Whole,
+    /// Each section when it is there ([`DestinationEvent::Section`]), 1 GiB at most each, so
+    /// that restoring overlaps the transfer.
+    BySection,
+}
+
 /// How a destination gets its memory.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -100,6 +112,12 @@ pub struct DestinationOptions {
     pub record: DestinationRecord,
     /// Where the ownership record goes.
     pub ledger: DestinationLedger,
+    /// Whether pages are taken while the guest still runs at the source, if the source sends
+    /// them and the memory can keep them ([`DestinationMemory::precopy_lack`]). Then nobody may
+    /// touch guest memory before [`DestinationEvent::State`].
+    pub precopy: bool,
+    /// When the VMM gets device state.
+    pub state: StateDelivery,
     /// What becomes of pages that the source cannot read.
     pub unreadable: UnreadablePages,
     /// Called on every thread of the engine.
@@ -121,6 +139,8 @@ impl Default for DestinationOptions {
                 ownership: DestinationOwnership::Waiting,
             },
             ledger: DestinationLedger::volatile(),
+            precopy: true,
+            state: StateDelivery::default(),
             unreadable: UnreadablePages::default(),
             threads: ThreadHook::default(),
         }
@@ -148,7 +168,16 @@ pub enum DestinationEvent {
     /// There is no connection, and none is made or taken until [`Destination::recover`]: by
     /// [`Destination::pause`], or because the link was lost under [`Reconnect::ByHand`].
     Paused,
-    /// All device state is there. Restore it, then call [`Destination::ready`].
+    /// The guest's vCPUs have been stopped at the source; device state follows. Not told where
+    /// one side cannot do precopy.
+    SourceStopped,
+    /// A section of device state, with [`StateDelivery::BySection`]. It may be restored while
+    /// others are still to come.
+    Section(StateSection),
+    /// The connection broke before all device state was there: every section comes again.
+    StateRestarted,
+    /// All device state is there; with [`StateDelivery::BySection`], in what was told before.
+    /// Restore it, then call [`Destination::ready`].
     State(Vec<StateSection>),
     /// The guest may run from now on. Past the point of no return.
     Run,
@@ -211,9 +240,15 @@ impl Destination {
         let poll = Poll::new()?;
         let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
         let (sender, events) = events::channel()?;
+        let mut capabilities = options.capabilities();
+        match memory.precopy_lack() {
+            _ if !options.precopy => {}
+            None => capabilities = capabilities.with(Capabilities::PRECOPY),
+            Some(lack) => tracing::info!(lack, "no precopy into this memory"),
+        }
         let config = DestinationConfig {
             layout: memory.layout.clone(),
-            capabilities: options.capabilities(),
+            capabilities,
             silence: options.silence,
         };
         let session = DestinationSession::new(config, options.record);

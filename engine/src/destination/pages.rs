@@ -14,6 +14,7 @@
 
 mod claim;
 mod discarded;
+mod early;
 mod fault;
 mod hold;
 mod poison;
@@ -33,6 +34,7 @@ use afterimage_protocol::layout::{
     GuestLayout, PageNumber, PageRange, RegionRun, RegisteredAddress,
 };
 use discarded::DiscardedInFlight;
+use early::Early;
 use hold::{Place, pass};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -115,6 +117,8 @@ pub(crate) struct PageCounters {
     pub(crate) zero: AtomicU64,
     pub(crate) discarded: AtomicU64,
     pub(crate) poisoned: AtomicU64,
+    /// By an early copy.
+    pub(crate) early: AtomicU64,
     pub(crate) duplicate: AtomicU64,
 }
 
@@ -124,6 +128,7 @@ pub(crate) struct Pages {
     memory: DestinationMemory,
     planes: Planes<LazyWords>,
     gate: RwLock<DiscardedInFlight>,
+    early: Early,
     /// What was read from the userfaultfd last.
     messages: Messages,
     remaining: AtomicU64,
@@ -150,6 +155,7 @@ impl Pages {
         let all = Self {
             planes: kept.planes(),
             gate: RwLock::new(DiscardedInFlight::over(kept.discards())),
+            early: Early::new(pages)?,
             messages: kept.messages(),
             remaining: AtomicU64::new(0),
             alias_written: AtomicU64::new(0),
@@ -279,6 +285,11 @@ impl Pages {
 
     /// Puts a page in place that was asked for. `content` is the whole page.
     pub(crate) fn urgent(&self, page: PageNumber, content: &[u8]) -> Result<Urgent, InstallError> {
+        if self.early.is_taking() {
+            // Asked for before anything is settled; it is asked for again then.
+            return Ok(Urgent::BeingWritten);
+        }
+        self.promote(PageRange::one(page));
         let run = self.run_of(PageRange::one(page));
         let outcome = match self.file_of(&run) {
             Some(file) => self.urgent_through_alias(&run, file, content)?,
@@ -380,6 +391,7 @@ impl Pages {
     /// Makes pages of a file read as zeros, whatever was written through the alias.
     fn empty_file_pages(&self, pages: PageRange, file: &RegionFile) {
         let run = self.run_of(pages);
+        self.early.note_empty(pages);
         if let Err(error) =
             crate::sys::mapping::punch_hole(&file.file, file.offset + run.offset, run.length)
         {
@@ -408,11 +420,16 @@ impl Pages {
             let count = ZERO_STEP.min(pages.count - done);
             let step = PageRange::new(PageNumber(pages.start.0 + done), count);
             done += count;
+            self.promote(step);
             // A discard that saw the claim and not yet its end would wait for a writer to
             // empty the page, and there is none.
             let gate = self.installing();
             self.planes.claim(step, |run| {
                 pass(Place::ZeroClaimed);
+                if !self.empty_for_zero(run) {
+                    self.planes.give_back(run);
+                    return;
+                }
                 marked += self.mark_complete(run, &self.counters.zero, |_| ());
                 self.wake_faulted(run);
             });
@@ -449,44 +466,14 @@ impl Pages {
     /// As [`zero`](Self::zero), where pages were asked for: wakes whoever waits for any of them,
     /// also for one that had arrived by another way.
     pub(crate) fn zero_urgent(&self, pages: PageRange) -> u64 {
+        if self.early.is_taking() {
+            return 0;
+        }
         let marked = self.zero(pages);
         for run in self.layout().split(pages) {
             self.wake(&run);
         }
         marked
-    }
-
-    /// Forgets pages that the guest has given up: those that have not arrived are zero from
-    /// now on, whatever is still under way. When it returns, no copy of them will be placed
-    /// by the engine any more; a page that is being written through its alias this moment is
-    /// emptied by its writer before anybody can see it. Whoever frees the pages does so
-    /// afterwards, because until then copies of them may arrive.
-    pub(crate) fn discard(&self, pages: PageRange) {
-        let mut gate = self.discarding();
-        self.discard_locked(pages, &mut gate);
-        drop(gate);
-        for run in self.layout().split(pages) {
-            self.wake(&run);
-        }
-    }
-
-    fn discard_locked(&self, pages: PageRange, gate: &mut DiscardedInFlight) {
-        let counter = &self.counters.discarded;
-        for run in self.layout().split(pages) {
-            if self.file_of(&run).is_none() {
-                // Whoever has claimed one of these looks again, under the gate, before he
-                // copies it.
-                self.mark_complete(run.pages, counter, |_| ());
-                continue;
-            }
-            self.planes.claim(run.pages, |free| {
-                self.mark_complete(free, counter, |_| ());
-            });
-            // Counted by their writers.
-            self.planes.incomplete_in(run.pages, |claimed| {
-                claimed.iter().for_each(|page| gate.insert(page));
-            });
-        }
     }
 }
 

@@ -43,6 +43,15 @@ impl News<'_> {
         }
     }
 
+    /// Early copies are acknowledged at once: how their acknowledgement and the end of the
+    /// passes follow each other matters.
+    fn has_come(&mut self, run: PageRange, pass: Option<u16>) {
+        match pass {
+            None => self.add(run),
+            Some(_) => self.arrivals.acknowledge(run),
+        }
+    }
+
     fn tell(&mut self) {
         if let Some(run) = self.run.take() {
             self.arrivals.acknowledge(run);
@@ -84,6 +93,12 @@ impl<'a> Receiver<'a> {
         if arrivals.checksums && header.length() == 0 {
             header.verify([]).map_err(io::Error::other)?;
         }
+        if let Some(pass) = header.pass() {
+            return self.early_frame(&header, frame, pass);
+        }
+        if arrivals.pages.is_taking_early() {
+            return Err(io::Error::other("pages came for good before memory was final"));
+        }
         match frame {
             DataFrame::Content(pages, _) => return self.content(&header, pages),
             DataFrame::Zero(pages) => {
@@ -96,6 +111,29 @@ impl<'a> Receiver<'a> {
             }
         }
         Ok(())
+    }
+
+    /// A frame of a precopy pass.
+    fn early_frame(&mut self, header: &Header, frame: DataFrame, pass: u16) -> io::Result<()> {
+        let arrivals = self.arrivals;
+        if !arrivals.precopy {
+            return Err(io::Error::other("early copies came that nobody has agreed on"));
+        }
+        match frame {
+            DataFrame::Content(pages, _) => self.content(header, pages),
+            DataFrame::Zero(pages) => {
+                let was_taken = arrivals.pages.is_taking_early();
+                let zeroed =
+                    arrivals.pages.zero_early(pages, pass, |run| arrivals.acknowledge(run));
+                if was_taken {
+                    ask_again(arrivals, pages, Some(pass));
+                }
+                zeroed
+            }
+            DataFrame::Unreadable(_) | DataFrame::Request(_) => {
+                Err(io::Error::other("no such frame belongs to a precopy pass"))
+            }
+        }
     }
 
     fn next_header(&mut self) -> io::Result<[u8; HEADER_BYTES]> {
@@ -113,7 +151,7 @@ impl<'a> Receiver<'a> {
         // The next frame is likely to be such a one too.
         self.reader.read_ahead(!is_large);
         if is_large && !self.arrivals.checksums {
-            return self.large_content(pages, length as u64);
+            return self.large_content(pages, length as u64, header.pass());
         }
         let content = if is_large {
             self.staging.resize(self.staging.len().max(length), 0);
@@ -125,17 +163,22 @@ impl<'a> Receiver<'a> {
         if self.arrivals.checksums {
             header.verify([content]).map_err(io::Error::other)?;
         }
-        place(self.arrivals, &mut self.news, pages, content)
+        place(self.arrivals, &mut self.news, pages, content, header.pass())
     }
 
-    fn large_content(&mut self, pages: PageRange, length: u64) -> io::Result<()> {
+    fn large_content(
+        &mut self,
+        pages: PageRange,
+        length: u64,
+        pass: Option<u16>,
+    ) -> io::Result<()> {
         let page_bytes = length / pages.count;
         let step = (PIECE_BYTES / page_bytes).max(1);
         let end = pages.start.0 + pages.count;
         let mut next = pages.start.0;
         while next < end {
             let piece = PageRange::new(PageNumber(next), step.min(end - next));
-            if let Err(error) = self.piece(piece, piece.count * page_bytes) {
+            if let Err(error) = self.piece(piece, piece.count * page_bytes, pass) {
                 // Pages that were discarded meanwhile became complete when they were given
                 // back, and whoever discarded them could not know.
                 self.arrivals.acknowledge_complete(piece);
@@ -148,18 +191,21 @@ impl<'a> Receiver<'a> {
         Ok(())
     }
 
-    fn piece(&mut self, piece: PageRange, length: u64) -> io::Result<()> {
+    fn piece(&mut self, piece: PageRange, length: u64, pass: Option<u16>) -> io::Result<()> {
         let arrivals = self.arrivals;
-        let claim = arrivals.pages.claim(piece);
+        let claim = claim(arrivals, piece, pass);
         if let Err(error) = self.receive_piece(&claim, length) {
             drop(claim);
-            arrivals.given_back(piece);
+            ask_again(arrivals, piece, pass);
             return Err(error);
         }
         arrivals.counters.bytes.fetch_add(length, Ordering::Relaxed);
-        claim
-            .finish(&self.staging, |run| self.news.add(run))
-            .map_err(|error| arrivals.failed(error))
+        let had_pages = !claim.is_empty();
+        let finished = claim.finish(&self.staging, |run| self.news.has_come(run, pass));
+        if pass.is_some() && had_pages {
+            ask_again(arrivals, piece, pass);
+        }
+        finished.map_err(|error| arrivals.failed(error))
     }
 
     fn receive_piece(&mut self, claim: &Claim<'_>, length: u64) -> io::Result<()> {
@@ -180,6 +226,24 @@ impl<'a> Receiver<'a> {
     }
 }
 
+/// Pages were given back, and a copy for good may have come and gone while they were claimed.
+/// Before memory is final none has, and early copies are not asked for.
+fn ask_again(arrivals: &Arrivals, pages: PageRange, pass: Option<u16>) {
+    if pass.is_none() || !arrivals.pages.is_taking_early() {
+        arrivals.given_back(pages);
+    }
+}
+
+/// What is to be written of a piece, which is an early one if it has a pass.
+fn claim(arrivals: &Arrivals, piece: PageRange, pass: Option<u16>) -> Claim<'_> {
+    match pass {
+        None => arrivals.pages.claim(piece),
+        Some(pass) => {
+            arrivals.pages.claim_early(piece, pass, true, |run| arrivals.acknowledge(run))
+        }
+    }
+}
+
 /// Puts pages in place all of whose bytes are here, verified where they have a checksum. They
 /// are claimed only now: a connection that breaks gives nothing back.
 fn place(
@@ -187,14 +251,15 @@ fn place(
     news: &mut News<'_>,
     pages: PageRange,
     content: &[u8],
+    pass: Option<u16>,
 ) -> io::Result<()> {
     arrivals.counters.bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
-    let claim = arrivals.pages.claim(pages);
+    let claim = claim(arrivals, pages, pass);
     let targets = match claim.targets() {
         Ok(targets) => targets.unwrap_or_default(),
         Err(error) => {
             drop(claim);
-            arrivals.given_back(pages);
+            ask_again(arrivals, pages, pass);
             return Err(arrivals.failed(error));
         }
     };
@@ -211,7 +276,11 @@ fn place(
             Target::Nowhere(bytes) => at += bytes as usize,
         }
     }
-    let placed = claim.finish(content, |run| news.add(run));
+    let had_pages = !claim.is_empty();
+    let placed = claim.finish(content, |run| news.has_come(run, pass));
+    if pass.is_some() && had_pages {
+        ask_again(arrivals, pages, pass);
+    }
     placed.map_err(|error| {
         // Some may be complete by another's hand, and be no news to him.
         arrivals.acknowledge_complete(pages);

@@ -4,16 +4,18 @@
 //! through enough memory, and sends all of it in one call.
 
 mod batch;
+mod hot;
 mod sight;
 
 use super::hands::Hand;
-use super::serving::{LOOK_AFTER, NO_HINT, Serving, Underway};
+use super::serving::{LOOK_AFTER, Mode, NO_HINT, Serving, Underway};
 use crate::sys::holes::Presence;
 use crate::sys::mapping::{RawRun, is_zero};
 use crate::transport::Stream;
 use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
 use afterimage_protocol::wire::{DataFrame, Generation};
 use batch::Batch;
+use hot::Hot;
 use sight::Sight;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -50,6 +52,10 @@ pub(super) struct Streamer<'s> {
     /// Bytes that are read of a file in one go: fewer where the last were mostly zeros, because
     /// of a file it is not known where its holes begin.
     step: u64,
+    /// The precopy pass of what is gathered.
+    pass: Option<u16>,
+    /// How far it has looked for what the guest has written last.
+    hot: Hot,
     /// When it looked last whether its connection has ended.
     looked: Instant,
 }
@@ -87,15 +93,14 @@ impl<'s> Streamer<'s> {
             sight: Sight::default(),
             batch: Batch::default(),
             step: CHUNK_BYTES,
+            pass: None,
+            hot: Hot::default(),
             looked: Instant::now(),
         }
     }
 
     /// Sends until the connection ends.
     pub(super) fn run(mut self) -> io::Result<()> {
-        if !self.serving.wait_final(&self.stream) {
-            return Ok(());
-        }
         while !self.serving.is_closing() {
             let seen = self.serving.signal.changes();
             if self.underway.is_full() {
@@ -105,12 +110,28 @@ impl<'s> Streamer<'s> {
                 }
                 continue;
             }
+            if !matches!(*self.serving.mode(), Mode::Early(_) | Mode::Final) {
+                if !self.waits(seen) {
+                    return Ok(());
+                }
+                continue;
+            }
             let Some(permit) = self.serving.permit(&self.stream, CHUNK_BYTES) else {
                 return Ok(());
             };
             self.serving.stand_back();
             let taking = self.hand.take();
-            self.gather(permit.bytes);
+            let mode = self.serving.mode();
+            self.pass = match *mode {
+                Mode::Early(pass) => Some(pass),
+                _ => None,
+            };
+            if matches!(*mode, Mode::Early(_) | Mode::Final) {
+                self.gather(permit.bytes);
+            } else {
+                self.batch.clear();
+            }
+            drop(mode);
             self.serving.pace.leaves(&permit, self.batch.bytes());
             if self.batch.is_empty() {
                 drop(taking);
@@ -123,7 +144,7 @@ impl<'s> Streamer<'s> {
             self.serving.stand_back();
             self.underway.leaves();
             let stamp = self.serving.stamp(self.generation);
-            self.batch.send(&self.stream, stamp, self.serving.checksums)?;
+            self.batch.send(&self.stream, stamp, self.pass, self.serving.checksums)?;
         }
         Ok(())
     }
@@ -179,7 +200,12 @@ impl<'s> Streamer<'s> {
         if hint < layout.page_count() {
             self.cursor = PageNumber(hint);
         }
-        let first = book.peek(self.cursor).or_else(|| book.peek(PageNumber(0)))?;
+        let is_near = hint < layout.page_count();
+        let hot = if is_near { None } else { self.hot.next(self.serving) };
+        let first = match hot {
+            Some(hot) => hot.start,
+            None => book.peek(self.cursor).or_else(|| book.peek(PageNumber(0)))?,
+        };
         let RegionRun { region, offset, length: page_bytes, .. } =
             layout.split(PageRange::one(first)).next()?;
         let look_end = layout.regions()[region].length.min(offset + page_bytes.max(LOOK_AHEAD));
@@ -197,10 +223,12 @@ impl<'s> Streamer<'s> {
                 (false, extent.end.min(offset + most.max(page_bytes)))
             }
         };
-        let pages = (end - offset).div_ceil(page_bytes).min(MAX_ZERO_PAGES);
+        let most = hot.map_or(MAX_ZERO_PAGES, |hot| hot.count.min(MAX_ZERO_PAGES));
+        let pages = (end - offset).div_ceil(page_bytes).min(most);
         let is_read = !is_hole && memory.is_file(region);
         let bytes = pages * page_bytes;
-        let staging = if is_read { bytes } else { 0 };
+        let is_copied = !is_hole && self.pass.is_some() && self.serving.checksums;
+        let staging = if is_read || is_copied { bytes } else { 0 };
         let (pages, presence) =
             (PageRange::new(first, pages), presence.unwrap_or(Presence::Unknown));
         Some(Next { pages, is_hole, bytes, staging, presence })
@@ -220,6 +248,8 @@ impl<'s> Streamer<'s> {
         let page_bytes = run.length / run.pages.count;
         let pages = |from: u64, count| PageRange::new(PageNumber(run.pages.start.0 + from), count);
         let before = self.batch.bytes();
+        // What the guest may write meanwhile has no checksum.
+        let is_copied = !is_file && self.pass.is_some() && self.serving.checksums;
         let (mut done, mut first_zero, mut ends_in_content) = (0, None, false);
         while done < run.pages.count {
             let (at, mut into) = (done * page_bytes, &mut [][..]);
@@ -228,11 +258,17 @@ impl<'s> Streamer<'s> {
                 // SAFETY: the rest of the batch's staging, which nobody else uses.
                 into = unsafe { self.room().part(0, length as usize).bytes_mut() };
             }
-            let brought = memory.bring(run.region, run.offset + at, length, presence, into);
+            let mut brought = memory.bring(run.region, run.offset + at, length, presence, into);
+            if is_copied {
+                let copy = self.room().part(0, brought.run.length);
+                // SAFETY: readable memory; the rest of the batch's staging is nobody else's.
+                unsafe { copy.copy_from(brought.run) };
+                brought.run = copy;
+            }
             let whole = brought.run.length as u64 / page_bytes;
             let (zero, kept) = self.push_content(pages(done, whole), brought.run, page_bytes);
             first_zero = first_zero.or_else(|| zero.map(|zero| at + zero * page_bytes));
-            if is_file {
+            if is_file || is_copied {
                 self.batch.keep((kept * page_bytes) as usize);
             }
             done += whole;
@@ -242,7 +278,12 @@ impl<'s> Streamer<'s> {
                 let lost = pages(done, lost);
                 tracing::error!(pages = %lost, "the source's memory cannot be read here");
                 self.underway.unreadable(lost);
-                self.push(DataFrame::Unreadable(lost), None);
+                if self.pass.is_some() {
+                    // It is tried again once memory is final.
+                    self.serving.unreadable_early.fetch_add(lost.count, Ordering::AcqRel);
+                } else {
+                    self.push(DataFrame::Unreadable(lost), None);
+                }
                 done += lost.count;
             }
         }
@@ -317,6 +358,7 @@ impl<'s> Streamer<'s> {
     fn push(&mut self, frame: DataFrame, content: Option<RawRun>) {
         let counters = &self.serving.counters;
         let counter = match frame {
+            DataFrame::Content(..) | DataFrame::Zero(..) if self.pass.is_some() => &counters.early,
             DataFrame::Content(..) => &counters.background,
             DataFrame::Unreadable(..) => &counters.unreadable,
             _ => &counters.zero,
@@ -326,6 +368,8 @@ impl<'s> Streamer<'s> {
         | DataFrame::Unreadable(pages)
         | DataFrame::Request(pages)) = frame;
         counter.fetch_add(pages.count, Ordering::Relaxed);
+        let bytes = content.map_or(0, |content| content.length as u64);
+        counters.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.batch.push(frame, content);
     }
 }

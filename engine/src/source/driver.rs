@@ -3,15 +3,15 @@
 
 mod arriving;
 mod by_hand;
+mod calls;
 mod channels;
+mod passes;
 mod releasing;
 mod stalled;
 
 use super::memory::SourceMemory;
 use super::serving::Serving;
-use super::{
-    CallError, Endpoint, SourceEvent, SourceLedger, SourceOptions, SourceShared, StateSection,
-};
+use super::{CallError, SourceEvent, SourceLedger, SourceOptions, SourceShared};
 use crate::events::EventSender;
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Ledger;
@@ -29,13 +29,16 @@ use afterimage_protocol::session::{
     SourceRecord, SourceSession,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Epoch, Hello, MAX_SECTION_BYTES, Refusal, RefuseCode,
-    Stamp,
+    Capabilities, Channel, ControlFrame, Epoch, Hello, Refusal, RefuseCode, Stamp,
 };
+pub(crate) use calls::Call;
+use calls::StateOut;
 use channels::DataChannel;
 use crossbeam_channel::Sender;
+pub(super) use passes::Passing;
 use releasing::Releasing;
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -53,6 +56,10 @@ pub(crate) enum Input {
     Dialed(Dialed),
     /// A data channel is at its end.
     DataEnded { channel: Channel, stamp: Stamp },
+    /// Writes of the guest are tracked from now on, or cannot be.
+    TrackingStarted(io::Result<()>),
+    /// What the guest has written is known, or it is not known any more.
+    Collected(io::Result<()>),
     /// The thread that frees pages is at its end.
     ReleaseEnded(Epoch),
     /// The VMM calls.
@@ -61,16 +68,7 @@ pub(crate) enum Input {
     Stop,
 }
 
-/// What a VMM can ask of a running source.
-#[derive(Debug)]
-pub(crate) enum Call {
-    SwitchOver(Vec<StateSection>),
-    Reclaim,
-    Fence,
-    Pause,
-    Recover(Option<Endpoint>),
-}
-
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each learned once")]
 pub(super) struct Driver {
     session: SourceSession,
     link: SessionLink,
@@ -95,7 +93,12 @@ pub(super) struct Driver {
     retired_releasing: Option<Releasing>,
     /// The session lets pages be freed, as long as this connection lasts.
     may_release: bool,
-    state: Option<Arc<Vec<StateSection>>>,
+    state: StateOut,
+    passing: Option<Passing>,
+    /// What data channels say that this side can do.
+    capabilities: Capabilities,
+    /// Somebody holds the guest where it is.
+    is_held: bool,
     /// The destination has said that the session is over for it.
     is_dismissed: bool,
     /// The destination has hung up on a session that is over.
@@ -118,9 +121,11 @@ impl Driver {
         mut options: SourceOptions,
         shared: Arc<SourceShared>,
         events: EventSender<SourceEvent>,
+        passing: Option<Passing>,
     ) -> Self {
         let volatile = SourceLedger::volatile();
         let callback = std::mem::replace(&mut options.ledger, volatile).0;
+        let (capabilities, is_held) = (session.capabilities(), options.hold);
         let ledger = Ledger::new(callback, options.threads.clone());
         Self {
             ledger,
@@ -141,7 +146,10 @@ impl Driver {
             releasing: None,
             retired_releasing: None,
             may_release: false,
-            state: None,
+            state: StateOut::default(),
+            capabilities,
+            is_held,
+            passing,
             is_dismissed: false,
             was_heard: false,
             attachments: 0,
@@ -163,7 +171,8 @@ impl Driver {
     fn round(&mut self, most: Option<Duration>) -> ControlFlow<()> {
         self.act();
         let now = (!self.backlog.is_empty()).then_some(Duration::ZERO);
-        let due = self.session.next_tick().into_iter().chain(most).chain(now).min();
+        let wanted = most.into_iter().chain(now).chain(self.next_look());
+        let due = self.session.next_tick().into_iter().chain(wanted).min();
         if let Err(error) = self.link.wait(SessionLink::unless_waiting(due, &self.inbox)) {
             tracing::error!(%error, "the source's session thread cannot wait; it stops");
             return ControlFlow::Break(());
@@ -184,6 +193,7 @@ impl Driver {
             self.session.heard(self.link.now());
         }
         self.give_up_stalled(looked_at);
+        self.look_again();
         self.session.tick(looked);
         while let Some((channel, epoch)) = self.link.data.due() {
             self.dial_data(channel, epoch);
@@ -232,29 +242,14 @@ impl Driver {
             Input::Dialed(Dialed { hello, outcome, .. }) => self.dialed(hello, outcome),
             Input::DataEnded { channel, stamp } => self.data_ended(channel, stamp),
             Input::ReleaseEnded(epoch) => self.release_ended(epoch),
+            Input::TrackingStarted(result) => self.tracking_started(result),
+            Input::Collected(result) => self.collected(result),
             Input::Call(call, reply) => {
                 let result = self.call(call);
                 // The caller may have given up.
                 let _ = reply.send(result);
             }
             Input::Stop => {}
-        }
-    }
-
-    fn call(&mut self, call: Call) -> Result<(), CallError> {
-        match call {
-            Call::SwitchOver(sections) => {
-                self.session.freeze()?;
-                self.state = Some(Arc::new(sections));
-                if let Some(serving) = &self.serving {
-                    serving.signal.memory_is_final();
-                }
-                Ok(())
-            }
-            Call::Reclaim => Ok(self.session.reclaim()?),
-            Call::Fence => Ok(self.session.fence()?),
-            Call::Pause => self.pause(),
-            Call::Recover(endpoint) => self.recover(endpoint),
         }
     }
 
@@ -290,7 +285,7 @@ impl Driver {
             return;
         }
         self.was_heard = false;
-        let common = self.options.capabilities().common(theirs.capabilities);
+        let common = self.capabilities.common(theirs.capabilities);
         let checksums = common.has(Capabilities::CHECKSUMS);
         let connected =
             self.link.connected(stream, self.session.stamp(), checksums, self.options.silence);
@@ -320,12 +315,15 @@ impl Driver {
                         tracing::error!(%error, pages = book.pages(), "a bitmap cannot be read");
                     }
                 }
+                SourceAction::TellStale => self.tell_stale(),
+                SourceAction::OpenPass { number } => self.open_pass(number),
+                SourceAction::Settled => self.settled(),
                 SourceAction::Acknowledge(runs) => self.acknowledge(&runs),
                 SourceAction::CompareReleased => self.compare_released(),
                 SourceAction::Release => self.start_releasing(),
                 SourceAction::OpenData { stamp, layout } => self.open_channels(stamp, layout),
                 SourceAction::Renew { channel, generation } => self.renew(channel, generation),
-                SourceAction::DropState => self.state = None,
+                SourceAction::DropState => self.state.forget(),
                 SourceAction::Event(event) => self.tell(event),
                 SourceAction::HangUp(refusal) => self.hang_up(refusal),
                 other => tracing::error!(?other, "an action of a newer protocol"),
@@ -352,34 +350,14 @@ impl Driver {
         self.session.persisted(record, result);
     }
 
-    fn send_state(&mut self) {
-        let sections = self.state.clone().unwrap_or_default();
-        let end = ControlFrame::StateEnd { sections: sections.len() as u32 };
-        let pieces = (0..sections.len()).flat_map(move |index| {
-            let sections = Arc::clone(&sections);
-            // An empty section is one empty piece.
-            let count = sections[index].bytes.len().div_ceil(MAX_SECTION_BYTES).max(1);
-            (0..count).map(move |piece| {
-                let section = &sections[index];
-                let start = piece * MAX_SECTION_BYTES;
-                let stop = section.bytes.len().min(start + MAX_SECTION_BYTES);
-                ControlFrame::Section {
-                    name: section.name.clone(),
-                    version: section.version,
-                    last: piece + 1 == count,
-                    bytes: section.bytes[start..stop].to_vec(),
-                }
-            })
-        });
-        self.link.send_stream(pieces.chain(std::iter::once(end)));
-    }
-
     fn reset_book(&mut self) {
+        let before = self.shared.book();
         let pages = self.session.served().page_count();
         let words = || LazyWords::new(pages);
         match (words(), words()) {
             (Ok(sent), Ok(acked)) => {
                 self.shared.set_book(Arc::new(Book::over(sent, acked, pages)));
+                self.passes_attach(before);
             }
             (Err(error), _) | (_, Err(error)) => {
                 tracing::error!(%error, words = words_for(pages), "no memory for bitmaps");
@@ -390,7 +368,7 @@ impl Driver {
 
     fn acknowledge(&mut self, runs: &[PageRange]) {
         for run in runs {
-            self.shared.acknowledge(*run);
+            self.believed(*run, |run| self.shared.acknowledge(run));
         }
         if let (Some(book), Some(serving)) = (self.shared.book(), &self.serving) {
             for channel in self.data.values() {
@@ -399,6 +377,8 @@ impl Driver {
             serving.signal.look_again();
         }
         self.note_arrived(runs);
+        self.end_pass_if_over();
+        self.proceed_if_all_is_there();
     }
 
     fn receive(&mut self) {
@@ -447,6 +427,8 @@ impl Driver {
             Said::Attached(incarnation) => {
                 self.link.agreed();
                 self.attachments += 1;
+                self.note_lack_of_precopy();
+                self.send_sections();
                 if self.attachments > 1 {
                     self.shared.counters.recoveries.fetch_add(1, Ordering::Relaxed);
                 }
@@ -457,10 +439,22 @@ impl Driver {
                 self.pause_if_by_hand();
                 return;
             }
-            Said::Ready => SourceEvent::Ready,
+            // It was told at once.
+            Said::Stopped => return,
+            // It waits for its last pages, and for nobody.
+            Said::Held if !self.is_held => return,
+            Said::Held => SourceEvent::Held,
+            Said::Ready => {
+                self.events.send(SourceEvent::Ready);
+                self.proceed_if_all_is_there();
+                return;
+            }
             Said::Given => SourceEvent::Given,
             Said::Running => SourceEvent::Running,
-            Said::Reclaimed => SourceEvent::Reclaimed,
+            Said::Reclaimed => {
+                self.drop_passes();
+                SourceEvent::Reclaimed
+            }
             Said::ReclaimDenied => SourceEvent::ReclaimDenied,
             Said::Finished => {
                 self.acknowledge_all();

@@ -7,6 +7,7 @@ mod hands;
 mod memory;
 mod options;
 mod pacing;
+mod precopy;
 mod release;
 mod request;
 mod serving;
@@ -15,6 +16,7 @@ mod snapshot;
 pub use memory::{MemoryLifetime, SourceMemory, SourceMemoryError, SourceRegion};
 pub use options::{Checksums, SourceOptions, StartError};
 pub use pacing::Background;
+pub use precopy::{PassReport, Passes, Precopy, SwitchoverCause};
 pub use release::{Release, ReleaseError, ReleaseLedger};
 pub use snapshot::{SnapshotServer, SnapshotStats};
 
@@ -31,7 +33,7 @@ use afterimage_protocol::session::{Book, NotNow, SourceSession};
 pub use afterimage_protocol::session::{SourceOwnership, SourcePages, SourceRecord};
 use afterimage_protocol::wire::SessionKind;
 pub use afterimage_protocol::wire::{Incarnation, SessionId};
-use driver::{Call, Driver, Input};
+use driver::{Call, Driver, Input, Passing};
 use mio::Poll;
 use pacing::Pace;
 use release::Released;
@@ -49,6 +51,15 @@ pub struct StateSection {
     pub version: u32,
     /// Its content.
     pub bytes: Vec<u8>,
+}
+
+impl StateSection {
+    fn check(&self) -> Result<(), CallError> {
+        match self.name.len() {
+            1..=255 => Ok(()),
+            length => Err(CallError::SectionName { length }),
+        }
+    }
 }
 
 /// Makes a source's ownership record durable; called on a thread of its own
@@ -91,6 +102,15 @@ pub enum SourceEvent {
     /// [`Source::pause`], or because the link was lost under
     /// [`Reconnect::ByHand`](crate::Reconnect::ByHand).
     Paused,
+    /// A precopy pass has ended: everything that belongs to it has arrived.
+    PassEnded(PassReport),
+    /// It is time to stop the guest's vCPUs and call [`Source::switch_over`]; told once.
+    /// Precopy goes on, where that helps, until it is called.
+    SwitchoverDue(SwitchoverCause),
+    /// The vCPUs are stopped: memory is final.
+    Stopped,
+    /// The destination is ready, and the guest is held: [`Source::proceed`] gives it away.
+    Held,
     /// The destination has restored the device state.
     Ready,
     /// The guest was given away: from here this side may not run it.
@@ -179,6 +199,15 @@ impl Endpoint {
     }
 }
 
+/// How fast the background is, and which of both counts.
+#[derive(Debug, Default)]
+struct Rates {
+    /// Before the switchover; as after it if nothing else was said.
+    before: Option<Background>,
+    after: Background,
+    is_final: bool,
+}
+
 /// What the session thread and the handle share.
 #[derive(Debug, Default)]
 pub(crate) struct SourceShared {
@@ -187,6 +216,7 @@ pub(crate) struct SourceShared {
     book: Mutex<Option<Arc<Book<LazyWords>>>>,
     /// Whether the last connection has gone, even if it never came as far as attaching.
     is_away: AtomicBool,
+    rates: Mutex<Rates>,
     /// Which pages were freed, where that is wanted.
     pub(crate) released: Option<Arc<Released>>,
 }
@@ -194,6 +224,14 @@ pub(crate) struct SourceShared {
 impl SourceShared {
     fn book(&self) -> Option<Arc<Book<LazyWords>>> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_rates(&self, change: impl FnOnce(&mut Rates)) {
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut rates);
+        let before = rates.before.filter(|_| !rates.is_final);
+        // Under the lock, so that the last change is the one that counts.
+        self.pace.set(before.unwrap_or(rates.after));
     }
 
     fn set_away(&self, is_away: bool) {
@@ -223,6 +261,8 @@ impl SourceShared {
             pages_acknowledged: book.as_ref().map_or(0, |book| book.acked_pages()),
             pages_requested: of(&counters.requested),
             pages_background: of(&counters.background),
+            pages_precopy: of(&counters.early),
+            bytes_sent: of(&counters.bytes),
             pages_zero: of(&counters.zero),
             pages_unreadable: of(&counters.unreadable),
             frames_stale: of(&counters.stale),
@@ -248,8 +288,8 @@ pub struct Source {
 }
 
 impl Source {
-    /// Starts serving `memory` in a migration session. Nothing is sent before
-    /// [`switch_over`](Self::switch_over), but connections are made and checked, so that the
+    /// Starts serving `memory` in a migration session. Unless [`SourceOptions::precopy`] says
+    /// otherwise, nothing is sent before [`switch_over`](Self::switch_over), but connections are made and checked, so that the
     /// switch itself is short.
     ///
     /// If memory goes with this process ([`MemoryLifetime::Process`]), a warning by `tracing`
@@ -290,13 +330,29 @@ impl Source {
         link: SessionLink,
         inbox: Inbox<Input>,
         outlet: Outlet<Input>,
-        options: SourceOptions,
+        mut options: SourceOptions,
     ) -> Result<(Self, Events<SourceEvent>), StartError> {
         let (sender, events) = events::channel()?;
         let released = options.release.open(&options.record, &memory)?;
         let shared = Arc::new(SourceShared { released, ..SourceShared::default() });
-        shared.pace.set(options.background);
-        let session = SourceSession::new(options.config(kind, &memory), options.record);
+        shared.set_rates(|rates| {
+            *rates = Rates {
+                before: options.precopy_background,
+                after: options.background,
+                is_final: options.precopy.is_none(),
+            };
+        });
+        let mut session = SourceSession::new(options.config(kind, &memory), options.record);
+        if options.hold {
+            session.hold();
+        }
+        let passing = match options.precopy.take() {
+            None => None,
+            Some(precopy) => {
+                let hook = &options.threads;
+                Some(Passing::new(precopy, memory.layout(), outlet.clone(), hook)?)
+            }
+        };
         let id = options.record.session;
         let hook = options.threads.clone();
         let driver = Driver::new(
@@ -308,6 +364,7 @@ impl Source {
             options,
             Arc::clone(&shared),
             sender,
+            passing,
         );
         let thread = threads::spawn(&hook, ThreadRole::Control, 0, move || driver.run())?;
         Ok((Self { outlet, shared, session: id, thread: Some(thread) }, events))
@@ -319,18 +376,56 @@ impl Source {
         self.session
     }
 
-    /// The vCPUs are stopped: sends device state and begins to send memory. From here the
+    /// The vCPUs are stopped: sends device state and, if [`stopped`](Self::stopped) has not been
+    /// called, begins to send final memory. From here the
     /// guest may run on this side again only after [`SourceEvent::Reclaimed`].
     ///
     /// # Errors
     /// [`CallError`] if it has been called before, the session is over, or a section has a
     /// name that is empty or longer than 255 bytes.
     pub fn switch_over(&self, state: Vec<StateSection>) -> Result<(), CallError> {
-        let lengths = state.iter().map(|section| section.name.len());
-        if let Some(length) = lengths.into_iter().find(|length| !(1..=255).contains(length)) {
-            return Err(CallError::SectionName { length });
-        }
+        state.iter().try_for_each(StateSection::check)?;
         self.call(Call::SwitchOver(state))
+    }
+
+    /// The vCPUs are stopped, and memory is final: [`SourceEvent::Stopped`] follows at once.
+    /// Device state may be given later, by [`switch_over`](Self::switch_over), so that it can be
+    /// collected while the destination already hears what is left.
+    ///
+    /// # Errors
+    /// [`CallError`] if it has been called before, or the session is over.
+    pub fn stopped(&self) -> Result<(), CallError> {
+        self.call(Call::Stopped)
+    }
+
+    /// Sends a section of device state ahead of the others, once the vCPUs are
+    /// [`stopped`](Self::stopped): the destination may restore it meanwhile. May be called many
+    /// times; [`switch_over`](Self::switch_over) gives the rest, and says that it was all.
+    ///
+    /// # Errors
+    /// [`CallError`] before `stopped` and after `switch_over`, if the session is over, or if the
+    /// section's name is empty or longer than 255 bytes.
+    pub fn send_section(&self, section: StateSection) -> Result<(), CallError> {
+        section.check()?;
+        self.call(Call::Section(section))
+    }
+
+    /// Holds the guest where it is although the destination is ready, until
+    /// [`proceed`](Self::proceed): [`SourceEvent::Held`] tells when that is the only thing that
+    /// it waits for. No effect once the guest was given away.
+    ///
+    /// # Errors
+    /// [`CallError::ShutDown`].
+    pub fn hold(&self) -> Result<(), CallError> {
+        self.call(Call::Hold)
+    }
+
+    /// Ends a [`hold`](Self::hold).
+    ///
+    /// # Errors
+    /// [`CallError`] if nothing is held.
+    pub fn proceed(&self) -> Result<(), CallError> {
+        self.call(Call::Proceed)
     }
 
     /// Asks for the guest back. Before it was given away this takes effect at once and ends
@@ -359,7 +454,13 @@ impl Source {
     /// at this moment still leaves, and streams that wait go on by the new rate. Kept when the
     /// connection is made again. Does not wait, and may be called at any time.
     pub fn set_background(&self, background: Background) {
-        self.shared.pace.set(background);
+        self.shared.set_rates(|rates| rates.after = background);
+    }
+
+    /// The same for precopy passes alone, which have the rate of [`set_background`](Self::set_background)
+    /// otherwise.
+    pub fn set_precopy_background(&self, background: Background) {
+        self.shared.set_rates(|rates| rates.before = Some(background));
     }
 
     /// What has been done so far.

@@ -1,6 +1,7 @@
 //! How a source is asked to serve, and why it cannot start so.
 
 use super::pacing::Background;
+use super::precopy::Precopy;
 use super::release::{Release, ReleaseError};
 use super::{SessionId, SourceLedger, SourceMemory, SourceRecord};
 use crate::reconnect::Reconnect;
@@ -19,6 +20,13 @@ pub struct SourceOptions {
     pub streams: u16,
     /// How fast what nobody has asked for is sent; in a snapshot, to each destination.
     pub background: Background,
+    /// The same before the switchover, if it is to be another.
+    pub precopy_background: Option<Background>,
+    /// Whether memory is sent while the guest still runs here. Where one side cannot do it,
+    /// [`SourceEvent::SwitchoverDue`](super::SourceEvent::SwitchoverDue) says so at once.
+    pub precopy: Option<Precopy>,
+    /// Holds the guest from the start: see [`Source::hold`](super::Source::hold).
+    pub hold: bool,
     /// How long a thread that answers requests polls before it blocks; zero never polls.
     pub polling: Duration,
     /// How often a side that has nothing to say says so.
@@ -59,6 +67,9 @@ impl Default for SourceOptions {
         Self {
             streams: 1,
             background: Background::default(),
+            precopy_background: None,
+            precopy: None,
+            hold: false,
             polling: Duration::from_micros(50),
             heartbeat: Duration::from_millis(200),
             silence: Duration::from_millis(800),
@@ -75,9 +86,13 @@ impl Default for SourceOptions {
 
 impl SourceOptions {
     pub(crate) fn capabilities(&self) -> Capabilities {
-        match self.checksums {
+        let checksums = match self.checksums {
             Checksums::Off => Capabilities::default(),
             Checksums::On => Capabilities::CHECKSUMS,
+        };
+        match self.precopy {
+            Some(_) => checksums.with(Capabilities::PRECOPY),
+            None => checksums,
         }
     }
 

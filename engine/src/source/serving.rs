@@ -8,6 +8,7 @@ use super::SourceShared;
 use super::hands::Hands;
 use super::memory::SourceMemory;
 use super::pacing::{Pace, Permit};
+use super::precopy::Written;
 use crate::inbox::Outlet;
 use crate::source::driver::Input;
 use crate::stats::SourceCounters;
@@ -17,7 +18,7 @@ use afterimage_protocol::layout::GuestLayout;
 use afterimage_protocol::session::Book;
 use afterimage_protocol::wire::{Channel, Epoch, Generation, Stamp};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 /// No page was asked for since the last look.
@@ -31,6 +32,19 @@ const STAND_BACK_FOR: Duration = Duration::from_millis(5);
 
 /// How often is looked whether a channel has taken its pages.
 const LOOK_AT_HANDS_AFTER: Duration = Duration::from_millis(1);
+
+/// What may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// Nothing.
+    Closed,
+    /// Early copies, of this precopy pass, in background.
+    Early(u16),
+    /// Memory is final; only what was asked for.
+    Answers,
+    /// Everything.
+    Final,
+}
 
 /// One epoch of one destination.
 #[derive(Debug)]
@@ -50,6 +64,11 @@ pub(super) struct Serving {
     /// The page after the last one asked for, where background goes next.
     pub(super) hint: AtomicU64,
     pub(super) signal: Signal,
+    mode: RwLock<Mode>,
+    /// What the guest has written last: it goes before the rest.
+    hot: OnceLock<Arc<Written>>,
+    /// Pages that could not be read in a precopy pass.
+    pub(super) unreadable_early: AtomicU64,
     /// Which channels are reading memory.
     pub(super) hands: Hands,
     closing: AtomicBool,
@@ -57,7 +76,7 @@ pub(super) struct Serving {
     freeing: Mutex<()>,
 }
 
-/// Things that threads wait for: memory to become final, pages to be handed out again, acks
+/// Things that threads wait for: another [`Mode`], pages to be handed out again, acks
 /// that make room, the end.
 #[derive(Debug, Default)]
 pub(super) struct Signal {
@@ -67,7 +86,6 @@ pub(super) struct Signal {
 
 #[derive(Debug, Default)]
 struct SignalState {
-    is_final: bool,
     /// Grows with each reason to look again.
     changes: u64,
 }
@@ -75,12 +93,6 @@ struct SignalState {
 impl Signal {
     fn lock(&self) -> MutexGuard<'_, SignalState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Memory is final: pages may be sent.
-    pub(super) fn memory_is_final(&self) {
-        self.lock().is_final = true;
-        self.changed.notify_all();
     }
 
     /// Whoever waits shall look again.
@@ -118,6 +130,9 @@ impl Serving {
             urgent: AtomicU32::new(0),
             hint: AtomicU64::new(NO_HINT),
             signal: Signal::default(),
+            mode: RwLock::new(Mode::Closed),
+            hot: OnceLock::new(),
+            unreadable_early: AtomicU64::new(0),
             hands: Hands::default(),
             closing: AtomicBool::new(false),
             freeing: Mutex::default(),
@@ -157,9 +172,31 @@ impl Serving {
         self.pace.permit(most, LOOK_AFTER, || self.is_closing(), || stream.has_ended())
     }
 
-    /// Waits until memory is final; `false` if it is time to stop instead.
+    /// What may leave from now on. When it returns nobody takes pages by the mode before.
+    pub(super) fn set_mode(&self, mode: Mode) {
+        *self.mode.write().unwrap_or_else(PoisonError::into_inner) = mode;
+        self.signal.look_again();
+    }
+
+    /// What may leave, as long as the guard lives. Whoever holds it waits for nothing but memory.
+    pub(super) fn mode(&self) -> RwLockReadGuard<'_, Mode> {
+        self.mode.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These pages go first.
+    pub(super) fn set_hot(&self, written: Arc<Written>) {
+        // There is one switchover.
+        let _ = self.hot.set(written);
+    }
+
+    pub(super) fn hot(&self) -> Option<&Written> {
+        self.hot.get().map(Arc::as_ref)
+    }
+
+    /// Waits until memory is final, so that requests may be answered; `false` if it is time to
+    /// stop instead.
     pub(super) fn wait_final(&self, stream: &Stream) -> bool {
-        self.wait_while(stream, |state| !state.is_final)
+        self.wait_while(stream, |_| !matches!(*self.mode(), Mode::Answers | Mode::Final))
     }
 
     /// Waits until there is a reason to look again since `seen` was read; `false` if it is

@@ -17,6 +17,8 @@ pub(crate) enum Fill<'a> {
     /// From these bytes, as long as the run. They should be resident: for others the
     /// kernel drops its locks and starts again.
     Copy(&'a [u8]),
+    /// The same, and whoever waits goes on waiting.
+    Early(&'a [u8]),
     /// As zeros. Not on hugetlbfs.
     Zero,
     /// From the page cache, where the content already is.
@@ -57,6 +59,9 @@ pub(crate) enum Stopped {
     /// Something else.
     Failed(Errno),
 }
+
+/// `UFFDIO_COPY_MODE_DONTWAKE`.
+const COPY_DONTWAKE: u64 = 1;
 
 #[repr(C)]
 struct CopyArgument {
@@ -132,11 +137,12 @@ fn once(uffd: &Uffd, fill: Fill<'_>, start: u64, at: u64, len: u64) -> (u64, Res
     let fd = uffd.as_raw_fd();
     let mut range = RangeArgument { start, len, mode: 0, done: 0 };
     let (done, result) = match fill {
-        Fill::Copy(content) => {
+        Fill::Copy(content) | Fill::Early(content) => {
             let content = &content[at as usize..];
             assert!(content.len() as u64 >= len, "content shorter than its pages");
             let src = content.as_ptr() as u64;
-            let mut copy = CopyArgument { dst: start, src, len, mode: 0, copy: 0 };
+            let mode = if matches!(fill, Fill::Early(_)) { COPY_DONTWAKE } else { 0 };
+            let mut copy = CopyArgument { dst: start, src, len, mode, copy: 0 };
             // SAFETY: the argument has the kernel's layout and lives through the call;
             // `content` is readable for `len` bytes; the kernel writes only to pages that
             // are registered with this descriptor and were missing.

@@ -3,10 +3,11 @@
 //! A file says it itself (`SEEK_DATA`); for private memory `/proc/self/pagemap` does.
 //! Reading a hole through a mapping would allocate it, so a source asks first.
 
+use super::pagemap_scan::{self, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PageRegion, Wanted};
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 
 /// A piece of memory in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,37 +47,6 @@ pub(crate) const EXTENTS_AT_ONCE: usize = 256;
 pub(crate) struct Pagemap {
     file: File,
 }
-
-/// The kernel's answer for one run of `PAGEMAP_SCAN`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct PageRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-#[repr(C)]
-struct ScanArgument {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-const _: () = assert!(size_of::<ScanArgument>() == 96);
-const PAGE_IS_PRESENT: u64 = 1 << 3;
-const PAGE_IS_SWAPPED: u64 = 1 << 4;
-
-nix::ioctl_readwrite!(pagemap_scan, b'f', 16, ScanArgument);
 
 impl Pagemap {
     pub(crate) fn of_this_process() -> io::Result<Self> {
@@ -137,25 +107,13 @@ impl Pagemap {
 
     /// Fills `found` from its start; how many there are.
     fn scan(&self, from: u64, end: u64, found: &mut [PageRegion]) -> io::Result<usize> {
-        let mut argument = ScanArgument {
-            size: size_of::<ScanArgument>() as u64,
-            flags: 0,
-            start: from,
-            end,
-            walk_end: 0,
-            vec: found.as_mut_ptr() as u64,
-            vec_len: found.len() as u64,
-            max_pages: 0,
-            category_inverted: 0,
-            category_mask: 0,
-            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        let wanted = Wanted {
+            any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             // A page that has failed counts as swapped.
-            return_mask: PAGE_IS_SWAPPED,
+            told: PAGE_IS_SWAPPED,
+            ..Wanted::default()
         };
-        // SAFETY: the argument has the kernel's layout; `found` is the vector that it points
-        // to, with its length; both live through the call.
-        let regions = unsafe { pagemap_scan(self.file.as_raw_fd(), &raw mut argument) }?;
-        Ok(regions as usize)
+        Ok(pagemap_scan::scan(&self.file, from..end, wanted, found)?.found)
     }
 
     /// The same by reading one entry of 8 bytes a page; at most so many runs.

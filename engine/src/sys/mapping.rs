@@ -104,6 +104,16 @@ impl RawRun {
         unsafe { std::slice::from_raw_parts_mut(self.start, self.length) }
     }
 
+    /// Copies what is in a run of the same length; it may change meanwhile.
+    ///
+    /// # Safety
+    /// Both must be mapped, and nobody else may use these bytes.
+    pub(crate) unsafe fn copy_from(&self, from: Self) {
+        assert_eq!(self.length, from.length);
+        // SAFETY: the caller's promise; one is the engine's own buffer, so they do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from.start, self.start, self.length) }
+    }
+
     /// Writes `content` to the start of the run.
     ///
     /// # Safety

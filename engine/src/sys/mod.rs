@@ -5,16 +5,20 @@
 
 pub(crate) mod fill;
 pub(crate) mod holes;
+pub(crate) mod kvm;
+pub(crate) mod kvm_ring;
 pub(crate) mod machine;
 pub(crate) mod mapping;
 pub(crate) mod maps;
 pub(crate) mod messages;
+pub(crate) mod pagemap_scan;
 pub(crate) mod scheduling;
 pub(crate) mod socket;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod uffd;
 pub(crate) mod words;
+pub(crate) mod write_protect;
 
 use std::io;
 use std::os::fd::AsFd;

@@ -38,10 +38,12 @@ pub(crate) fn suit(role: ThreadRole) -> io::Result<()> {
         ThreadRole::Fault | ThreadRole::Request => {}
         // It does not take the core from whoever runs when it is woken, and can itself be
         // stopped soon.
-        ThreadRole::Background | ThreadRole::Release => {
+        ThreadRole::Background | ThreadRole::Release | ThreadRole::Map => {
             attributes.policy = libc::SCHED_BATCH as u32;
         }
-        ThreadRole::Acceptor | ThreadRole::Control | ThreadRole::Ledger => return Ok(()),
+        ThreadRole::Acceptor | ThreadRole::Control | ThreadRole::Ledger | ThreadRole::Precopy => {
+            return Ok(());
+        }
     }
     attributes.runtime = SHORT_SLICE_NS;
     attributes.flags = 0;

@@ -31,6 +31,9 @@ impl Features {
     pub(crate) const MISSING_SHMEM: Self = Self(1 << 5);
     pub(crate) const MINOR_HUGETLBFS: Self = Self(1 << 9);
     pub(crate) const MINOR_SHMEM: Self = Self(1 << 10);
+    pub(crate) const WP_SHARED: Self = Self(1 << 12);
+    pub(crate) const WP_UNPOPULATED: Self = Self(1 << 13);
+    pub(crate) const WP_ASYNC: Self = Self(1 << 15);
 
     pub(crate) const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
@@ -164,7 +167,9 @@ fn flags(scope: FaultScope) -> i32 {
 
 fn describe(lacking: Features) -> UffdError {
     let has = |feature: Features| lacking.0 & feature.0 != 0;
-    let (names, needed) = if has(Features::MINOR_SHMEM) {
+    let (names, needed) = if has(Features::WP_ASYNC) {
+        ("asynchronous write protection", "6.7")
+    } else if has(Features::MINOR_SHMEM) {
         ("minor faults on shared memory", "5.14")
     } else if has(Features::MINOR_HUGETLBFS) {
         ("minor faults on hugetlbfs", "5.13")

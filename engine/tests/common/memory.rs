@@ -143,12 +143,15 @@ impl Memory {
 
     /// Panics where two memories differ.
     pub fn check_same(&self, other: &Self) {
-        for page in 0..self.small_pages() {
-            for word in 0..PAGE / 8 {
-                let (mine, theirs) = (self.word(page, word), other.word(page, word));
-                let (mine, theirs) = (mine.load(Ordering::Relaxed), theirs.load(Ordering::Relaxed));
-                assert_eq!(mine, theirs, "page {page}, word {word}: the sides differ");
-            }
+        (0..self.small_pages()).for_each(|page| self.check_page_same(other, page));
+    }
+
+    /// The same for one piece of 4 KiB.
+    pub fn check_page_same(&self, other: &Self, page: u64) {
+        for word in 0..PAGE / 8 {
+            let (mine, theirs) = (self.word(page, word), other.word(page, word));
+            let (mine, theirs) = (mine.load(Ordering::Relaxed), theirs.load(Ordering::Relaxed));
+            assert_eq!(mine, theirs, "page {page}, word {word}: the sides differ");
         }
     }
 

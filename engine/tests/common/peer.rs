@@ -115,6 +115,34 @@ impl Wire {
         }
     }
 
+    /// A frame of a data channel, with its content.
+    pub fn hear_data(&mut self, layout: &GuestLayout) -> Heard<(DataFrame, Vec<u8>)> {
+        let Heard::Said(header) = self.receive(HEADER_BYTES) else { return Heard::Gone };
+        let header = Header::from_bytes(header.try_into().expect("a header's length"));
+        let frame = DataFrame::parse(&header, layout, "data").expect("the engine speaks rightly");
+        let Heard::Said(content) = self.receive(header.length() as usize) else {
+            return Heard::Gone;
+        };
+        Heard::Said((frame, content))
+    }
+
+    /// How many bytes have reached the engine, in this process, that it has not read.
+    pub fn unread_by_peer(&self) -> u64 {
+        let port = |address: std::io::Result<std::net::SocketAddr>| {
+            format!(":{:04X}", address.expect("a TCP socket").port())
+        };
+        let (ours, theirs) = (port(self.socket.local_addr()), port(self.socket.peer_addr()));
+        let table = std::fs::read_to_string("/proc/self/net/tcp").expect("the kernel's table");
+        let sockets = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let mut queues = sockets.filter_map(|fields| {
+            let is_theirs =
+                fields.len() > 4 && fields[1].ends_with(&theirs) && fields[2].ends_with(&ours);
+            is_theirs.then(|| fields[4].split_once(':').expect("two queues").1.to_owned())
+        });
+        let unread = queues.next().expect("the engine's socket");
+        u64::from_str_radix(&unread, 16).expect("a number")
+    }
+
     /// Everything until the connection ends; panics if it does not.
     pub fn hear_end(&mut self, what: &str) -> Vec<ControlFrame> {
         let mut frames = Vec::new();

@@ -179,6 +179,15 @@ impl Pair {
         change: impl FnOnce(&mut SourceOptions, &mut DestinationOptions),
         detour: impl FnOnce(Address) -> Address,
     ) -> Option<Self> {
+        Self::start_on(setup, |_, source, destination| change(source, destination), detour)
+    }
+
+    /// The same where a change needs to know the guest's memory at the source.
+    pub fn start_on(
+        setup: &Setup,
+        change: impl FnOnce(&Arc<Memory>, &mut SourceOptions, &mut DestinationOptions),
+        detour: impl FnOnce(Address) -> Address,
+    ) -> Option<Self> {
         let old = Memory::try_new(&setup.kinds)?;
         let new = Memory::try_new(&setup.kinds)?;
         old.fill(setup.seed, setup.content);
@@ -191,7 +200,7 @@ impl Pair {
         };
         let (mut for_source, mut for_destination) =
             (source_options(setup), destination_options(setup));
-        change(&mut for_source, &mut for_destination);
+        change(&old, &mut for_source, &mut for_destination);
         let (source, source_events) =
             Source::start(old.as_source(), at_source, for_source).expect("a source");
         let memory = new.register(setup.discards).expect("registered memory");
@@ -266,6 +275,7 @@ impl Pair {
         assert_eq!(stats.pages_complete, stats.pages_total, "{}", self.dump());
         let once = stats.pages_requested
             + stats.pages_background
+            + stats.pages_precopy
             + stats.pages_zero
             + stats.pages_discarded;
         assert_eq!(once, stats.pages_total, "each page is counted once\n{}", self.dump());

@@ -5,9 +5,9 @@ use crate::world::World;
 use afterimage_protocol::bitmap::PageState;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{
-    DestinationOwnership, MAX_IN_FLIGHT_RUNS, SourceOwnership, SourcePages,
+    DestinationOwnership, MAX_IN_FLIGHT_RUNS, SourceOwnership, SourcePages, SourceRecord,
 };
-use afterimage_protocol::wire::SessionKind;
+use afterimage_protocol::wire::{Channel, SessionKind};
 use std::fmt;
 
 /// A rule that did not hold.
@@ -29,8 +29,9 @@ impl fmt::Display for Violation {
 
 type Check = (&'static str, fn(&World) -> Result<(), String>);
 
-const EACH_STEP: [Check; 9] = [
+const EACH_STEP: [Check; 10] = [
     ("i1_once_and_i8_gone", i1_once_and_i8_gone),
+    ("i1_early_copies", i1_early_copies),
     ("i2_kept", i2_kept),
     ("i3_one_owner", i3_one_owner),
     ("i3_given_to_whom", i3_given_to_whom),
@@ -52,13 +53,41 @@ pub(crate) fn each_step(world: &mut World) {
 /// What the guest can read without a fault is what it must read: the content at switchover,
 /// what it wrote since, or zero where it discarded.
 fn i1_once_and_i8_gone(world: &World) -> Result<(), String> {
-    for page in world.all_pages() {
+    let host = &world.destination;
+    let is_settled = !world.is_migration() || (host.is_alive && host.session.is_settled());
+    if host.runs && host.is_alive && !is_settled {
+        return Err("the guest runs, and its memory is not final".to_owned());
+    }
+    // Early copies may be mapped before that, where no guest runs.
+    let is_read =
+        |page: &PageNumber| is_settled || host.runs || host.memory.planes.is_complete(*page);
+    for page in world.all_pages().filter(is_read) {
         let truth = world.guest.truth[page.0 as usize];
         match world.destination.memory.visible(page) {
             Some(seen) if seen != truth => {
                 return Err(format!("page {page} reads {seen:#x}, it must read {truth:#x}"));
             }
             _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// What the source holds for arrived, and its guest has not written since, is at the
+/// destination as it is at the source, also where it is an early copy.
+fn i1_early_copies(world: &World) -> Result<(), String> {
+    let (source, memory) = (&world.source, &world.destination.memory);
+    let is_known = source.is_alive
+        && source.passes.is_told
+        && source.known_memory == Some(world.destination.disk.incarnation);
+    if !is_known || source.session.is_over() {
+        return Ok(());
+    }
+    for &page in &memory.early.current {
+        let is_due = source.book.is_acked(page) && !source.passes.written.contains(&page);
+        let (lies, wanted) = (memory.lies(page), source.memory[page.0 as usize].unwrap_or(0));
+        if is_due && lies != wanted {
+            return Err(format!("the early copy of page {page} is {lies:#x}, not {wanted:#x}"));
         }
     }
     Ok(())
@@ -190,7 +219,9 @@ fn i6_rebuilt(world: &World) -> Result<(), String> {
         return Ok(());
     }
     for page in world.all_pages() {
-        if world.source.book.is_acked(page) && !world.destination.memory.planes.is_complete(page) {
+        let memory = &world.destination.memory;
+        let has_come = memory.is_here(page) || memory.early.forgotten.contains(&page);
+        if world.source.book.is_acked(page) && !has_come {
             return Err(format!("page {page} is acknowledged and has not arrived"));
         }
     }
@@ -240,6 +271,35 @@ pub(crate) fn i6_not_again(world: &mut World, pages: PageRange) {
         if world.source.ever_acked.contains(&page) {
             world.violated("i6_rebuilt", format!("page {page} was acknowledged and is sent again"));
         }
+    }
+}
+
+/// I6: no early copy leaves before the destination knows of its pass.
+pub(crate) fn i6_early_after_its_pass(world: &mut World, pass: u16, newest: Option<u16>) {
+    if newest.is_some_and(|newest| newest < pass) {
+        world.violated("i6_early_after_its_pass", format!("a copy of pass {pass} is too soon"));
+    }
+}
+
+/// I4: what is under way when a pass begins is of the one before, and dropped: nobody would
+/// bring it.
+pub(crate) fn i4_nothing_under_way(world: &mut World) {
+    let mut channels = world.source.channels.iter();
+    let is_background = |channel: &Channel| matches!(channel, Channel::Background(_));
+    let found =
+        channels.find(|(channel, data)| is_background(channel) && !data.in_flight.is_empty());
+    if let Some((channel, _)) = found {
+        let what = format!("a pass begins, and pages of the one before are under way on {channel}");
+        world.violated("i4_nothing_under_way", what);
+    }
+}
+
+/// I3: a guest that is held is not given away.
+pub(crate) fn i3_held(world: &mut World, record: &SourceRecord) {
+    let is_given = record.ownership == SourceOwnership::Given
+        && world.source.session.record().ownership == SourceOwnership::Owner;
+    if world.source.holds && is_given {
+        world.violated("i3_held", "a guest is given away that is held");
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::network::Side;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 /// What happened to a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,6 +19,14 @@ pub(crate) enum Happening {
 pub(crate) struct State {
     pub(crate) link: &'static str,
     pub(crate) ownership: u8,
+    /// What may be done with pages.
+    pub(crate) pages: &'static str,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ownership {} {}", self.link, self.ownership, self.pages)
+    }
 }
 
 /// From where, by what, to where; and in which kind of session.
@@ -80,19 +89,13 @@ impl Coverage {
     /// One line each, sorted: states, transitions, situations.
     pub fn lines(&self) -> impl Iterator<Item = String> + '_ {
         let kind = |kind: u8| if kind == 1 { "migration" } else { "snapshot" };
-        let states = self.all_states().into_iter().map(move |(side, of, state)| {
-            format!("state {side:?} {} {} ownership {}", kind(of), state.link, state.ownership)
-        });
+        let states = self
+            .all_states()
+            .into_iter()
+            .map(move |(side, of, state)| format!("state {side:?} {} {}", kind(of), state));
         let transitions = self.seen.iter().map(move |it| {
             let Transition { side, from, happening, to, .. } = it;
-            format!(
-                "transition {side:?} {} {} ownership {}: {happening:?}: {} ownership {}",
-                kind(it.kind),
-                from.link,
-                from.ownership,
-                to.link,
-                to.ownership
-            )
+            format!("transition {side:?} {} {from}: {happening:?}: {to}", kind(it.kind))
         });
         let situations =
             self.situations.iter().map(|(name, count)| format!("situation {name}: {count}"));

@@ -2,6 +2,7 @@
 //! are in `receiving`, the faults it answers and its deaths in `handler`.
 
 mod handler;
+mod passes;
 mod receiving;
 
 use crate::coverage::{Happening, State};
@@ -19,7 +20,7 @@ use afterimage_protocol::session::{
     DestinationRecord, DestinationSession, PersistFailed,
 };
 use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Epoch, Hello, Incarnation, SessionId, SessionKind, Stamp,
+    Channel, ControlFrame, Epoch, Hello, Incarnation, SessionId, SessionKind, Stamp,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -69,7 +70,7 @@ pub(crate) struct DestinationHost {
 fn config(plan: &Plan) -> DestinationConfig {
     DestinationConfig {
         layout: layout(plan),
-        capabilities: Capabilities::CHECKSUMS,
+        capabilities: plan.capabilities(Side::Destination),
         silence: Duration::from_secs(2),
     }
 }
@@ -87,7 +88,7 @@ impl DestinationHost {
             session: DestinationSession::new(config(plan), disk),
             pending: None,
             disk,
-            memory: Memory::new(plan.pages, plan.first_alias, mutant),
+            memory: Memory::new(plan, mutant),
             control: None,
             since: 0,
             slots: Slots::default(),
@@ -106,7 +107,8 @@ impl DestinationHost {
 impl World {
     pub(crate) fn destination_state(&self) -> State {
         let session = &self.destination.session;
-        State { link: session.link_name(), ownership: session.record().ownership as u8 }
+        let pages = if session.is_settled() { "settled" } else { "early" };
+        State { link: session.link_name(), ownership: session.record().ownership as u8, pages }
     }
 
     /// A call of the session, and what follows from it.
@@ -154,6 +156,12 @@ impl World {
                 self.destination.runs = false;
             }
             DestinationAction::Event(DestinationEvent::Ended(_)) => self.destination.runs = false,
+            DestinationAction::Stale { range, segment } => self.take_stale(range, &segment),
+            DestinationAction::Pass { number, last } => self.take_pass(number, last),
+            DestinationAction::ForgetEarly => {
+                let is_unused = !self.destination.runs;
+                self.destination.memory.forget_early(is_unused);
+            }
             DestinationAction::Renew { channel, generation } => {
                 self.renew(Side::Destination, channel, generation);
             }
@@ -168,6 +176,7 @@ impl World {
     }
 
     fn destination_hangs_up(&mut self) {
+        self.destination.memory.begin_pass(None);
         if let Some(id) = self.destination.control.take() {
             self.network.close(id, Side::Destination);
         }
@@ -188,11 +197,10 @@ impl World {
 
     fn send_received(&mut self) {
         let range = PageRange::new(PageNumber(0), self.plan.pages);
-        let nothing = Bitmap::new(self.plan.pages);
         let segment = if self.breaks(Mutant::PlanesNotSent) {
-            Segment::encode(&nothing, range)
+            Segment::encode(&Bitmap::new(self.plan.pages), range)
         } else {
-            Segment::encode(self.destination.memory.planes.completed(), range)
+            self.destination.memory.here()
         };
         self.destination.memory.to_acknowledge.clear();
         self.send_control_from_destination(ControlFrame::Received { range, segment, last: true });

@@ -111,8 +111,9 @@ impl World {
         if self.plan.kind == SessionKind::Snapshot || self.random.chance(500) {
             return;
         }
-        let value = self.guest.fresh_value();
+        let value = if self.random.chance(250) { 0 } else { self.guest.fresh_value() };
         self.source.memory[page] = Some(value);
+        self.source.passes.written.insert(PageNumber(page as u64));
         if !self.source.session.is_over() {
             // Before switchover: this is what the destination has to get.
             self.guest.truth[page] = value;

@@ -8,8 +8,10 @@
 //! | here | in the engine |
 //! | --- | --- |
 //! | `source.rs`, `release.rs` | the source's threads and sockets; its disk; which pages are freed |
+//! | `source/passes.rs` | the tracker of what the guest writes; what is told as stale, and when a pass ends |
 //! | `destination.rs` | the destination's threads and sockets; its disk; its VMM |
 //! | `destination/handler.rs` | the fault thread; a handler that dies and is succeeded |
+//! | `destination/passes.rs`, `memory/early.rs` | early copies, and `pages/early.rs` |
 //! | `memory.rs` | `destination/pages.rs` and `pages/claim.rs`: region 0 is copied, region 1 written through an alias; what outlives a handler, as with a keeper |
 //! | `guest.rs` | vCPUs, and for each page what it must read |
 //! | `network.rs` | connections: ordered, cut, dead in one direction, late, stuck, parted; frames and hellos of passed connections that come again |
@@ -25,7 +27,7 @@
 //! is left out by chance.
 //!
 //! What is not modelled: the bytes of frames (the wire has its own tests), several threads
-//! within a side (the planes have loom), precopy passes, the exact errors of the kernel.
+//! within a side (the planes have loom), the exact errors of the kernel.
 //!
 //! A [`Mutant`] breaks one rule of a driver, to show that the checks would see it.
 //!

@@ -4,10 +4,14 @@ use crate::mutant::Mutant;
 use crate::network::{Body, Read, Side};
 use crate::world::World;
 use afterimage_protocol::session::{DestinationOwnership, SourceOwnership};
-use afterimage_protocol::wire::ControlFrame;
+use afterimage_protocol::wire::{Channel, ControlFrame};
+
+/// How many heartbeats are read at once.
+const BEATS: usize = 16;
 
 impl World {
-    /// Reads one frame, or the end, of one of a side's connections.
+    /// Reads one frame, or the end, of one of a side's connections, and heartbeats before it:
+    /// they are no work.
     pub(crate) fn deliver(&mut self, side: Side) {
         let held = self.network.of(side);
         let Some(&id) = self.random.pick(&held) else { return };
@@ -24,7 +28,18 @@ impl World {
         if has_to_wait && !self.network.has_broken(id, side) {
             return;
         }
-        match (self.network.read(id, side), side) {
+        for _ in 0..BEATS {
+            let read = self.network.read(id, side);
+            let is_beat = matches!(&read, Read::Packet(packet) if packet.is_beat());
+            self.take(read, id, channel, side);
+            if !is_beat || self.is_idle(side) {
+                return;
+            }
+        }
+    }
+
+    fn take(&mut self, read: Read, id: usize, channel: Channel, side: Side) {
+        match (read, side) {
             (Read::Nothing, _) => {}
             (Read::End, Side::Source) => self.source_reads_end(id, channel),
             (Read::End, Side::Destination) => self.destination_reads_end(id, channel),
@@ -80,9 +95,13 @@ impl World {
 
     /// One thing that an operator or a VMM does.
     pub(crate) fn manage(&mut self) {
+        self.end_pass();
         match self.random.below(8) {
             0 | 1 => self.connect(),
-            2 => self.switch_over(),
+            2 => {
+                self.switch_over();
+                self.proceed();
+            }
             3 => self.say_ready(),
             4 => self.say_complete(),
             5 => self.dial_again(),
@@ -112,11 +131,27 @@ impl World {
     }
 
     fn switch_over(&mut self) {
-        let may = !self.is_idle(Side::Source) && self.is_migration();
-        if may && !self.source.gave_state && self.random.chance(400) {
+        let may = !self.is_idle(Side::Source) && self.is_migration() && !self.source.gave_state;
+        let is_early = self.source.passes.ended < self.plan.passes;
+        // A guest that was stopped before the source was restarted writes nothing any more.
+        let waits = is_early && self.source.vmm_runs;
+        if !may || !self.random.chance(if waits { self.plan.hurry_per_mille } else { 400 }) {
+            return;
+        }
+        let frozen = if !self.source.session.is_frozen() && self.random.chance(500) {
+            self.with_source("freeze", |session, _| session.freeze())
+        } else {
             self.source.gave_state = true;
-            let frozen = self.with_source("freeze", |session, _| session.freeze());
-            self.source.vmm_runs &= frozen.is_err();
+            self.with_source("bring state", |session, _| session.bring_state())
+        };
+        self.source.vmm_runs &= frozen.is_err();
+    }
+
+    /// Whoever holds the guest lets it go.
+    fn proceed(&mut self) {
+        if self.source.holds && !self.is_idle(Side::Source) && self.random.chance(200) {
+            self.source.holds = false;
+            let _ = self.with_source("proceed", |session, _| session.proceed());
         }
     }
 
@@ -137,7 +172,7 @@ impl World {
 
     fn dial_again(&mut self) {
         for side in [Side::Source, Side::Destination] {
-            if !self.is_idle(side) {
+            if !self.is_idle(side) && self.random.chance(self.plan.redials_per_mille) {
                 self.dial_missing(side);
             }
         }
@@ -150,7 +185,9 @@ impl World {
         let is_given = self.source.session.record().ownership == SourceOwnership::Given;
         let wants_now = is_given || !self.plan.waits_until_given;
         if self.plan.wants_guest_back && wants_now && !self.is_healed && self.random.chance(500) {
-            let _ = self.with_source("reclaim", |session, _| session.reclaim());
+            let taken = self.with_source("reclaim", |session, _| session.reclaim());
+            self.source.vmm_runs |=
+                taken.is_err() && is_given && self.breaks(Mutant::DenialIgnored);
             return;
         }
         let record = *self.source.session.record();

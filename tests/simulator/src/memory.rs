@@ -10,9 +10,14 @@
 //! and as soon as it has been read the pages are gone. Until it is in the planes nothing may
 //! be placed either, which is the gate in the engine.
 
+mod early;
+
 use crate::mutant::Mutant;
+use crate::network::Side;
+use crate::plan::Plan;
 use afterimage_protocol::bitmap::{PageState, Planes};
 use afterimage_protocol::layout::{PageNumber, PageRange};
+use early::Early;
 use std::collections::{BTreeSet, VecDeque};
 
 /// What half a page looks like.
@@ -40,6 +45,9 @@ pub(crate) struct Memory {
     pub(crate) to_acknowledge: Vec<PageRange>,
     /// Whoever waits for these looks again.
     pub(crate) woken: Vec<PageNumber>,
+    pub(crate) early: Early,
+    /// Early copies may have come to whoever had this memory before.
+    does_precopy: bool,
     mutant: Option<Mutant>,
 }
 
@@ -58,11 +66,15 @@ pub(crate) struct Piece {
     pub(crate) pages: PageRange,
     pub(crate) values: Vec<u64>,
     pub(crate) won: Vec<PageRange>,
+    /// The pass that it came with, if it is an early copy.
+    pub(crate) pass: Option<u16>,
     pub(crate) stage: Stage,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
+    /// Until nobody else writes any of it: early copies only.
+    Waits,
     Claimed,
     Half,
     Received,
@@ -71,10 +83,12 @@ pub(crate) enum Stage {
 }
 
 impl Memory {
-    pub(crate) fn new(pages: u64, first_alias: u64, mutant: Option<Mutant>) -> Self {
+    pub(crate) fn new(plan: &Plan, mutant: Option<Mutant>) -> Self {
+        let pages = plan.pages;
         Self {
             planes: Planes::new(pages),
-            first_alias,
+            first_alias: plan.first_alias,
+            does_precopy: plan.can_precopy[Side::Destination as usize],
             content: vec![None; pages as usize],
             is_mapped: vec![false; pages as usize],
             discarded_in_flight: BTreeSet::new(),
@@ -84,6 +98,7 @@ impl Memory {
             interrupted: Vec::new(),
             to_acknowledge: Vec::new(),
             woken: Vec::new(),
+            early: Early::default(),
             mutant,
         }
     }
@@ -132,7 +147,7 @@ impl Memory {
         if self.breaks(Mutant::AckBeforeComplete) {
             self.to_acknowledge.extend(won.iter().copied());
         }
-        Piece { pages, values, won, stage: Stage::Claimed }
+        Piece { pages, values, won, pass: None, stage: Stage::Claimed }
     }
 
     /// Whether a discard has been read and not entered: nothing may be placed.
@@ -150,6 +165,7 @@ impl Memory {
         let is_alias = self.is_alias(piece.pages.start);
         let has_to_wait = self.is_gated() || (self.has_unread() && !is_alias);
         match &piece.stage {
+            Stage::Waits => self.claim_early(piece),
             Stage::Claimed | Stage::Half => {
                 let is_half = piece.stage == Stage::Claimed;
                 if is_alias {
@@ -162,6 +178,10 @@ impl Memory {
                 false
             }
             Stage::Received if has_to_wait => false,
+            Stage::Received if piece.pass.is_some() => {
+                self.finish_early(piece);
+                true
+            }
             Stage::Received if is_alias => {
                 if self.breaks(Mutant::ClaimAfterWrite) {
                     piece.won.clear();
@@ -216,7 +236,9 @@ impl Memory {
     /// The process dies in the middle of placing a piece: behind the alias when its pages are
     /// complete and not shown, else when they are copied and not complete.
     pub(crate) fn place_half(&mut self, piece: &Piece) {
-        if self.is_alias(piece.pages.start) {
+        if piece.pass.is_some() {
+            self.place_half_early(piece);
+        } else if self.is_alias(piece.pages.start) {
             for run in &piece.won {
                 for page in run.iter().filter(|page| self.discarded_in_flight.contains(page)) {
                     self.content[page.0 as usize] = None;
@@ -283,6 +305,7 @@ impl Memory {
         let mut won = Vec::new();
         self.planes.claim(pages, |run| won.push(run));
         for run in won {
+            run.iter().for_each(|page| self.empty_old(page));
             self.mark_complete(run);
         }
     }
@@ -321,7 +344,11 @@ impl Memory {
             PageState::Claimed if self.is_alias(page) => {
                 self.discarded_in_flight.insert(page);
             }
-            _ => self.mark_complete(PageRange::one(page)),
+            PageState::Complete => self.mark_complete(PageRange::one(page)),
+            PageState::Claimed | PageState::Free => {
+                self.empty_old(page);
+                self.mark_complete(PageRange::one(page));
+            }
         }
     }
 
@@ -334,8 +361,8 @@ impl Memory {
     }
 
     /// Another process takes over from a dead one: discards that were read are entered, half
-    /// pages emptied, claims forgotten.
-    pub(crate) fn take_over(&mut self) {
+    /// pages emptied, claims and early copies forgotten. `is_unused` if no guest has run here.
+    pub(crate) fn take_over(&mut self, is_unused: bool) {
         if self.breaks(Mutant::EventBufferLost) {
             self.buffer = None;
         }
@@ -356,5 +383,6 @@ impl Memory {
         }
         self.to_acknowledge.clear();
         self.given_back.clear();
+        self.forget_early(is_unused);
     }
 }

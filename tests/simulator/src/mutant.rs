@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 macro_rules! mutants {
     ($($(#[doc = $doc:literal])+ $name:ident = $text:literal,)*) => {
-        /// A rule that is broken. All are rules of a driver or of the memory beneath it; the
-        /// session machines themselves are the real ones.
+        /// A rule that is broken. All are rules of a driver, of the memory beneath it or of whoever
+        /// manages it; the session machines themselves are the real ones.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[non_exhaustive]
         pub enum Mutant { $($(#[doc = $doc])+ $name,)* }
@@ -87,6 +87,32 @@ mutants! {
     RenewNotSaid = "renew-not-said",
     /// A connection attempt without an answer is never given up.
     AttemptWithoutEnd = "attempt-without-end",
+    /// What the guest wrote last is not told as stale.
+    LastWritesNotTold = "last-writes-not-told",
+    /// Early copies are kept that come after memory was final.
+    EarlyAfterSettled = "early-after-settled",
+    /// Early copies are kept that come while the destination is told what is stale.
+    EarlyAfterStale = "early-after-stale",
+    /// Early copies are kept of whichever pass.
+    PassNumberIgnored = "pass-number-ignored",
+    /// A pass begins while pages of the one before are under way.
+    PassBeforeAcknowledged = "pass-before-acknowledged",
+    /// Pages of a pass leave before it was taken in.
+    PassNotWaitedFor = "pass-not-waited-for",
+    /// After a reconnection the source holds all early copies for up to date.
+    VouchForEverything = "vouch-for-everything",
+    /// Acknowledgements of copies that are stale count.
+    StaleAckHeeded = "stale-ack-heeded",
+    /// A zero page is not emptied where an older copy lies.
+    ZeroOverOldCopy = "zero-over-old-copy",
+    /// Early copies that nobody knows of any more stay mapped.
+    OldCopiesKept = "old-copies-kept",
+    /// Requests are answered while the guest still runs at the source.
+    AnsweredBeforeFrozen = "answered-before-frozen",
+    /// The guest is resumed although the destination runs it.
+    DenialIgnored = "denial-ignored",
+    /// Nobody tells the session that the guest is held.
+    HoldIgnored = "hold-ignored",
 }
 
 impl fmt::Display for Mutant {

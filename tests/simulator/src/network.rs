@@ -20,6 +20,8 @@ use std::collections::{BTreeMap, VecDeque};
 /// that of the other side may take longer.
 const KERNEL_LIMIT: u64 = 300;
 const KERNEL_LAG: u64 = 300;
+/// How late what was sent on a closed data connection may arrive, in quarters less one.
+const CLOSED_LAG: u64 = 300;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Side {
@@ -42,8 +44,9 @@ pub(crate) enum Body {
     Refused(Refusal),
     Control(ControlFrame),
     Request(PageRange),
-    Content(PageRange, Vec<u64>),
-    Zero(PageRange),
+    /// With the precopy pass, if the guest may have written these pages since.
+    Content(PageRange, Vec<u64>, Option<u16>),
+    Zero(PageRange, Option<u16>),
 }
 
 #[derive(Clone, Debug)]
@@ -54,6 +57,16 @@ pub(crate) struct Packet {
     pub(crate) is_stale: bool,
     /// It arrives at this step.
     arrives: u64,
+}
+
+impl Packet {
+    /// Whether it only says that its sender is there.
+    pub(crate) const fn is_beat(&self) -> bool {
+        matches!(
+            self.body,
+            Body::Control(ControlFrame::Heartbeat { .. } | ControlFrame::HeartbeatReply { .. })
+        )
+    }
 }
 
 /// One direction of a connection.
@@ -233,6 +246,13 @@ impl Network {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         connection.is_open[side as usize] = false;
         connection.queues[side as usize].clear();
+        if connection.is_data() {
+            // What is on its way from who gives a channel up may take its time.
+            let late = self.now + id as u64 % 4 * CLOSED_LAG;
+            for packet in &mut connection.queues[side.other() as usize] {
+                packet.arrives = packet.arrives.max(late);
+            }
+        }
         if connection.is_open == [false; 2] {
             self.connections.remove(&id);
         }

@@ -1,9 +1,10 @@
 //! What is drawn once for a run: how large the guest is, how fast everything goes, and what
 //! may go wrong.
 
+use crate::network::Side;
 use crate::random::Random;
 use afterimage_protocol::layout::{Backing, GuestAddress, GuestLayout, PageSize, Region};
-use afterimage_protocol::wire::SessionKind;
+use afterimage_protocol::wire::{Capabilities, SessionKind};
 
 /// What is drawn once for a run.
 #[derive(Clone, Copy, Debug)]
@@ -13,6 +14,14 @@ pub(crate) struct Plan {
     pub(crate) pages: u64,
     pub(crate) first_alias: u64,
     pub(crate) streams: u16,
+    /// By side: whether it can do precopy.
+    pub(crate) can_precopy: [bool; 2],
+    /// How many precopy passes are wanted before the switchover.
+    pub(crate) passes: u64,
+    /// How soon the switchover comes before that, in 1000 of the soonest.
+    pub(crate) hurry_per_mille: u64,
+    /// Whoever drives the migration holds the guest back for a while.
+    pub(crate) holds: bool,
     /// Otherwise the source does.
     pub(crate) destination_connects: bool,
     pub(crate) releases: bool,
@@ -50,6 +59,8 @@ pub(crate) struct Plan {
     /// A middlebox may swallow what goes over a data channel, and answer for the peer: no
     /// kernel notices, both hosts watch their channels themselves.
     pub(crate) channels_get_stuck: bool,
+    /// How soon a data connection that ended is made again, in 1000 of the soonest.
+    pub(crate) redials_per_mille: u64,
     pub(crate) chaos: u64,
 }
 
@@ -65,18 +76,27 @@ impl Plan {
         let is_slow = random.chance(300);
         let mut latency = || if is_slow { random.below(40) } else { 0 };
         let latency = [latency(), latency()];
+        let can_precopy = [random.chance(800), random.chance(800)];
+        let does_precopy = is_migration && can_precopy == [true; 2];
+        // All of memory comes more than once then.
+        let slowest = if does_precopy { 250 } else { 50 };
+        let passes = if does_precopy { random.below(4) } else { 0 };
         Self {
             kind,
             first_alias,
             pages: first_alias + 8 + random.below(24),
             streams: 1 + random.below(3) as u16,
+            can_precopy,
+            passes,
+            hurry_per_mille: if random.chance(300) { 100 } else { 8 },
+            holds: is_migration && random.chance(250),
             destination_connects: random.chance(600),
             releases,
             wants_guest_back: is_migration && random.chance(300),
             may_lose_memory: random.chance(400),
             disks_fail: random.chance(400),
-            sends_per_mille: 20 + random.below(980),
-            receives_per_mille: 50 + random.below(950),
+            sends_per_mille: slowest / 2 + random.below(1000 - slowest / 2),
+            receives_per_mille: slowest + random.below(1000 - slowest),
             discards_per_mille: random.below(500),
             records_per_mille: 50 + random.below(950),
             restores_per_mille: 20 + random.below(980),
@@ -85,13 +105,23 @@ impl Plan {
             guest_rests: random.chance(500),
             waits_until_given: random.chance(700),
             is_fenced: is_migration && random.chance(300),
-            begins_well: random.chance(500),
+            begins_well: random.chance(if passes > 0 { 250 } else { 500 }),
             spares_control,
             breaks_per_mille: random.below(most_breaks),
             crashes_per_mille: if spares_control { 0 } else { random.below(most_crashes) },
             latency,
-            channels_get_stuck: random.chance(400),
-            chaos: 200 + random.below(1800),
+            channels_get_stuck: random.chance(600),
+            redials_per_mille: if random.chance(300) { 150 } else { 1000 },
+            chaos: 200 + random.below(1800) + passes * 1000,
+        }
+    }
+
+    /// What a side can do.
+    pub(crate) fn capabilities(&self, side: Side) -> Capabilities {
+        if self.can_precopy[side as usize] {
+            Capabilities::CHECKSUMS.with(Capabilities::PRECOPY)
+        } else {
+            Capabilities::CHECKSUMS
         }
     }
 

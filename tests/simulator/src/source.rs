@@ -1,5 +1,6 @@
 //! The source's host: its driver, its memory, its disk. Its data channels are in `sending`.
 
+mod passes;
 mod sending;
 
 use crate::coverage::{Happening, State};
@@ -16,9 +17,8 @@ use afterimage_protocol::session::{
     Book, InFlight, Releasing, SourceAction, SourceConfig, SourceEvent, SourceOwnership,
     SourcePages, SourceRecord, SourceSession,
 };
-use afterimage_protocol::wire::{
-    Capabilities, Channel, ControlFrame, Hello, Incarnation, SessionId, Stamp,
-};
+use afterimage_protocol::wire::{Channel, ControlFrame, Hello, Incarnation, SessionId, Stamp};
+use passes::Passes;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -78,6 +78,9 @@ pub(crate) struct SourceHost {
     /// What was ever acknowledged, and by which memory: for the checks.
     pub(crate) ever_acked: BTreeSet<PageNumber>,
     acked_by: Option<Incarnation>,
+    pub(crate) passes: Passes,
+    /// Whoever drives the migration holds the guest back.
+    pub(crate) holds: bool,
 }
 
 fn book(pages: u64) -> Book<Box<[AtomicU64]>> {
@@ -93,7 +96,7 @@ fn config(plan: &Plan) -> SourceConfig {
         shards: 1,
         heartbeat: Duration::from_millis(500),
         silence: Duration::from_secs(2),
-        capabilities: Capabilities::CHECKSUMS,
+        capabilities: plan.capabilities(Side::Source),
         releasing: if plan.releases { Releasing::AfterRunning } else { Releasing::Never },
     }
 }
@@ -126,6 +129,8 @@ impl SourceHost {
             known_memory: None,
             ever_acked: BTreeSet::new(),
             acked_by: None,
+            passes: Passes::default(),
+            holds: plan.holds,
         }
     }
 
@@ -180,7 +185,15 @@ impl SourceHost {
 impl World {
     pub(crate) fn source_state(&self) -> State {
         let session = &self.source.session;
-        State { link: session.link_name(), ownership: session.record().ownership as u8 }
+        let is_open = self.source.passes.open.is_some();
+        let pages = match (session.is_frozen(), session.is_unsettled()) {
+            (false, false) => "not frozen",
+            (false, true) if is_open => "pass open",
+            (false, true) => "pass said",
+            (true, true) => "last pass said",
+            (true, false) => "frozen",
+        };
+        State { link: session.link_name(), ownership: session.record().ownership as u8, pages }
     }
 
     /// A call of the session, and what follows from it.
@@ -206,9 +219,19 @@ impl World {
 
     fn source_action(&mut self, action: SourceAction) {
         match action {
-            SourceAction::Persist(record) => self.source.pending = Some(record),
+            SourceAction::Persist(record) => {
+                crate::checks::i3_held(self, &record);
+                self.source.pending = Some(record);
+            }
             SourceAction::Greet(hello) => self.source_greets(hello),
-            SourceAction::Send(frame) => self.send_control_from_source(frame),
+            SourceAction::Send(frame) => {
+                if let ControlFrame::Pass { number, last: false } = frame
+                    && self.breaks(Mutant::PassNotWaitedFor)
+                {
+                    self.source.passes.open = Some(number);
+                }
+                self.send_control_from_source(frame);
+            }
             SourceAction::SendState => {
                 for (name, last) in [("cpu", false), ("cpu", true), ("disk", true)] {
                     let (name, version, bytes) = (name.to_owned(), 1, vec![1]);
@@ -222,8 +245,11 @@ impl World {
                 self.send_control_from_source(ControlFrame::StateEnd { sections: 2 });
             }
             SourceAction::ResetBook => {
-                self.source.book.reset();
                 let memory = self.source.peer;
+                self.source.reset_book(self.source.known_memory == memory);
+                for page in std::mem::take(&mut self.destination.memory.early.forgotten) {
+                    self.source.ever_acked.remove(&page);
+                }
                 self.source.known_memory = memory;
                 if self.source.acked_by != memory {
                     self.source.ever_acked.clear();
@@ -237,12 +263,25 @@ impl World {
                     self.source.acknowledge(&runs, self.steps);
                 }
             }
-            SourceAction::Acknowledge(runs) => self.source.acknowledge(&runs, self.steps),
+            SourceAction::Acknowledge(runs) => {
+                let runs = self.source.heed(&runs);
+                self.source.acknowledge(&runs, self.steps);
+            }
+            SourceAction::TellStale => self.tell_stale(),
+            SourceAction::OpenPass { number } => self.open_pass(number),
+            SourceAction::Settled => self.settled(),
             SourceAction::OpenData { stamp, .. } => {
+                self.source.book_is_complete();
                 self.open_slots(Side::Source, stamp.epoch, self.plan.streams, 1);
             }
             SourceAction::Event(SourceEvent::Running) => self.source.destination_runs = true,
             SourceAction::Event(SourceEvent::Reclaimed) => self.source.vmm_runs = true,
+            SourceAction::Event(SourceEvent::ReclaimDenied) => {
+                self.source.vmm_runs |= self.breaks(Mutant::DenialIgnored);
+            }
+            SourceAction::Event(SourceEvent::Held) => {
+                self.situation("a guest was held that was ready to go");
+            }
             SourceAction::CompareReleased => self.compare_released(),
             SourceAction::Release => self.source.may_release = true,
             SourceAction::Renew { channel, generation } => {
@@ -260,6 +299,7 @@ impl World {
     }
 
     fn source_hangs_up(&mut self) {
+        self.source.end_passes();
         let control = self.source.control.take();
         let accepting = self.source.accepting.take().map(|(id, _)| id);
         let data = self.source.close_all(self.breaks(Mutant::RequeueForgotten));
@@ -414,12 +454,21 @@ impl World {
         self.source.known_memory = None;
         (self.source.destination_runs, self.source.may_release) = (false, false);
         self.source.gave_state = false;
+        self.source.passes = Passes::default();
+        self.hold_if_wanted();
         self.source.patience.clear();
         self.source.is_alive = true;
         // The VMM may not have heard that it has its guest back.
         let is_back =
             matches!(record.ownership, SourceOwnership::Reclaimed | SourceOwnership::Fenced);
         self.source.vmm_runs |= is_back;
+    }
+
+    /// Whoever drives the migration tells a new process to hold the guest back.
+    pub(crate) fn hold_if_wanted(&mut self) {
+        if self.source.holds && !self.breaks(Mutant::HoldIgnored) {
+            self.source.session.hold();
+        }
     }
 
     /// The disk answers the source.

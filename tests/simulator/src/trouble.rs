@@ -2,6 +2,7 @@
 //! random, or one party at one step.
 
 use crate::network::{Body, Connection, Side};
+use crate::source::PIECE;
 use crate::world::World;
 use afterimage_protocol::session::{DestinationOwnership, SourceOwnership};
 use afterimage_protocol::wire::{Refusal, RefuseCode};
@@ -103,6 +104,13 @@ impl World {
             || (is_given && !self.destination.runs);
         if is_awkward && self.random.chance(2 * self.plan.crashes_per_mille) {
             self.kill(Party::Handler);
+        }
+        // What a channel still carries that is given up may come when its pass has ended.
+        let source = &self.source;
+        let is_ending =
+            source.passes.open.is_some() && source.book.acked_pages() + PIECE >= self.plan.pages;
+        if is_ending && self.random.chance(10 * self.plan.breaks_per_mille) {
+            self.lose_patience(Side::Source);
         }
         if begins_to_run
             && self.plan.wants_guest_back

@@ -85,6 +85,7 @@ impl World {
             trace: Vec::new(),
         };
         world.note(|| format!("{plan:?}"));
+        world.hold_if_wanted();
         world
     }
 

@@ -9,9 +9,10 @@ use afterimage::{DestinationMemory, DiscardNotice, FaultScope, MemoryError, Stat
 
 use super::error::DemoError;
 use super::messages::{Command, Done, Line, Message, Progress, Setup, Step, deadline, now_us};
+use super::options::Role;
 use super::report::hex;
 use super::served::{Happening, Served};
-use super::source::allocate;
+use super::source::{allocate, driven};
 use crate::guest::{Guest, GuestKind, MachineState, ThreadsGuest, digest, verify};
 use crate::microvm::PreparedVm;
 use crate::migrate;
@@ -21,12 +22,16 @@ use crate::sampling::{self, ArrivalSample};
 /// Plays the destination.
 pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     let ram = allocate(setup)?;
+    // Ends before the memory goes, with the last handle of the destination.
+    let control = driven(setup, Role::Destination)?;
     let memory = register(setup, &ram)?;
     let mut place = Place::prepare(setup, &ram)?;
     line.say(&Message::Prepared);
     let served = loop {
         match line.command(setup.limit)? {
-            Command::Connect(address) => break Served::here(memory, &address, setup)?,
+            Command::Connect(address) => {
+                break Served::here(memory, &address, setup, control.desk())?;
+            }
             Command::Attach(path) => break Served::elsewhere(memory, &path)?,
             Command::HandOver | Command::SourceExited => {}
         }
@@ -66,6 +71,8 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
         stopped_at_us,
         samples,
     })));
+    drop(served);
+    control.close("finished");
     Ok(())
 }
 
@@ -231,7 +238,11 @@ impl Arrival<'_> {
     fn next(&self, running: Option<&dyn Guest>) -> Result<Happening, DemoError> {
         // Who has no count of pages sees by its guest that they come.
         let done = || {
-            let pages = self.served.destination().map(|it| it.stats().pages_complete);
+            // Before the switchover nothing is complete, but much may come.
+            let pages = self.served.destination().map(|it| {
+                let stats = it.stats();
+                (stats.pages_complete, stats.bytes_received)
+            });
             (pages, running.map(Guest::operations))
         };
         let (mut before, mut deadline) = (done(), deadline(self.setup.limit));

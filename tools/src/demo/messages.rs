@@ -10,13 +10,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use afterimage::DestinationStats;
+use afterimage::{Address, DestinationStats};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde::{Deserialize, Serialize};
 
 use super::error::{DemoError, Status};
-use super::options::Transport;
+use super::options::{Role, Transport};
+use super::precopy::{Cause, Pass, PrecopySetup};
 use crate::bandwidth::Bandwidth;
+use crate::control::ControlOptions;
 use crate::guest::{GuestKind, Workload};
 use crate::ram::Backing;
 use crate::sampling::ArrivalSample;
@@ -37,6 +39,7 @@ pub(super) struct Setup {
     pub(super) transport: Transport,
     pub(super) streams: u16,
     pub(super) bandwidth: Bandwidth,
+    pub(super) precopy: Option<PrecopySetup>,
     pub(super) checksums: bool,
     pub(super) worked_fraction: f64,
     pub(super) zero_fraction: f64,
@@ -50,6 +53,12 @@ pub(super) struct Setup {
     pub(super) page_server_state: Option<PathBuf>,
     /// How the destination is served, if not by itself.
     pub(super) page_client: Option<PageClient>,
+    /// Where the roles' control sockets are, if they can be driven.
+    pub(super) control: Option<PathBuf>,
+    /// Where the roles' metrics are, if there are any.
+    pub(super) metrics: Option<PathBuf>,
+    /// Whether the source waits to be told to switch over.
+    pub(super) holds: bool,
     /// How often is told how far things are.
     pub(super) progress_pause: Duration,
     /// Whether the destination is to take samples of what arrives.
@@ -57,6 +66,25 @@ pub(super) struct Setup {
     /// How long any one step may take.
     pub(super) limit: Duration,
     pub(super) corrupt_one_byte: bool,
+}
+
+impl Setup {
+    /// The sockets of a role.
+    pub(super) fn control(&self, role: Role) -> ControlOptions {
+        let at = |directory: &Option<PathBuf>, kind: &str| {
+            let name = format!("{}{kind}.sock", role.name());
+            directory.as_ref().map(|it| Address::Unix(it.join(name)))
+        };
+        let (control, metrics) = (at(&self.control, ""), at(&self.metrics, ".metrics"));
+        ControlOptions { control, metrics, insecure_metrics: false }
+    }
+
+    /// The same on a command line.
+    pub(super) fn control_arguments(&self, role: Role) -> impl Iterator<Item = String> {
+        let ControlOptions { control, metrics, .. } = self.control(role);
+        let control = control.map(|address| format!("--control={address}"));
+        control.into_iter().chain(metrics.map(|address| format!("--metrics={address}")))
+    }
 }
 
 /// What a page-client must know beside.
@@ -93,6 +121,8 @@ pub(super) enum Message {
     Listening(String),
     /// The destination has registered its memory and can connect.
     Prepared,
+    /// A precopy pass has ended.
+    Pass(Pass),
     /// The source has stopped its guest and sent its state.
     Stopped(Stopped),
     /// The source has stopped its guest, and the page server has it.
@@ -120,6 +150,7 @@ pub(super) enum Message {
 pub(super) enum Step {
     FillsMemory,
     RunsGuest,
+    SendsPasses,
     VerifiesMemory,
 }
 
@@ -129,6 +160,7 @@ impl Step {
         match self {
             Self::FillsMemory => "the source fills guest memory",
             Self::RunsGuest => "the guest runs at the source",
+            Self::SendsPasses => "the guest runs at the source, and its memory is sent in passes",
             Self::VerifiesMemory => "the destination verifies every page",
         }
     }
@@ -141,6 +173,10 @@ pub(super) struct Stopped {
     pub(super) at_us: u64,
     pub(super) rounds: u64,
     pub(super) state_bytes: u64,
+    /// From the moment in which no vCPU ran any more until the engine's event of it was read.
+    pub(super) event_us: Option<u64>,
+    /// Why it was time, where there was precopy.
+    pub(super) cause: Option<Cause>,
 }
 
 /// How far the destination is, told by whoever knows a part of it.
@@ -176,6 +212,7 @@ pub(super) struct Stats {
     pub(super) pages_complete: u64,
     pub(super) pages_requested: u64,
     pub(super) pages_background: u64,
+    pub(super) pages_precopy: u64,
     pub(super) pages_zero: u64,
     pub(super) pages_duplicate: u64,
     pub(super) bytes_received: u64,
@@ -195,6 +232,7 @@ impl Stats {
             pages_complete: stats.pages_complete,
             pages_requested: stats.pages_requested,
             pages_background: stats.pages_background,
+            pages_precopy: stats.pages_precopy,
             pages_zero: stats.pages_zero,
             pages_duplicate: stats.pages_duplicate,
             bytes_received: stats.bytes_received,
@@ -224,6 +262,7 @@ impl Stats {
             pages_complete: sum.pages_complete.max(it.pages_complete),
             pages_requested: sum.pages_requested + it.pages_requested,
             pages_background: sum.pages_background + it.pages_background,
+            pages_precopy: sum.pages_precopy + it.pages_precopy,
             pages_zero: sum.pages_zero + it.pages_zero,
             pages_duplicate: sum.pages_duplicate + it.pages_duplicate,
             bytes_received: sum.bytes_received + it.bytes_received,

@@ -8,11 +8,12 @@ use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::bandwidth::Bandwidth;
-use crate::guest::{MAX_VCPUS, Workload};
+use crate::guest::{GuestKind, MAX_VCPUS, TrackerKind, Workload};
 use crate::ram::{Backing, HUGE_PAGE_BYTES};
 use crate::size::Size;
 
-use super::error::DemoError;
+use super::error::{DemoError, one_line};
+use super::precopy::PassesWanted;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -20,6 +21,12 @@ Examples:
   demo --memory 4G --vcpus 4 --streams 4  more of everything
   demo --workload random --backing memfd  another guest, other memory
   demo --bandwidth 200M                   a guest that waits for most of its pages
+  demo --passes auto                      its memory is sent while it still runs; what is left
+                                          follows after the switchover
+  demo --passes 2 --dirty-tracker ring --precopy-bandwidth 500M
+                                          two passes, slowed down, tracked by KVM's rings
+  demo --passes converged --worked-fraction 0.05
+                                          it moves only when hardly anything is left
   demo --guest threads --transport unix   plain threads, over a Unix socket
   demo --handoff                          the source's VMM hands its guest to a page server, and
                                           is killed before a page is sent
@@ -27,6 +34,7 @@ Examples:
   demo --cuts 100 --kill page-server,page-client,source --json
                                           and the processes around the guest are killed
   demo --json | jq .blackout_us           one object, described in docs/report.md
+  demo --control run --hold               driven by afterimage-ctl --socket unix:run/source.sock
   demo --report out                       also a page with pictures, out/index.html
   demo --probe                            what this machine has for it
 
@@ -38,7 +46,8 @@ Exit status:
   4  the move failed or took too long, or its page could not be written";
 
 /// Moves a running guest between two processes of this machine, in postcopy: its vCPUs
-/// first, its memory while it runs. Then verifies every page.
+/// first, its memory while it runs; or after precopy passes, while it still runs at the
+/// source. Then verifies every page.
 #[derive(Clone, Debug, Parser)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[command(name = "demo", version, after_help = EXAMPLES, max_term_width = 100)]
@@ -101,6 +110,22 @@ pub(super) struct Options {
     #[arg(long, value_name = "SIZE|unlimited")]
     bandwidth: Option<Bandwidth>,
 
+    /// Send memory in passes while the guest still runs at the source: after N of them it is
+    /// stopped; auto: when what is left can be sent within 300 ms, or another pass would not
+    /// shrink it, or after a minute; converged: only in the first case, and it runs at the
+    /// destination when all memory is there
+    #[arg(long, default_value_t = PassesWanted::None, value_name = "N|auto|converged")]
+    pub(super) passes: PassesWanted,
+
+    /// How it is found out what the guest writes meanwhile [default: log on KVM, pagemap on
+    /// threads]
+    #[arg(long, value_enum, requires = "passes")]
+    dirty_tracker: Option<TrackerKind>,
+
+    /// What may leave in a second during the passes [default: as --bandwidth]
+    #[arg(long, value_name = "SIZE|unlimited", requires = "passes")]
+    pub(super) precopy_bandwidth: Option<Bandwidth>,
+
     /// Check a CRC-32C of every frame
     #[arg(long)]
     pub(super) checksums: bool,
@@ -117,6 +142,21 @@ pub(super) struct Options {
     /// default
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
+
+    /// Let the processes be driven and watched at sockets in this directory: source.sock and
+    /// destination.sock, and page-server.sock and page-client.sock where there are those. See
+    /// docs/control.md
+    #[arg(long, value_name = "DIR")]
+    pub(super) control: Option<PathBuf>,
+
+    /// Answer GET /metrics at sockets in this directory, source.metrics.sock and so on
+    #[arg(long, value_name = "DIR")]
+    pub(super) metrics: Option<PathBuf>,
+
+    /// Let the guest run at the source until somebody asks for switchover or continue at its
+    /// control socket
+    #[arg(long, requires = "control", conflicts_with_all = ["handoff", "kill"])]
+    pub(super) hold: bool,
 
     /// One JSON object on standard output instead of the report
     #[arg(long)]
@@ -212,12 +252,53 @@ impl Options {
                     .to_owned(),
             ));
         }
+        self.check_passes()?;
         if self.report.is_some() && self.kills(Victim::PageClient) {
             return Err(DemoError::Usage(
                 "--report cannot be done with --kill page-client: what is drawn would die with \
                  it; leave one of them out"
                     .to_owned(),
             ));
+        }
+        Ok(())
+    }
+}
+
+impl Options {
+    /// How writes are noticed.
+    pub(super) fn tracker(&self, guest: GuestKind) -> TrackerKind {
+        self.dirty_tracker.unwrap_or(TrackerKind::default_for(guest))
+    }
+
+    /// Refuses a tracker that this kind of guest cannot have.
+    pub(super) fn check_tracker(&self, guest: GuestKind) -> Result<(), DemoError> {
+        let checked = self.tracker(guest).check(guest);
+        checked.map_err(|error| DemoError::Usage(format!("--dirty-tracker: {}", one_line(&error))))
+    }
+
+    fn check_passes(&self) -> Result<(), DemoError> {
+        if self.passes == PassesWanted::None {
+            return Ok(());
+        }
+        let refused = |why: &str| Err(DemoError::Usage(format!("--passes {why}")));
+        if self.hands_over() {
+            return refused(
+                "cannot be done with --handoff or --kill of source or page-server: a guest is \
+                 handed over when it is stopped, and passes are sent while it runs; leave one of \
+                 them out",
+            );
+        }
+        if self.has_outages() {
+            return refused(
+                "cannot be done with --cuts or --kill: these are spread over the pages that come \
+                 after the switchover, and passes leave few of them; leave one of them out",
+            );
+        }
+        if self.precopy_bandwidth == Some(Bandwidth::OnRequest) {
+            return refused(
+                "would never end with --precopy-bandwidth on-request: nobody asks for pages \
+                 before the switchover; use a size, as 1M",
+            );
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use clap::Parser;
 
 use super::error::DemoError;
 use super::messages::{Line, Message, Progress, Setup, Stats, now_us};
+use super::options::Role;
 use crate::page_client;
 use crate::page_client::options::Options;
 use crate::page_server::Notice;
@@ -46,6 +47,7 @@ fn arguments(setup: &Setup) -> Result<Vec<String>, DemoError> {
         format!("--keeper=unix:{}", keeper.display()),
         "--guest=demo-destination".to_owned(),
     ];
+    arguments.extend(setup.control_arguments(Role::PageClient));
     arguments.extend(setup.checksums.then(|| "--checksums".to_owned()));
     Ok(arguments)
 }

@@ -6,6 +6,7 @@ use clap::Parser;
 
 use super::error::DemoError;
 use super::messages::{Line, Message, Setup};
+use super::options::Role;
 use crate::page_server::options::Options;
 use crate::page_server::{self, Notice};
 
@@ -36,6 +37,7 @@ fn arguments(setup: &Setup) -> Vec<String> {
         arguments.push(format!("--keeper=unix:{}", keeper.display()));
         arguments.push("--guest=demo-source".to_owned());
     }
+    arguments.extend(setup.control_arguments(Role::PageServer));
     arguments.extend(setup.checksums.then(|| "--checksums".to_owned()));
     arguments
 }

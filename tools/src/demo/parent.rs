@@ -15,6 +15,7 @@ use super::machine::{self, Choice};
 use super::messages::{PageClient, Setup};
 use super::options::{Options, Transport, Victim};
 use super::outages::Outages;
+use super::precopy::{PassesWanted, PrecopySetup};
 use super::progress::Bars;
 use super::proxy::Proxy;
 use super::report::{Failure, Report, SCHEMA_VERSION};
@@ -78,6 +79,7 @@ fn move_guest(options: &Options) -> Result<(Report, Vec<ArrivalSample>), DemoErr
             .map_err(|error| DemoError::Usage(format!("--report: {}", one_line(&error))))?;
     }
     let choice = machine::choose(options.guest)?;
+    options.check_tracker(choice.kind)?;
     machine::check_memory(options)?;
     if let Some(note) = &choice.note {
         eprintln!("demo: {note}");
@@ -168,6 +170,11 @@ fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Set
         transport: options.transport,
         streams: options.streams,
         bandwidth: options.bandwidth(),
+        precopy: (options.passes != PassesWanted::None).then(|| PrecopySetup {
+            passes: options.passes,
+            tracker: options.tracker(choice.kind),
+            bandwidth: options.precopy_bandwidth,
+        }),
         checksums: options.checksums,
         worked_fraction: options.worked_fraction,
         zero_fraction: options.zero_fraction,
@@ -176,6 +183,9 @@ fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Set
         keeper: socket("keeper").filter(|_| has_keeper),
         page_server_state: socket("page-server.state").filter(|_| kills(Victim::PageServer)),
         page_client: page_client.filter(|_| kills(Victim::PageClient)),
+        control: options.control.clone(),
+        metrics: options.metrics.clone(),
+        holds: options.hold,
         progress_pause: if follows { TO_BE_FOLLOWED } else { TO_BE_SHOWN },
         takes_samples: options.report.is_some(),
         limit: options.limit(),

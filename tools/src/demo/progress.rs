@@ -5,6 +5,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::messages::{Progress, Stats};
+use super::precopy::Pass;
 use super::report::time;
 
 /// Between rates: over a shorter time they jump.
@@ -54,6 +55,11 @@ impl Bars {
         self.step.set_message(what);
     }
 
+    /// Shows what a precopy pass has done.
+    pub(super) fn pass(&self, pass: &Pass) {
+        self.pages.set_message(pass.to_string());
+    }
+
     /// Shows how far the destination is.
     pub(super) fn show(&mut self, now: &Progress) {
         if let Some(stats) = &now.stats {
@@ -70,8 +76,8 @@ impl Bars {
         self.memory.set_length(stats.pages_total * self.page_bytes);
         self.memory.set_position(stats.pages_complete * self.page_bytes);
         self.pages.set_message(format!(
-            "{} by fault, {} in background, {} zero",
-            stats.pages_requested, stats.pages_background, stats.pages_zero
+            "{} by fault, {} in background, {} in precopy, {} zero",
+            stats.pages_requested, stats.pages_background, stats.pages_precopy, stats.pages_zero
         ));
         let latency = &stats.latency;
         if let Some(rate) = rate((at_us, latency.count), &mut self.faults_before) {

@@ -11,8 +11,9 @@ use super::error::DemoError;
 use super::messages::{Done, Latency, Setup, Stats, Stopped};
 use super::options::{Options, Role, Transport};
 use super::outages::Outage;
+use super::precopy::{Cause, Pass, PassesWanted};
 use crate::bandwidth::Bandwidth;
-use crate::guest::{GuestKind, Workload};
+use crate::guest::{GuestKind, TrackerKind, Workload};
 use crate::ram::Backing;
 use crate::sampling::ArrivalSample;
 use crate::size::Size;
@@ -33,6 +34,7 @@ pub(super) struct RoleProcess {
 pub(super) struct Story {
     pub(super) roles: Vec<RoleProcess>,
     pub(super) address: Option<String>,
+    pub(super) passes: Vec<Pass>,
     pub(super) stopped: Option<Stopped>,
     pub(super) running_at_us: Option<u64>,
     pub(super) all_arrived_at_us: Option<u64>,
@@ -89,10 +91,14 @@ pub(super) struct Report {
     pages_total: u64,
     pages_requested: u64,
     pages_background: u64,
+    pages_precopy: u64,
     pages_zero: u64,
     pages_duplicate: u64,
     bytes_received: u64,
     state_bytes: u64,
+    passes: Vec<Pass>,
+    switchover_cause: Option<Cause>,
+    stopped_event_us: Option<u64>,
     blackout_us: u64,
     total_us: u64,
     first_page_us: Option<u64>,
@@ -151,6 +157,9 @@ struct Asked {
     transport: Transport,
     streams: u16,
     bandwidth: Bandwidth,
+    passes_wanted: PassesWanted,
+    dirty_tracker: Option<TrackerKind>,
+    precopy_bandwidth: Option<Bandwidth>,
     checksums: bool,
     handoff: bool,
 }
@@ -195,10 +204,14 @@ impl Report {
             pages_total: stats.pages_total,
             pages_requested: stats.pages_requested,
             pages_background: stats.pages_background,
+            pages_precopy: stats.pages_precopy,
             pages_zero: stats.pages_zero,
             pages_duplicate: stats.pages_duplicate,
             bytes_received: stats.bytes_received,
             state_bytes: stopped.state_bytes,
+            passes: story.passes,
+            switchover_cause: stopped.cause,
+            stopped_event_us: stopped.event_us,
             blackout_us,
             total_us,
             first_page_us,
@@ -223,7 +236,8 @@ impl Report {
 }
 
 impl Asked {
-    const fn of(setup: &Setup) -> Self {
+    fn of(setup: &Setup) -> Self {
+        let precopy = setup.precopy;
         Self {
             guest: setup.guest,
             user_faults_only: setup.user_faults_only,
@@ -234,6 +248,9 @@ impl Asked {
             transport: setup.transport,
             streams: setup.streams,
             bandwidth: setup.bandwidth,
+            passes_wanted: precopy.map(|it| it.passes).unwrap_or_default(),
+            dirty_tracker: precopy.map(|it| it.tracker),
+            precopy_bandwidth: precopy.and_then(|it| it.bandwidth),
             checksums: setup.checksums,
             handoff: setup.handoff.is_some(),
         }
@@ -277,6 +294,9 @@ impl Report {
         let mut row = |name, value: String, what: &str| {
             rows.push(Row { name, value, what: what.to_owned() });
         };
+        if let Some(cause) = self.switchover_cause {
+            row("precopy", count(self.passes.len(), "pass"), &self.precopy(cause));
+        }
         row("blackout", time(self.blackout_us as f64), self.blackout());
         if let Some(handover) = &self.handover {
             row("VMM's end", time(handover.vmm_exit_us as f64), &self.end_of_the_vmm(handover));
@@ -328,6 +348,13 @@ impl Report {
         )
     }
 
+    /// What the passes did, and why they ended.
+    fn precopy(&self, cause: Cause) -> String {
+        let sent = self.passes.iter().map(|pass| pass.bytes_sent).sum();
+        let micros: u64 = self.passes.iter().map(|pass| pass.time_us).sum();
+        format!("{} in {}, until {}", Size(sent), time(micros as f64), cause.words())
+    }
+
     const fn blackout(&self) -> &'static str {
         if self.handover.is_some() {
             "in which no vCPU ran anywhere; hand-over and VMM's end included"
@@ -347,10 +374,15 @@ impl Report {
 
     fn shares(&self) -> String {
         let share = |pages: u64| pages as f64 * 100.0 / self.pages_total.max(1) as f64;
+        let precopy = match self.switchover_cause {
+            Some(_) => format!("{:.1} % in precopy, ", share(self.pages_precopy)),
+            None => String::new(),
+        };
         format!(
-            "{:.1} % by fault, {:.1} % in background, {:.1} % zero; {} came twice",
+            "{:.1} % by fault, {:.1} % in background, {}{:.1} % zero; {} came twice",
             share(self.pages_requested),
             share(self.pages_background),
+            precopy,
             share(self.pages_zero),
             self.pages_duplicate
         )
@@ -386,6 +418,11 @@ impl Report {
             if self.handover.is_some() { "page server" } else { "source's process" }
         )
     }
+}
+
+/// A count of what has a plural in "es".
+fn count(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "es" })
 }
 
 const fn plural(count: u64) -> &'static str {

@@ -6,17 +6,19 @@
 
 use std::cell::RefCell;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use afterimage::{
     Destination, DestinationEvent, DestinationMemory, DestinationOptions, Endpoint, Events,
-    NoEvent, StateSection,
+    NoEvent, Plaintext, StateSection,
 };
 
 use super::error::DemoError;
 use super::messages::{Setup, Stats, now_us};
 use super::source::checksums;
 use crate::attachment::{Attachment, AttachmentEvent};
+use crate::control::{Desk, DestinationControl, Phase};
 
 /// What the guest is called by its VMM.
 const NAME: &str = "demo";
@@ -24,7 +26,12 @@ const NAME: &str = "demo";
 /// Whoever brings the pages.
 pub(super) enum Served {
     /// The engine.
-    Here { destination: Destination, events: Events<DestinationEvent>, started_at_us: u64 },
+    Here {
+        destination: Arc<Destination>,
+        events: Events<DestinationEvent>,
+        started_at_us: u64,
+        desk: Desk,
+    },
     /// A page-client. The memory goes when all of it is there.
     Elsewhere { attachment: Attachment, memory: RefCell<Option<DestinationMemory>> },
 }
@@ -46,16 +53,24 @@ impl Served {
         memory: DestinationMemory,
         address: &str,
         setup: &Setup,
+        desk: Desk,
     ) -> Result<Self, DemoError> {
         let address = address
             .parse()
             .map_err(|error| DemoError::failed("cannot connect to the source", &error))?;
         let mut options = DestinationOptions::default();
         options.checksums = checksums(setup);
+        let bytes = memory.layout().bytes();
         let started_at_us = now_us();
         let (destination, events) = Destination::start(memory, Endpoint::Connect(address), options)
             .map_err(|error| DemoError::failed("cannot start the destination", &error))?;
-        Ok(Self::Here { destination, events, started_at_us })
+        let destination = Arc::new(destination);
+        let subject = DestinationControl {
+            destination: Arc::clone(&destination),
+            plaintext: Plaintext::LoopbackOnly,
+        };
+        desk.begin(Phase::Connecting, bytes, Arc::new(subject));
+        Ok(Self::Here { destination, events, started_at_us, desk })
     }
 
     /// By the page-client at this socket.
@@ -66,7 +81,7 @@ impl Served {
     }
 
     /// The engine's destination, if it is in this process.
-    pub(super) const fn destination(&self) -> Option<&Destination> {
+    pub(super) fn destination(&self) -> Option<&Destination> {
         match self {
             Self::Here { destination, .. } => Some(destination),
             Self::Elsewhere { .. } => None,
@@ -99,8 +114,14 @@ impl Served {
     /// What happens next, if it does within this time.
     pub(super) fn next(&self, most: Duration) -> Result<Option<Happening>, DemoError> {
         match self {
-            Self::Here { events, .. } => match events.next_timeout(most) {
-                Ok(event) => of_the_engine(event).map(Some),
+            Self::Here { events, desk, .. } => match events.next_timeout(most) {
+                Ok(event) => {
+                    if let DestinationEvent::Attached(session) = &event {
+                        desk.name(&session.to_string());
+                    }
+                    desk.note(&event);
+                    of_the_engine(event).map(Some)
+                }
                 Err(NoEvent::NotInTime) => Ok(None),
                 Err(NoEvent::Ended) => {
                     Err(DemoError::Failed("the engine ended too early".to_owned()))
@@ -126,7 +147,9 @@ fn of_the_engine(event: DestinationEvent) -> Result<Happening, DemoError> {
         DestinationEvent::AllArrived => Happening::AllArrived,
         DestinationEvent::Finished => Happening::Finished,
         DestinationEvent::Attached(_) => Happening::Attached,
-        DestinationEvent::Disconnected => Happening::Other,
+        DestinationEvent::Disconnected
+        | DestinationEvent::Paused
+        | DestinationEvent::SourceStopped => Happening::Other,
         event => return Err(DemoError::Failed(format!("the engine said {event:?}"))),
     })
 }

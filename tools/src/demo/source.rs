@@ -1,49 +1,147 @@
 //! The source's process: it has a running guest, and gives it away.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use afterimage::{
-    Checksums, Endpoint, Events, Listener, NoEvent, Plaintext, Source, SourceEvent, SourceOptions,
+    Checksums, Endpoint, Listener, Plaintext, Precopy, Source, SourceEvent, SourceOptions,
 };
 
 use super::error::DemoError;
+use super::hearing::Hearing;
 use super::messages::{Line, Message, Setup, Step, Stopped, deadline, now_us};
+use super::options::Role;
+use super::precopy::{Cause, Pass, PassesWanted};
 use super::report::hex;
-use crate::guest::{Guest, GuestKind, GuestSpec, ThreadsGuest, digest, init_ram};
+use crate::control::{
+    Control, Desk, GoingBack, Happening, Hold, Identity, Phase, SourceControl, Switching,
+};
+use crate::guest::{Guest, GuestKind, GuestSpec, ThreadsGuest, TrackerKind, digest, init_ram};
 use crate::microvm::KvmGuest;
 use crate::migrate;
 use crate::ram::GuestRam;
 
+/// How often a source that is held looks whether it still is.
+const LOOK: Duration = Duration::from_millis(5);
+
 /// Plays the source.
 pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
-    let Running { ram, spec, mut guest } = boot(line, setup)?;
-    let (source, events) = serve(setup, &ram, line)?;
-    run_for_a_while(&mut *guest, setup.limit)?;
-    wait_for(&events, setup.limit, "a destination connects", |event| {
+    let Running { ram, spec, mut guest, precopy } = boot(line, setup)?;
+    // Ends before the memory goes, with the last handle of the source.
+    let control = driven(setup, Role::Source)?;
+    let Served { source, heard, desk, hold } = serve(setup, &ram, line, precopy, &control)?;
+    if !setup.holds {
+        run_for_a_while(&mut *guest, setup.limit)?;
+    }
+    heard.wait(setup.limit, "a destination connects", |event| {
         matches!(event, SourceEvent::Attached(_))
     })?;
-
-    let at_us = now_us();
-    let state =
-        guest.stop().map_err(|error| DemoError::failed("the guest did not stop", &error))?;
-    let sections = migrate::state_sections(&state);
-    let state_bytes = sections.iter().map(|section| section.bytes.len() as u64).sum();
-    source
-        .switch_over(sections)
-        .map_err(|error| DemoError::failed("cannot switch over", &error))?;
-    // What follows does not lengthen the blackout.
-    line.say(&Message::Stopped(Stopped { at_us, rounds: guest.rounds(), state_bytes }));
-    if let Some(failure) = guest.failure() {
-        return Err(DemoError::Failed(format!("the guest failed before it moved: {failure}")));
+    let cause = run_until_due(line, setup, &heard)?;
+    if let Some(hold) = hold {
+        wait_for_leave(&hold, &heard, &desk, setup.limit)?;
     }
-    wait_for(&events, setup.limit, "the destination has everything", |event| {
+    switch_over(line, setup, &source, &heard, &mut *guest, cause)?;
+    heard.wait(setup.limit, "the destination has everything", |event| {
         *event == SourceEvent::Finished
     })?;
     // Only now: to read holes fills them, and the destination needed the processor.
     let untouched = spec.worked_pages()..spec.geometry().pages;
     line.say(&Message::Served { sha256: hex(&digest(&ram, &spec, untouched)) });
+    control.close("finished");
     Ok(())
+}
+
+/// The control socket of a role.
+pub(super) fn driven(setup: &Setup, role: Role) -> Result<Control, DemoError> {
+    let identity = Identity { tool: "demo", role: role.name() };
+    Control::open(&setup.control(role), identity)
+        .map_err(|error| DemoError::failed("cannot be driven", &error))
+}
+
+/// Lets somebody at the control socket decide when it goes on.
+fn wait_for_leave(
+    hold: &Hold,
+    heard: &Hearing,
+    desk: &Desk,
+    limit: Duration,
+) -> Result<(), DemoError> {
+    let what = "somebody asks for switchover at the control socket";
+    hold.begin();
+    desk.note(Happening::held("before_switchover"));
+    let until = deadline(limit);
+    while !hold.is_over() {
+        if Instant::now() >= until {
+            return Err(DemoError::Failed(format!("waited {} s until {what}", limit.as_secs())));
+        }
+        heard.next(Instant::now() + LOOK, what)?;
+    }
+    desk.note(Happening::released());
+    Ok(())
+}
+
+/// Lets the guest run while its memory is sent, until it is time to stop it.
+fn run_until_due(line: &Line, setup: &Setup, heard: &Hearing) -> Result<Option<Cause>, DemoError> {
+    let Some(precopy) = &setup.precopy else { return Ok(None) };
+    line.say(&Message::Step(Step::SendsPasses));
+    let mut until = deadline(setup.limit);
+    let mut last: Option<Pass> = None;
+    while let Some((_, event)) = heard.next(until, "it is time to stop the guest")? {
+        match event {
+            SourceEvent::PassEnded(report) => {
+                line.say(&Message::Pass(*last.insert(Pass::of(&report))));
+                // Passes that do not converge would go on for ever.
+                if precopy.passes != PassesWanted::Converged {
+                    until = deadline(setup.limit);
+                }
+            }
+            SourceEvent::SwitchoverDue(cause) => return Ok(Some(Cause::of(cause))),
+            _ => {}
+        }
+    }
+    let last = last.map_or_else(|| "no pass has ended".to_owned(), |pass| pass.to_string());
+    Err(DemoError::Failed(format!(
+        "it was not time to stop the guest within {} s ({last}), and it still runs at the source: \
+         use --passes auto, which switches over all the same, or a larger --precopy-bandwidth",
+        setup.limit.as_secs()
+    )))
+}
+
+/// Stops the guest, and gives it away.
+fn switch_over(
+    line: &Line,
+    setup: &Setup,
+    source: &Source,
+    heard: &Hearing,
+    guest: &mut dyn Guest,
+    cause: Option<Cause>,
+) -> Result<(), DemoError> {
+    let stops = |error| DemoError::failed("the guest did not stop", &error);
+    let gives = |error| DemoError::failed("cannot switch over", &error);
+    let at_us = now_us();
+    guest.halt().map_err(stops)?;
+    let halted_at_us = now_us();
+    source.stopped().map_err(gives)?;
+    let sections = migrate::state_sections(&guest.save().map_err(stops)?);
+    let state_bytes = sections.iter().map(|section| section.bytes.len() as u64).sum();
+    source.switch_over(sections).map_err(gives)?;
+    // What follows does not lengthen the blackout.
+    let told_at_us =
+        heard.wait(setup.limit, "the engine knows that the guest is stopped", |it| {
+            *it == SourceEvent::Stopped
+        })?;
+    line.say(&Message::Stopped(Stopped {
+        at_us,
+        rounds: guest.rounds(),
+        state_bytes,
+        event_us: Some(told_at_us.saturating_sub(halted_at_us)),
+        cause,
+    }));
+    match guest.failure() {
+        None => Ok(()),
+        Some(failure) => {
+            Err(DemoError::Failed(format!("the guest failed before it moved: {failure}")))
+        }
+    }
 }
 
 /// A guest that runs.
@@ -51,6 +149,8 @@ pub(super) struct Running {
     pub(super) ram: Arc<GuestRam>,
     pub(super) spec: GuestSpec,
     pub(super) guest: Box<dyn Guest>,
+    /// What is to be done before it stops, if anything.
+    pub(super) precopy: Option<Precopy>,
 }
 
 /// Fills memory, and lets a guest run in it.
@@ -60,9 +160,11 @@ pub(super) fn boot(line: &Line, setup: &Setup) -> Result<Running, DemoError> {
     line.say(&Message::Step(Step::FillsMemory));
     init_ram(&ram, &spec);
     let mut guest = build(setup, &ram, &spec)?;
+    // Some trackers must be known to the vCPUs before they run.
+    let precopy = precopy(setup, &mut *guest)?;
     guest.start().map_err(|error| DemoError::failed("cannot start the guest", &error))?;
     line.say(&Message::Step(Step::RunsGuest));
-    Ok(Running { ram, spec, guest })
+    Ok(Running { ram, spec, guest, precopy })
 }
 
 /// Guest memory as the setup wants it.
@@ -87,7 +189,13 @@ fn build(
 ) -> Result<Box<dyn Guest>, DemoError> {
     let built: Result<Box<dyn Guest>, _> = match setup.guest {
         GuestKind::Kvm => {
-            KvmGuest::new(ram.clone(), spec.clone()).map(|guest| Box::new(guest) as Box<_>)
+            let has_rings = setup.precopy.is_some_and(|it| it.tracker == TrackerKind::Ring);
+            let guest = if has_rings {
+                KvmGuest::with_dirty_rings(ram.clone(), spec.clone(), RING_ENTRIES)
+            } else {
+                KvmGuest::new(ram.clone(), spec.clone())
+            };
+            guest.map(|guest| Box::new(guest) as Box<_>)
         }
         GuestKind::Threads => {
             ThreadsGuest::new(ram.clone(), spec.clone()).map(|guest| Box::new(guest) as Box<_>)
@@ -101,7 +209,9 @@ fn serve(
     setup: &Setup,
     ram: &Arc<GuestRam>,
     line: &Line,
-) -> Result<(Source, Events<SourceEvent>), DemoError> {
+    precopy: Option<Precopy>,
+    control: &Control,
+) -> Result<Served, DemoError> {
     // SAFETY: `run` keeps the RAM until after the source has been dropped, and stops the
     // guest, the only writer, before it switches over.
     let memory = unsafe { migrate::source_memory(ram) }
@@ -115,10 +225,53 @@ fn serve(
     options.streams = setup.streams;
     options.background = setup.bandwidth.into();
     options.checksums = checksums(setup);
-    let started = Source::start(Arc::new(memory), Endpoint::Listen(listener), options)
+    options.precopy = precopy;
+    options.precopy_background =
+        setup.precopy.and_then(|precopy| precopy.bandwidth).map(Into::into);
+    let (pages, bytes) = (memory.layout().page_count(), memory.layout().bytes());
+    let (source, events) = Source::start(Arc::new(memory), Endpoint::Listen(listener), options)
         .map_err(|error| DemoError::failed("cannot start the source", &error))?;
+    let hold = setup.holds.then(Arc::<Hold>::default);
+    let source = Arc::new(source);
+    let subject = SourceControl {
+        source: Arc::clone(&source),
+        pages,
+        plaintext: Plaintext::LoopbackOnly,
+        streams: setup.streams,
+        bandwidth: Mutex::new(setup.bandwidth),
+        going_back: GoingBack::Impossible(
+            "the demo does not run its guest at the source again: interrupt the demo instead",
+        ),
+        switching: hold.clone().map_or(Switching::Vmm, Switching::VmmWithLeave),
+    };
+    let desk = control.desk();
+    desk.name(&source.session().to_string());
+    desk.begin(Phase::Connecting, bytes, Arc::new(subject));
     line.say(&Message::Listening(address));
-    Ok(started)
+    let heard = Hearing::start(events, desk.clone())?;
+    Ok(Served { source, heard, desk, hold })
+}
+
+/// A source at work.
+struct Served {
+    source: Arc<Source>,
+    heard: Hearing,
+    desk: Desk,
+    hold: Option<Arc<Hold>>,
+}
+
+/// What the engine is to do before the guest stops, if anything.
+fn precopy(setup: &Setup, guest: &mut dyn Guest) -> Result<Option<Precopy>, DemoError> {
+    let Some((wanted, passes)) =
+        setup.precopy.and_then(|wanted| Some((wanted, wanted.passes.passes()?)))
+    else {
+        return Ok(None);
+    };
+    let tracker =
+        guest.tracker(wanted.tracker).map_err(|error| DemoError::lacking("no precopy", &error))?;
+    let mut precopy = Precopy::new(tracker);
+    precopy.passes = passes;
+    Ok(Some(precopy))
 }
 
 /// Whether frames carry checksums.
@@ -139,35 +292,5 @@ pub(super) fn run_for_a_while(guest: &mut dyn Guest, limit: Duration) -> Result<
     )))
 }
 
-/// Takes events until one is the awaited; an end of the migration is an error.
-fn wait_for(
-    events: &Events<SourceEvent>,
-    limit: Duration,
-    what: &str,
-    is_awaited: impl Fn(&SourceEvent) -> bool,
-) -> Result<(), DemoError> {
-    let deadline = deadline(limit);
-    loop {
-        match events.next_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(event) if is_awaited(&event) => return Ok(()),
-            Ok(
-                event @ (SourceEvent::Reclaimed
-                | SourceEvent::ReclaimDenied
-                | SourceEvent::PersistFailed),
-            ) => {
-                let what = format!("while waiting until {what}, the engine said {event:?}");
-                return Err(DemoError::Failed(what));
-            }
-            Ok(event) => tracing::info!(?event, "source"),
-            Err(NoEvent::NotInTime) => {
-                let seconds = limit.as_secs();
-                return Err(DemoError::Failed(format!("waited {seconds} s until {what}")));
-            }
-            Err(NoEvent::Ended) => {
-                return Err(DemoError::Failed(format!(
-                    "the engine ended before it happened that {what}"
-                )));
-            }
-        }
-    }
-}
+/// Of each vCPU's dirty ring: 64 KiB.
+const RING_ENTRIES: u32 = 4096;

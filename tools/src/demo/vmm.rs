@@ -23,7 +23,7 @@ use crate::ram::{GuestRam, PAGE_BYTES, Region};
 
 /// Plays a source that hands its guest over at `path`.
 pub(super) fn run(line: &Line, setup: &Setup, path: &Path) -> Result<(), DemoError> {
-    let Running { ram, spec, mut guest } = boot(line, setup)?;
+    let Running { ram, spec, mut guest, .. } = boot(line, setup)?;
     let pieces = pieces(&ram)?;
     run_for_a_while(&mut *guest, setup.limit)?;
     // While the guest runs: it does not write these pages, and there will be no time later.
@@ -42,7 +42,13 @@ pub(super) fn run(line: &Line, setup: &Setup, path: &Path) -> Result<(), DemoErr
     handoff::give(path, "demo", &pieces, &sections)
         .map_err(|error| DemoError::failed("cannot hand the guest over", &error))?;
     line.say(&Message::HandedOver {
-        stopped: Stopped { at_us, rounds: guest.rounds(), state_bytes },
+        stopped: Stopped {
+            at_us,
+            rounds: guest.rounds(),
+            state_bytes,
+            event_us: None,
+            cause: None,
+        },
         at_us: now_us(),
         sha256,
     });

@@ -143,6 +143,11 @@ impl Watch {
                     self.outages.attached();
                     false
                 }
+                Message::Pass(pass) => {
+                    bars.pass(&pass);
+                    self.story.passes.push(pass);
+                    true
+                }
                 message => {
                     self.take(who.role, message)?;
                     bars.step(self.step);
@@ -267,7 +272,7 @@ impl Watch {
             Message::Done(done) => self.story.done = Some(*done),
             Message::Failed(error) => return Err(error.of(&format!("at the {}", role.name()))),
             // Followed already.
-            Message::Progress(_) | Message::Attached => {}
+            Message::Progress(_) | Message::Attached | Message::Pass(_) => {}
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use zerocopy::IntoBytes;
 
 use super::spec::{COUNTER_OFFSET, LANE_BYTES, TAG_OFFSET, mix};
-use super::{GuestSpec, MachineState, VcpuProgress, Workload, control, tag_of};
+use super::{GuestKind, GuestSpec, MachineState, VcpuProgress, Workload, control, mailbox, tag_of};
 use crate::ram::{GuestAddress, GuestRam, PAGE_BYTES};
 
 type Page = [u64; 512];
@@ -82,6 +82,16 @@ pub enum VerifyError {
         /// What the vCPU counted.
         expected: u64,
         /// The sum.
+        found: u64,
+    },
+    /// The VMM's count of a vCPU's reports, in RAM, is not that of its operations.
+    #[error("the VMM has counted {found} reports of vCPU {vcpu}, it has made {expected}")]
+    Mailbox {
+        /// The vCPU.
+        vcpu: u32,
+        /// How many it has made.
+        expected: u64,
+        /// How many are counted.
         found: u64,
     },
     /// The guest itself read wrong tags.
@@ -265,8 +275,28 @@ fn verify_totals(ram: &GuestRam, state: &MachineState, sums: &[u64]) -> Result<(
         if spec.workload() != Workload::Pattern && *found != expected {
             return Err(VerifyError::Total { lane, expected, found: *found });
         }
+        if state.kind() == GuestKind::Kvm {
+            verify_reports(ram, spec, lane, vcpu.operations)?;
+        }
     }
     Ok(())
+}
+
+/// Checks what the VMM has counted of a vCPU's reports.
+fn verify_reports(
+    ram: &GuestRam,
+    spec: &GuestSpec,
+    vcpu: u32,
+    operations: u64,
+) -> Result<(), VerifyError> {
+    let found = ram.word(mailbox::address(vcpu)).load(Ordering::Relaxed);
+    let expected = operations / spec.report_every();
+    // It may have been stopped when it was about to report.
+    let is_on_its_way = operations.is_multiple_of(spec.report_every()) && found + 1 == expected;
+    if found == expected || is_on_its_way {
+        return Ok(());
+    }
+    Err(VerifyError::Mailbox { vcpu, expected, found })
 }
 
 /// What a page holds at first: content or zeros where nobody works; else a tag, and

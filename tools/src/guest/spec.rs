@@ -70,8 +70,24 @@ pub(crate) mod control {
     pub(crate) const ERRORS: u64 = 0x88;
 
     /// Address of a word in a vCPU's control page.
-    pub(crate) fn address(vcpu: u32, offset: u64) -> GuestAddress {
-        GuestAddress(FIRST_PAGE + u64::from(vcpu) * PAGE_BYTES + offset)
+    pub(crate) const fn address(vcpu: u32, offset: u64) -> GuestAddress {
+        GuestAddress(FIRST_PAGE + vcpu as u64 * PAGE_BYTES + offset)
+    }
+}
+
+/// The page in which the VMM, and no vCPU, counts what it has heard of each vCPU on KVM: a word
+/// with the number of its reports. A write that is lost once is missing for ever.
+pub(crate) mod mailbox {
+    use crate::ram::{GuestAddress, PAGE_BYTES};
+
+    /// Behind the control pages.
+    pub(crate) const PAGE: GuestAddress =
+        GuestAddress(super::control::address(super::MAX_VCPUS, 0).0);
+    const _: () = assert!(PAGE.0 + PAGE_BYTES <= super::SYSTEM_BYTES);
+
+    /// Address of a vCPU's word.
+    pub(crate) fn address(vcpu: u32) -> GuestAddress {
+        GuestAddress(PAGE.0 + u64::from(vcpu) * 8)
     }
 }
 
@@ -251,6 +267,11 @@ impl GuestSpec {
     #[must_use]
     pub fn worked_pages(&self) -> u64 {
         self.worked_pages
+    }
+
+    /// After how many operations a vCPU on KVM reports.
+    pub(crate) fn report_every(&self) -> u64 {
+        self.report_every
     }
 
     pub(crate) fn seed(&self) -> u64 {

@@ -1,19 +1,23 @@
 //! A guest of plain threads: the same work as on KVM, where there is no KVM.
 //!
 //! Each vCPU is a thread that works in guest RAM by atomic operations. Invariant: it
-//! stops between two operations, so its [`Worker`] and RAM describe it wholly.
+//! stops between two operations, so its [`Worker`] and RAM describe it wholly. Where a bitmap
+//! is wanted, a page is marked after each write to it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
+use afterimage::dirty::{DirtyBitmap, DirtyTracker, WriteProtectTracker};
 use serde::{Deserialize, Serialize};
 
 use super::spec::{
     COMPUTE_STEPS, COUNTER_OFFSET, HOT_STRIDE, LANE_BYTES, TAG_OFFSET, choose, xorshift,
 };
 use super::state::{GuestKind, MachineState, Sections, StateError, VcpuProgress};
-use super::{Guest, GuestError, GuestSpec, Progress, Workload, control, tag_of};
+use super::{
+    Guest, GuestError, GuestSpec, Progress, TrackerKind, Workload, control, tag_of, tracked_regions,
+};
 use crate::ram::{GuestAddress, GuestRam};
 
 const SECTION_VERSION: u32 = 1;
@@ -32,6 +36,14 @@ pub struct ThreadsGuest {
     stop: Arc<AtomicBool>,
     stopped: Vec<Worker>,
     running: Vec<JoinHandle<Worker>>,
+    /// Where the workers mark what they write, if anybody wants to know.
+    marks: Option<Arc<DirtyBitmap>>,
+}
+
+/// RAM, as a worker reaches it.
+struct Memory {
+    ram: Arc<GuestRam>,
+    marks: Option<Arc<DirtyBitmap>>,
 }
 
 /// All state of one vCPU that is not in RAM.
@@ -85,6 +97,7 @@ impl ThreadsGuest {
             stop: Arc::new(AtomicBool::new(false)),
             stopped: workers,
             running: Vec::new(),
+            marks: None,
         }
     }
 
@@ -111,12 +124,13 @@ impl Guest for ThreadsGuest {
         self.stop.store(false, Ordering::Relaxed);
         for mut worker in std::mem::take(&mut self.stopped) {
             let vcpu = worker.vcpu;
-            let (ram, spec) = (self.ram.clone(), self.spec.clone());
+            let memory = Memory { ram: self.ram.clone(), marks: self.marks.clone() };
+            let spec = self.spec.clone();
             let (progress, stop) = (self.progress.clone(), self.stop.clone());
             let thread = thread::Builder::new()
                 .name(format!("vcpu{vcpu}"))
                 .spawn(move || {
-                    worker.run(&ram, &spec, &progress, &stop);
+                    worker.run(&memory, &spec, &progress, &stop);
                     worker
                 })
                 .map_err(|source| GuestError::Thread { vcpu, source })?;
@@ -125,17 +139,44 @@ impl Guest for ThreadsGuest {
         Ok(())
     }
 
-    fn stop(&mut self) -> Result<MachineState, GuestError> {
+    fn halt(&mut self) -> Result<(), GuestError> {
         if self.running.is_empty() {
             return Err(GuestError::Already("stopped"));
         }
-        self.join()?;
+        self.join()
+    }
+
+    fn save(&self) -> Result<MachineState, GuestError> {
+        if !self.running.is_empty() {
+            return Err(GuestError::Already("running"));
+        }
         let mut sections = Sections::default();
         for worker in &self.stopped {
             sections.put_json(&section_name(worker.vcpu), SECTION_VERSION, worker);
         }
         let progress = self.stopped.iter().map(Worker::progress).collect();
         Ok(MachineState::new(GuestKind::Threads, self.spec.clone(), progress, sections))
+    }
+
+    fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
+        kind.check(GuestKind::Threads)?;
+        let refused = |error| kind.refused(error);
+        if kind == TrackerKind::Pagemap {
+            let regions = tracked_regions(&self.ram).map_err(refused)?;
+            return Ok(Box::new(WriteProtectTracker::new(regions).map_err(refused)?));
+        }
+        if let Some(marks) = &self.marks {
+            return Ok(Box::new(marks.clone()));
+        }
+        if !self.running.is_empty() {
+            // Its workers mark nothing.
+            return Err(GuestError::Already("running"));
+        }
+        let regions = self.ram.regions().iter();
+        let ranges = regions
+            .map(|region| (afterimage::GuestAddress(region.guest_base().0), region.length()));
+        let marks = DirtyBitmap::new(&ranges.collect::<Vec<_>>()).map_err(refused)?;
+        Ok(Box::new(self.marks.insert(Arc::new(marks)).clone()))
     }
 
     fn spec(&self) -> &GuestSpec {
@@ -168,6 +209,28 @@ pub(crate) fn install_control_pages(ram: &GuestRam, spec: &GuestSpec) {
     }
 }
 
+impl Memory {
+    /// Nobody else writes this word: no locked operation is needed.
+    fn increment(&self, address: GuestAddress) {
+        let word = self.ram.word(address);
+        word.store(word.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        self.mark(address);
+    }
+
+    /// The same, of a byte.
+    fn increment_byte(&self, address: GuestAddress) {
+        let byte = self.ram.byte(address);
+        byte.store(byte.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        self.mark(address);
+    }
+
+    fn mark(&self, written: GuestAddress) {
+        if let Some(marks) = &self.marks {
+            marks.mark(afterimage::GuestAddress(written.0), 1);
+        }
+    }
+}
+
 fn section_name(vcpu: u32) -> String {
     format!("vcpu{vcpu}/worker")
 }
@@ -188,32 +251,29 @@ impl Worker {
         VcpuProgress { operations: self.operations, in_flight: false }
     }
 
-    fn run(&mut self, ram: &GuestRam, spec: &GuestSpec, progress: &Progress, stop: &AtomicBool) {
+    fn run(&mut self, memory: &Memory, spec: &GuestSpec, progress: &Progress, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
             for _ in 0..STOP_CHECK {
-                self.operation(ram, spec, progress);
+                self.operation(memory, spec, progress);
             }
             progress.report(self.vcpu, self.operations);
         }
     }
 
-    fn operation(&mut self, ram: &GuestRam, spec: &GuestSpec, progress: &Progress) {
+    fn operation(&mut self, memory: &Memory, spec: &GuestSpec, progress: &Progress) {
         let pages = spec.worked_pages();
         match spec.workload() {
             Workload::Pattern => {
                 let page = self.next_page(pages);
-                let byte = ram.byte(self.lane(spec, page, 0));
-                // Nobody else writes this byte: no locked operation is needed.
-                let value = byte.load(Ordering::Relaxed).wrapping_add(1);
-                byte.store(value, Ordering::Relaxed);
+                memory.increment_byte(self.lane(spec, page, 0));
             }
             Workload::Sequential => {
                 let page = self.next_page(pages);
-                self.count(ram, spec, page);
+                self.count(memory, spec, page);
             }
             Workload::Random => {
                 let page = choose(self.next_random(), pages);
-                self.count(ram, spec, page);
+                self.count(memory, spec, page);
             }
             Workload::HotSet => {
                 let random = self.next_random();
@@ -222,14 +282,14 @@ impl Worker {
                 } else {
                     choose(random, spec.hot_pages()) * HOT_STRIDE
                 };
-                self.count(ram, spec, page);
+                self.count(memory, spec, page);
             }
             Workload::ReadMostly => {
                 let random = self.next_random();
                 let page = choose(random, pages);
-                self.check_tag(ram, spec, page, progress);
+                self.check_tag(memory, spec, page, progress);
                 if random.is_multiple_of(32) {
-                    self.count(ram, spec, page);
+                    self.count(memory, spec, page);
                 }
             }
             Workload::Mixed => {
@@ -237,8 +297,8 @@ impl Worker {
                     self.next_random();
                 }
                 let page = choose(self.random, pages);
-                self.check_tag(ram, spec, page, progress);
-                self.count(ram, spec, page);
+                self.check_tag(memory, spec, page, progress);
+                self.count(memory, spec, page);
             }
         }
         self.operations += 1;
@@ -260,20 +320,15 @@ impl Worker {
         GuestAddress(spec.geometry().address(page).0 + lane + offset)
     }
 
-    fn count(&self, ram: &GuestRam, spec: &GuestSpec, page: u64) {
-        let counter = self.lane(spec, page, COUNTER_OFFSET);
-        let total = control::address(self.vcpu, control::WRITES);
-        for address in [counter, total] {
-            let word = ram.word(address);
-            word.store(word.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-        }
+    fn count(&self, memory: &Memory, spec: &GuestSpec, page: u64) {
+        memory.increment(self.lane(spec, page, COUNTER_OFFSET));
+        memory.increment(control::address(self.vcpu, control::WRITES));
     }
 
-    fn check_tag(&self, ram: &GuestRam, spec: &GuestSpec, page: u64, progress: &Progress) {
+    fn check_tag(&self, memory: &Memory, spec: &GuestSpec, page: u64, progress: &Progress) {
         let address = GuestAddress(spec.geometry().address(page).0 + TAG_OFFSET);
-        if ram.word(address).load(Ordering::Relaxed) != tag_of(page) {
-            let errors = ram.word(control::address(self.vcpu, control::ERRORS));
-            errors.fetch_add(1, Ordering::Relaxed);
+        if memory.ram.word(address).load(Ordering::Relaxed) != tag_of(page) {
+            memory.increment(control::address(self.vcpu, control::ERRORS));
             progress.fail(format!("vCPU {} read a wrong tag on page {page}", self.vcpu));
         }
     }

@@ -13,12 +13,13 @@ use std::sync::{Arc, Once};
 use std::thread::{self, JoinHandle};
 use std::{mem, ptr};
 
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_cpuid_entry2};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::DOORBELL;
 use super::program::{DOORBELL_OPERATIONS, DOORBELL_WRONG_REGISTER, DOORBELL_WRONG_TAG};
-use crate::guest::{GuestError, Progress};
+use super::tracking::Written;
+use crate::guest::{GuestError, Progress, mailbox};
 use crate::ram::{GuestAddress, GuestRam};
 
 /// A vCPU that does not run.
@@ -35,6 +36,7 @@ pub(super) struct Vcpu {
 pub(super) struct Exits {
     pub(super) ram: Arc<GuestRam>,
     pub(super) progress: Arc<Progress>,
+    pub(super) written: Written,
 }
 
 /// vCPUs that run.
@@ -155,6 +157,7 @@ fn run(vcpu: &mut Vcpu, exits: &Exits, stop: &AtomicBool) -> Result<(), String> 
             Ok(VcpuExit::MmioWrite(address, data)) => exits.write(id, address, data),
             Ok(VcpuExit::MmioRead(address, _)) => Err(exits.describe_access("read", address)),
             Ok(VcpuExit::Intr) => Ok(()),
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => exits.written.reap(),
             Ok(VcpuExit::Shutdown) => Err("shut down: the guest took an exception".into()),
             Ok(exit) => Err(format!("unexpected exit {exit:?}")),
             Err(error) if error.errno() == libc::EINTR => {
@@ -184,7 +187,14 @@ impl Exits {
         };
         let value = u64::from_le_bytes(data);
         match register {
-            DOORBELL_OPERATIONS => self.progress.report(vcpu, value),
+            DOORBELL_OPERATIONS => {
+                let note = mailbox::address(vcpu);
+                // Only the thread of this vCPU writes it.
+                let reports = self.ram.word(note);
+                reports.store(reports.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+                self.written.mark(note);
+                self.progress.report(vcpu, value);
+            }
             DOORBELL_WRONG_TAG => {
                 let what = format!("vCPU {vcpu} read a wrong tag on page {value}");
                 self.progress.fail(what);

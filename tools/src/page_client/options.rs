@@ -6,6 +6,7 @@ use std::time::Duration;
 use afterimage::Address;
 use clap::Parser;
 
+use crate::control::ControlOptions;
 use crate::page_server::options::parse_time;
 
 const ABOUT: &str = "Serves the memory of a guest that another process runs, from its source";
@@ -85,6 +86,10 @@ pub struct Options {
     /// Verify every frame with a CRC-32C, if the source can do it too
     #[arg(long)]
     pub checksums: bool,
+
+    /// Where to be driven from and watched.
+    #[command(flatten)]
+    pub control: ControlOptions,
 
     /// Print one JSON object to the standard output at the end
     #[arg(long)]

@@ -30,6 +30,17 @@ pub(super) enum Outcome {
 }
 
 impl Outcome {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::NotHere => "not_here",
+            Self::Withdrawn => "withdrawn",
+            Self::Abandoned => "abandoned",
+            Self::VmmDied => "vmm_died",
+            Self::Failed => "failed",
+        }
+    }
+
     const fn exit(self) -> u8 {
         match self {
             Self::Finished => 0,
@@ -69,7 +80,7 @@ struct Role {
 
 /// What this process has done; a process before it may have done the rest.
 #[derive(Debug, Serialize)]
-struct Work {
+pub(crate) struct Work {
     pages_total: u64,
     pages_complete: u64,
     pages_requested: u64,
@@ -94,7 +105,7 @@ struct Latency {
 }
 
 impl Work {
-    fn of(stats: &DestinationStats) -> Self {
+    pub(crate) fn of(stats: &DestinationStats) -> Self {
         let latency = &stats.fault_latency;
         let micros = |time: std::time::Duration| time.as_nanos() as f64 / 1e3;
         Self {
@@ -142,6 +153,10 @@ impl Report {
         let mut report = Self::new(Outcome::Failed, Journal::new(), None);
         (report.error, report.exit) = (Some(failure.to_string()), failure.exit);
         report
+    }
+
+    pub(super) const fn outcome(&self) -> Outcome {
+        self.outcome
     }
 
     pub(super) fn is_finished(&self) -> bool {

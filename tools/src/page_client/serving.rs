@@ -3,6 +3,7 @@
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use afterimage::{Destination, DestinationEvent, DestinationStateFile, Events, StateSection};
@@ -13,6 +14,7 @@ use super::farewell::{self, FAREWELL};
 use super::guest::Served;
 use super::report::{Journal, Outcome, Report};
 use crate::attachment::{Arrival, Word, send_state};
+use crate::control::{Desk, Happening};
 use crate::handoff::framing;
 use crate::keeper::Place;
 use crate::page_server::progress::Progress;
@@ -32,21 +34,24 @@ pub(super) struct Ending {
 
 /// What every session has.
 pub(super) struct Session {
-    pub(super) destination: Destination,
+    /// Also what is driven from the control socket.
+    pub(super) destination: Arc<Destination>,
     pub(super) events: Events<DestinationEvent>,
     pub(super) door: Door,
     pub(super) waiter: Waiter,
     pub(super) progress: Progress,
     pub(super) journal: Journal,
+    pub(super) desk: Desk,
 }
 
 pub(super) struct Serving {
-    destination: Destination,
+    destination: Arc<Destination>,
     events: Events<DestinationEvent>,
     door: Door,
     waiter: Waiter,
     progress: Progress,
     journal: Journal,
+    desk: Desk,
     served: Served,
     place: Option<Place>,
     record: Option<DestinationStateFile>,
@@ -72,7 +77,7 @@ impl Serving {
         record: Option<DestinationStateFile>,
         runs: bool,
     ) -> Self {
-        let Session { destination, events, door, waiter, progress, journal } = session;
+        let Session { destination, events, door, waiter, progress, journal, desk } = session;
         Self {
             destination,
             events,
@@ -80,6 +85,7 @@ impl Serving {
             waiter,
             progress,
             journal,
+            desk,
             served,
             place,
             record,
@@ -98,7 +104,9 @@ impl Serving {
     pub(super) fn run(mut self) -> Result<Report, Failure> {
         let outcome = self.until_the_end()?;
         let stats = self.destination.stats();
-        let Self { journal, progress, mut place, record, .. } = self;
+        let Self { journal, progress, mut place, record, desk, .. } = self;
+        // Whoever it was taken apart for by now is gone; it ends with the last handle.
+        desk.detach();
         if !matches!(outcome, Outcome::Abandoned | Outcome::Failed) {
             farewell::note_end(record.as_ref(), outcome, &progress);
             farewell::leave(record.as_ref(), place.as_mut(), &progress);
@@ -187,6 +195,10 @@ impl Serving {
     }
 
     fn take_event(&mut self, event: DestinationEvent) {
+        if let DestinationEvent::Attached(session) = &event {
+            self.desk.name(&session.to_string());
+        }
+        self.desk.note(&event);
         match event {
             DestinationEvent::Attached(session) => {
                 self.journal.attached(&session.to_string());
@@ -196,6 +208,9 @@ impl Serving {
             }
             DestinationEvent::Disconnected => {
                 self.note("disconnected", "the source is away; waiting for it to come back");
+            }
+            DestinationEvent::Paused => {
+                self.note("paused", "paused at the control socket; recover goes on");
             }
             DestinationEvent::State(state) => {
                 self.note("state", "the device state has arrived");
@@ -279,6 +294,7 @@ impl Serving {
             News::HungUp(number) if number == self.connection => {
                 self.hang_up();
                 self.journal.note("vmm_hung_up");
+                self.desk.note(Happening::new("vmm_hung_up"));
             }
             News::Said(..) | News::HungUp(_) => {}
             News::Died if self.ending.is_some() => {
@@ -296,6 +312,7 @@ impl Serving {
                     "the process that was to run the guest has ended before it did"
                 };
                 self.note("vmm_died", line);
+                self.desk.note(Happening::new("vmm_died"));
                 return Some(Outcome::VmmDied);
             }
         }
@@ -325,6 +342,7 @@ impl Serving {
         }
         self.tell(&Word::Attached);
         self.journal.note("vmm_attached");
+        self.desk.note(Happening::new("vmm_attached"));
         self.tell_state();
         if self.runs {
             self.tell(&Word::Run);

@@ -77,13 +77,15 @@ pub(super) fn refuse(
     options: &Options,
     parts: Parts,
 ) -> Result<Report, Failure> {
-    let Parts { mut waiter, progress, mut journal } = parts;
+    let Parts { mut waiter, progress, mut journal, desk } = parts;
     let Some(record) = survival.record() else { return Err(Failure::new("nothing is recorded")) };
     let mut source_options = super::source_options(options);
     (source_options.record, source_options.ledger) = (record, survival.ledger());
     let (source, events) = Source::start(no_memory()?, endpoint, source_options)
         .map_err(Failure::of("start refusing"))?;
-    journal.begin(&record.session.to_string(), 0);
+    let session = record.session.to_string();
+    journal.begin(&session, 0);
+    desk.name(&session);
     progress.say(&format!(
         "session {} was fenced: a destination that comes back is refused; a signal ends this",
         record.session
@@ -91,6 +93,7 @@ pub(super) fn refuse(
     waiter.watch(&events).map_err(Failure::of("wait for the session"))?;
     while waiter.wait(progress.interval()).map_err(Failure::of("wait for the session"))? == 0 {
         while let Some(event) = events.try_next() {
+            desk.note(&event);
             if event == SourceEvent::PersistFailed {
                 progress.say("warning: the state file could not be written");
             }

@@ -1,5 +1,6 @@
 //! Serving one destination until it has everything.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use afterimage::{Events, Source, SourceEvent, SourceOwnership};
@@ -9,6 +10,7 @@ use super::progress::Progress;
 use super::report::{Counts, Journal, Outcome, Report};
 use super::survival::{IsInFiles, Survival};
 use super::wait::Waiter;
+use crate::control::Desk;
 
 /// How long a destination that has everything, and may not know it, is waited for. It comes
 /// back within a second if it lives.
@@ -28,11 +30,13 @@ pub(super) enum Origin {
 }
 
 pub(super) struct Migration {
-    pub(super) source: Source,
+    /// Also what is driven from the control socket.
+    pub(super) source: Arc<Source>,
     pub(super) events: Events<SourceEvent>,
     pub(super) waiter: Waiter,
     pub(super) progress: Progress,
     pub(super) journal: Journal,
+    pub(super) desk: Desk,
     pub(super) origin: Origin,
     pub(super) survival: Survival,
     /// What was recorded before this process.
@@ -48,6 +52,7 @@ impl Migration {
         let farewell = is_farewell.then(|| Instant::now() + FAREWELL);
         loop {
             while let Some(event) = self.events.try_next() {
+                self.desk.note(&event);
                 is_given |= matches!(event, SourceEvent::Given | SourceEvent::Running);
                 if let Some(outcome) = self.take(&event) {
                     return Ok(self.close(outcome));
@@ -99,6 +104,9 @@ impl Migration {
             SourceEvent::Disconnected => {
                 ("disconnected", "the destination is away; waiting for it to come back", None)
             }
+            SourceEvent::Paused => {
+                ("paused", "paused at the control socket; recover goes on", None)
+            }
             SourceEvent::Ready => ("ready", "the destination has restored the guest", None),
             SourceEvent::Given => ("given", "the guest is given to the destination", None),
             SourceEvent::Running => ("running", "the guest runs at the destination", None),
@@ -107,7 +115,8 @@ impl Migration {
                 ("finished", line, Some(Outcome::Finished))
             }
             SourceEvent::Reclaimed => {
-                let line = "stopped before the guest was given away; nothing is lost";
+                let line =
+                    "stopped: the guest is this side's, as of the switchover; nothing is lost";
                 ("reclaimed", line, Some(Outcome::Stopped))
             }
             SourceEvent::Lost { first, count } => {
@@ -178,7 +187,7 @@ impl Migration {
 
     fn close(self, outcome: Outcome) -> Report {
         let pages = self.pages();
-        let Self { source, events, mut waiter, journal, mut survival, progress, .. } = self;
+        let Self { source, events, mut waiter, journal, desk, mut survival, progress, .. } = self;
         let until = Instant::now() + GRACE;
         // Where nothing is recorded, nothing is flushed.
         let mut is_waiting = outcome == Outcome::Finished && survival.state_file().is_some();
@@ -186,8 +195,11 @@ impl Migration {
             let left = until.saturating_duration_since(Instant::now());
             // A signal ends it, and so does what makes waiting impossible.
             is_waiting = waiter.wait(left).is_ok_and(|signals| signals == 0);
-            while events.try_next().is_some() {}
+            while let Some(event) = events.try_next() {
+                desk.note(&event);
+            }
         }
+        desk.detach();
         // Waits until the destination has heard that it is over.
         drop(source);
         if outcome == Outcome::Finished {

@@ -8,6 +8,7 @@ use afterimage::Address;
 use clap::{ArgAction, Parser, ValueEnum};
 
 use crate::bandwidth::Bandwidth;
+use crate::control::ControlOptions;
 use crate::size::Size;
 
 const ABOUT: &str = "Serves the memory of a stopped guest, or of a snapshot, to whoever runs it";
@@ -31,6 +32,7 @@ Examples:
   page-server --connect tcp:[::1]:4000 --handoff unix:/run/vm-handoff.sock --streams 4
   page-server --listen tcp:127.0.0.1:4000 --handoff unix:/run/vm-handoff.sock \\
       --state /var/lib/vm/state --keeper unix:/run/afterimage/keeper.sock --guest web1
+  page-server --listen tcp:127.0.0.1:4000 --memory ram.bin --control unix:/run/vm/control.sock
   page-server --fence --state /var/lib/vm/state
   page-server --probe
 
@@ -39,8 +41,8 @@ Exit status:
      --fence: recorded
   1  something failed; the line on the standard error says what, where, and how to mend it
   2  the command line is wrong
-  3  stopped by a signal, and nothing is lost: the guest was not given away, or with --state
-     and the same command line page-server goes on
+  3  stopped by a signal or at the control socket, and nothing is lost: the guest is this
+     side's, or with --state and the same command line page-server goes on
   4  stopped by a second signal while pages were missing; they are lost to the destination
   5  --probe: something is lacking without which a guest on KVM cannot be served
 
@@ -147,6 +149,10 @@ pub struct Options {
     /// After how much silence a connection is taken for dead, and made again
     #[arg(long, value_name = "TIME", default_value = "800ms", value_parser = parse_time)]
     pub silence: Duration,
+
+    /// Where to be driven from and watched.
+    #[command(flatten)]
+    pub control: ControlOptions,
 
     /// Print one JSON object to the standard output at the end
     #[arg(long)]

@@ -89,9 +89,9 @@ pub(super) struct DestinationReport {
 
 /// What was sent, in the contract's words.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
-pub(super) struct Counts {
-    pub(super) pages_total: u64,
-    pub(super) pages_missing: u64,
+pub(crate) struct Counts {
+    pub(crate) pages_total: u64,
+    pub(crate) pages_missing: u64,
     pages_requested: u64,
     pages_background: u64,
     pages_zero: u64,
@@ -103,7 +103,7 @@ pub(super) struct Counts {
 
 impl Counts {
     /// `pages` are in the memory; the destination's may be larger.
-    pub(super) fn of(stats: &SourceStats, pages: u64) -> Self {
+    pub(crate) fn of(stats: &SourceStats, pages: u64) -> Self {
         let total = if stats.pages_total == 0 { pages } else { stats.pages_total };
         Self {
             pages_total: total,
@@ -119,7 +119,7 @@ impl Counts {
     }
 
     /// Of several destinations together.
-    pub(super) fn sum(all: impl Iterator<Item = Self>) -> Self {
+    pub(crate) fn sum(all: impl Iterator<Item = Self>) -> Self {
         all.fold(Self::default(), |sum, it| Self {
             pages_total: sum.pages_total + it.pages_total,
             pages_missing: sum.pages_missing + it.pages_missing,
@@ -134,7 +134,23 @@ impl Counts {
     }
 }
 
+impl Outcome {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::Stopped => "stopped",
+            Self::Abandoned => "abandoned",
+            Self::Fenced => "fenced",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 impl Report {
+    pub(super) const fn outcome(&self) -> Outcome {
+        self.outcome
+    }
+
     pub(super) fn failed(mode: Mode, failure: &Failure) -> Self {
         let mut report = Journal::new(mode).close(Outcome::Failed, Counts::default(), Vec::new());
         report.error = Some(failure.to_string());

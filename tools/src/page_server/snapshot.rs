@@ -1,13 +1,16 @@
 //! Serving many destinations until a signal.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use afterimage::{Events, Incarnation, SnapshotServer, SourceEvent};
 
+use super::Parts;
 use super::failure::Failure;
 use super::progress::Progress;
 use super::report::{Counts, DestinationReport, Journal, Outcome, Report};
 use super::wait::Waiter;
+use crate::control::{Desk, Happening};
 
 /// Destinations that are remembered for the report; beyond, those that are done go first.
 const MAX_REMEMBERED: usize = 4096;
@@ -15,11 +18,13 @@ const MAX_REMEMBERED: usize = 4096;
 type Event = (Incarnation, SourceEvent);
 
 pub(super) struct Snapshot {
-    server: SnapshotServer,
+    /// Also what is driven from the control socket.
+    server: Arc<SnapshotServer>,
     events: Events<Event>,
     waiter: Waiter,
     progress: Progress,
     journal: Journal,
+    desk: Desk,
     destinations: BTreeMap<Incarnation, Known>,
     is_unreadable: bool,
 }
@@ -38,15 +43,10 @@ enum Presence {
 }
 
 impl Snapshot {
-    pub(super) fn new(
-        server: SnapshotServer,
-        events: Events<Event>,
-        waiter: Waiter,
-        progress: Progress,
-        journal: Journal,
-    ) -> Self {
-        let destinations = BTreeMap::new();
-        Self { server, events, waiter, progress, journal, destinations, is_unreadable: false }
+    pub(super) fn new(server: Arc<SnapshotServer>, events: Events<Event>, parts: Parts) -> Self {
+        let Parts { waiter, progress, journal, desk } = parts;
+        let (destinations, is_unreadable) = (BTreeMap::new(), false);
+        Self { server, events, waiter, progress, journal, desk, destinations, is_unreadable }
     }
 
     pub(super) fn run(mut self) -> Result<Report, Failure> {
@@ -79,6 +79,7 @@ impl Snapshot {
     }
 
     fn take(&mut self, name: Incarnation, event: &SourceEvent) {
+        self.desk.note(Happening::of_snapshot(name, event));
         let (word, line, presence) = match event {
             SourceEvent::Attached(_) => ("attached", "is attached", Presence::Connected),
             SourceEvent::Disconnected => ("disconnected", "is away", Presence::Away),
@@ -151,6 +152,7 @@ impl Snapshot {
         });
         let destinations = destinations.collect();
         let pages = Counts::sum(self.destinations.values().map(|known| known.pages));
+        self.desk.detach();
         self.journal.close(outcome, pages, destinations)
     }
 }

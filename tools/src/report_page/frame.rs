@@ -27,6 +27,7 @@ const PALE_INK: RGBColor = RGBColor(75, 85, 99);
 const GRID: RGBColor = RGBColor(228, 231, 235);
 
 pub(super) const BLUE: RGBColor = RGBColor(0, 114, 178);
+pub(super) const GREEN: RGBColor = RGBColor(0, 158, 115);
 pub(super) const VERMILION: RGBColor = RGBColor(213, 94, 0);
 pub(super) const PURPLE: RGBColor = RGBColor(170, 68, 136);
 pub(super) const GREY: RGBColor = RGBColor(176, 184, 193);

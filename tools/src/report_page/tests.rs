@@ -17,6 +17,7 @@ fn samples(count: u64) -> Vec<ArrivalSample> {
         at_us: 1000 * n,
         pages_requested: n,
         pages_background: 8 * n,
+        pages_precopy: 2 * n,
         pages_zero: n,
         stall_us: 100.0 * n as f64,
         arrived_percent: (0..96).map(|part| ((n * part) / 4).min(100) as u8).collect(),

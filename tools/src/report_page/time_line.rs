@@ -28,7 +28,17 @@ pub struct TimeLine<'a> {
 /// Pages of a sample that are counted together.
 type Count = fn(&ArrivalSample) -> u64;
 
+/// All pages of which content was sent.
+fn sent(sample: &ArrivalSample) -> u64 {
+    sample.pages_requested + sample.pages_background + sample.pages_precopy
+}
+
 impl TimeLine<'_> {
+    /// Whether anything came before the switchover.
+    fn has_precopy(&self) -> bool {
+        self.samples.iter().any(|sample| sample.pages_precopy > 0)
+    }
+
     /// Pages of one way, in percent of all, on top of what comes below it.
     fn percent(&self, pages: u64) -> f64 {
         pages as f64 * 100.0 / self.pages_total.max(1) as f64
@@ -68,8 +78,9 @@ impl TimeLine<'_> {
             return frame::nothing(&panel, "no sample was taken");
         }
         // Each area reaches down to 0, and the next ones are drawn over it.
-        let ways: [(RGBColor, Count); 3] = [
-            (frame::GREY, |it| it.pages_requested + it.pages_background + it.pages_zero),
+        let ways: [(RGBColor, Count); 4] = [
+            (frame::GREY, |it| sent(it) + it.pages_zero),
+            (frame::GREEN, sent),
             (frame::BLUE, |it| it.pages_requested + it.pages_background),
             (frame::VERMILION, |it| it.pages_requested),
         ];
@@ -104,12 +115,18 @@ impl TimeLine<'_> {
 impl Picture for TimeLine<'_> {
     fn draw(&self) -> String {
         frame::draw(HEIGHT, |canvas| {
-            let names = [
+            let precopy = (Swatch::Area(frame::GREEN), "in precopy");
+            let names: Vec<_> = [
                 (Swatch::Area(frame::VERMILION), "by fault"),
                 (Swatch::Area(frame::BLUE), "in background"),
+            ]
+            .into_iter()
+            .chain(self.has_precopy().then_some(precopy))
+            .chain([
                 (Swatch::Area(frame::GREY), "zero, not sent"),
                 (Swatch::Area(frame::PURPLE), "vCPU time stalled"),
-            ];
+            ])
+            .collect();
             let rest = frame::legend(canvas, &names)?;
             let height = rest.dim_in_pixel().1;
             let (pages, stall) = rest.split_vertically(height - STALL_HEIGHT);

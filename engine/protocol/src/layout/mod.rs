@@ -244,6 +244,22 @@ impl GuestLayout {
         })
     }
 
+    /// All pages of which any byte lies in `length` bytes from a guest address.
+    pub fn pages_touching_guest(
+        &self,
+        address: GuestAddress,
+        length: u64,
+    ) -> impl Iterator<Item = RegionRun> + '_ {
+        let end = address.0.saturating_add(length);
+        self.regions.iter().enumerate().filter_map(move |(index, region)| {
+            let start = region.guest_address.0;
+            let bytes = region.page_size.bytes();
+            let from = (address.0.max(start) - start) / bytes * bytes;
+            let to = end.saturating_sub(start).min(region.length).next_multiple_of(bytes);
+            self.whole_pages(index, from, to)
+        })
+    }
+
     /// The run of whole pages between byte offsets `from..to` of a region.
     fn whole_pages(&self, index: usize, from: u64, to: u64) -> Option<RegionRun> {
         let region = &self.regions[index];

@@ -3,7 +3,8 @@
 //! [`Book`] has two bits a page and is shared by all threads of a source; [`InFlight`]
 //! belongs to one channel and remembers what would be lost with it. Invariants:
 //!
-//! - a page that was acknowledged is never handed out again (I6);
+//! - a page that was acknowledged is never handed out again (I6), unless the guest has written
+//!   it since, before the switchover ([`reopen`](Book::reopen));
 //! - a page that was handed out is in the in-flight list of the channel it went to until it
 //!   is acknowledged; when the channel dies it is handed out again (I4).
 
@@ -102,6 +103,21 @@ impl<W: Words> Book<W> {
             let next = open.start.0 + open.count;
             rest = PageRange::new(PageNumber(next), end - next);
         }
+    }
+
+    /// What was sent of these pages is out of date: they are handed out again, also those that
+    /// have arrived. No acknowledgement of what was sent before may come after it.
+    pub fn reopen(&self, pages: PageRange) {
+        // In this order: who sees a page not sent must not see it acknowledged.
+        let count = self.acked.clear(pages, |_| ());
+        self.acked_pages.fetch_sub(count, Ordering::AcqRel);
+        self.sent.clear(pages, |_| ());
+    }
+
+    /// The first run of pages in `range` that have not been handed out.
+    #[must_use]
+    pub fn first_unsent_in(&self, range: PageRange) -> Option<PageRange> {
+        self.sent.first_clear_in(range)
     }
 
     /// Whether a page has arrived.

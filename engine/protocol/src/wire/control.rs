@@ -1,9 +1,10 @@
 //! Frames on the control channel.
 
 use super::payload::{
-    bad_length, check_ack, check_layout, check_offer, check_received, check_renew, check_section,
-    decode_ack, decode_attach, decode_offer, decode_received, decode_renew, decode_section,
-    encode_layout, encode_offer, misplaced, payload_limit,
+    bad_length, check_ack, check_layout, check_offer, check_pass, check_renew, check_section,
+    check_segment, decode_ack, decode_attach, decode_offer, decode_pass, decode_renew,
+    decode_section, decode_segment, encode_layout, encode_offer, encode_segment, misplaced,
+    payload_limit,
 };
 use super::{
     Channel, FLAG_LAST, FLAG_OPTIONAL, Generation, Header, Kind, MAX_CONTROL_PAYLOAD, Refusal,
@@ -50,6 +51,9 @@ pub enum Phase {
     Running = 4,
     /// Every page has arrived.
     Complete = 5,
+    /// It has no device state, and no page for good: what it has are early copies. Said only
+    /// where both sides can do precopy.
+    Early = 6,
 }
 
 /// The source's first frame: what it offers.
@@ -164,6 +168,28 @@ pub enum ControlFrame {
         /// The connection's.
         generation: Generation,
     },
+    /// Source → destination: early copies of these pages are out of date.
+    Stale {
+        /// The pages that the segment covers.
+        range: PageRange,
+        /// Their bits.
+        segment: Segment,
+    },
+    /// Source → destination, after each `Stale` that belongs to it: a precopy pass begins, or
+    /// the last of them has ended.
+    Pass {
+        /// Counts them on this connection, from 1 to [`MAX_PASS`](super::MAX_PASS).
+        number: u16,
+        /// Memory is final: every early copy that is not out of date is the page's content.
+        last: bool,
+    },
+    /// Destination → source: it has taken in a `Pass` and all that came before it.
+    PassTaken {
+        /// The pass's.
+        number: u16,
+        /// The pass's.
+        last: bool,
+    },
 }
 
 impl ControlFrame {
@@ -190,6 +216,9 @@ impl ControlFrame {
             Self::TakeBackDenied => Kind::TakeBackDenied,
             Self::Refuse(_) => Kind::Refuse,
             Self::Renew { .. } => Kind::Renew,
+            Self::Stale { .. } => Kind::Stale,
+            Self::Pass { .. } => Kind::Pass,
+            Self::PassTaken { .. } => Kind::PassTaken,
         }
     }
 
@@ -203,10 +232,15 @@ impl ControlFrame {
         match self {
             Self::Offer(offer) => check_offer(offer),
             Self::Attach(attach) => check_layout(Kind::Attach, &attach.layout),
-            Self::Received { range, segment, .. } => check_received(*range, segment),
+            Self::Received { range, segment, .. } | Self::Stale { range, segment } => {
+                check_segment(self.kind(), *range, segment)
+            }
             Self::Section { name, bytes, .. } => check_section(name, bytes),
             Self::Ack(runs) => check_ack(runs),
             Self::Renew { channel, .. } => check_renew(*channel),
+            Self::Pass { number, .. } | Self::PassTaken { number, .. } => {
+                check_pass(self.kind(), (*number).into())
+            }
             _ => Ok(()),
         }
     }
@@ -234,12 +268,15 @@ impl ControlFrame {
             Self::Received { range, segment, last } => {
                 (page, count) = (range.start.0, range.count as u32);
                 flags = if *last { FLAG_LAST } else { 0 };
-                let (form, bytes) = match segment {
-                    Segment::Runs(bytes) => (1, bytes),
-                    Segment::Raw(bytes) => (2, bytes),
-                };
-                payload.push(form);
-                payload.extend_from_slice(bytes);
+                encode_segment(segment, &mut payload);
+            }
+            Self::Stale { range, segment } => {
+                (page, count) = (range.start.0, range.count as u32);
+                encode_segment(segment, &mut payload);
+            }
+            Self::Pass { number, last } | Self::PassTaken { number, last } => {
+                count = u32::from(*number);
+                flags = if *last { FLAG_LAST } else { 0 };
             }
             Self::Section { name, version, last, bytes } => {
                 count = *version;
@@ -309,7 +346,14 @@ impl ControlFrame {
         let frame = match kind {
             Kind::Offer => Self::Offer(decode_offer(payload)?),
             Kind::Attach => Self::Attach(decode_attach(payload)?),
-            Kind::Received => decode_received(header, payload)?,
+            Kind::Received => {
+                let (range, segment) = decode_segment(header, payload)?;
+                Self::Received { range, segment, last: header.is_last() }
+            }
+            Kind::Stale => {
+                let (range, segment) = decode_segment(header, payload)?;
+                Self::Stale { range, segment }
+            }
             Kind::Section => decode_section(header, payload)?,
             Kind::Ack => Self::Ack(decode_ack(header, payload)?),
             Kind::Refuse => Self::Refuse(Refusal::decode(kind as u16, payload)?),
@@ -327,6 +371,10 @@ impl ControlFrame {
             Kind::TakeBackAgreed => Self::TakeBackAgreed,
             Kind::TakeBackDenied => Self::TakeBackDenied,
             Kind::Renew => decode_renew(header)?,
+            Kind::Pass => Self::Pass { number: decode_pass(header)?, last: header.is_last() },
+            Kind::PassTaken => {
+                Self::PassTaken { number: decode_pass(header)?, last: header.is_last() }
+            }
             Kind::PageRequest | Kind::PageContent | Kind::PageZero | Kind::PageUnreadable => {
                 return Err(misplaced(kind));
             }

@@ -126,11 +126,20 @@ pub struct Capabilities(pub u64);
 impl Capabilities {
     /// Every frame carries a CRC-32C of header and payload.
     pub const CHECKSUMS: Self = Self(1);
+    /// Pages may travel while the guest still runs at the source: a source can tell which of
+    /// them it has written since, a destination can keep them where no guest sees them.
+    pub const PRECOPY: Self = Self(2);
 
     /// What both have.
     #[must_use]
     pub const fn common(self, other: Self) -> Self {
         Self(self.0 & other.0)
+    }
+
+    /// What either has.
+    #[must_use]
+    pub const fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
     }
 
     /// Whether all of `other` is in it.

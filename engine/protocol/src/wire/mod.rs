@@ -85,10 +85,13 @@ pub enum Kind {
     TakeBackDenied = 32,
     Refuse = 33,
     Renew = 34,
+    Stale = 35,
+    Pass = 36,
+    PassTaken = 37,
 }
 
 impl Kind {
-    const ALL: [Self; 23] = [
+    const ALL: [Self; 26] = [
         Self::PageRequest,
         Self::PageContent,
         Self::PageZero,
@@ -112,6 +115,9 @@ impl Kind {
         Self::TakeBackDenied,
         Self::Refuse,
         Self::Renew,
+        Self::Stale,
+        Self::Pass,
+        Self::PassTaken,
     ];
 
     /// The kind with this number, if there is one.
@@ -125,6 +131,12 @@ impl Kind {
 pub const FLAG_OPTIONAL: u16 = 1;
 /// The last of several frames that belong together.
 pub const FLAG_LAST: u16 = 2;
+/// On background channels: the guest may have written these pages since they were sent.
+const FLAG_EARLY: u16 = 4;
+/// Where the number of its pass stands in the flags of an early frame.
+const PASS_SHIFT: u16 = 4;
+/// The highest number of a precopy pass on one connection.
+pub const MAX_PASS: u16 = u16::MAX >> PASS_SHIFT;
 
 /// The 32 bytes before every payload.
 #[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -170,6 +182,16 @@ impl Header {
     pub const fn with_flags(mut self, flags: u16) -> Self {
         self.flags = U16::new(flags);
         self
+    }
+
+    /// The same, as a frame of a precopy pass.
+    ///
+    /// # Panics
+    /// If the number is 0 or more than [`MAX_PASS`].
+    #[must_use]
+    pub fn of_pass(self, pass: u16) -> Self {
+        assert!((1..=MAX_PASS).contains(&pass), "there is no pass {pass}");
+        self.with_flags(FLAG_EARLY | pass << PASS_SHIFT)
     }
 
     /// The same with the checksum of itself and its payload.
@@ -232,6 +254,13 @@ impl Header {
     #[must_use]
     pub const fn is_last(&self) -> bool {
         self.flags.get() & FLAG_LAST != 0
+    }
+
+    /// The precopy pass that the pages belong to, if the guest may have written them since.
+    #[must_use]
+    pub const fn pass(&self) -> Option<u16> {
+        let flags = self.flags.get();
+        if flags & FLAG_EARLY != 0 { Some(flags >> PASS_SHIFT) } else { None }
     }
 
     /// Bytes in the payload.

@@ -4,7 +4,7 @@ use super::control::{
     Attach, ControlFrame, MAX_ACK_RUNS, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTION_NAME,
     MAX_SHARDS, MAX_STREAMS, Offer, Phase, SessionKind,
 };
-use super::{Channel, Generation, Header, Kind, Refusal, WireError};
+use super::{Channel, Generation, Header, Kind, MAX_PASS, Refusal, WireError};
 use crate::bitmap::{MAX_SEGMENT_PAGES, Segment};
 use crate::layout::{Backing, GuestAddress, GuestLayout, PageNumber, PageRange, PageSize, Region};
 
@@ -23,7 +23,7 @@ pub(super) fn payload_limit(kind: Kind) -> Result<usize, WireError> {
         Kind::Offer => OFFER_BYTES + MAX_REGIONS * REGION_BYTES,
         Kind::Attach => ATTACH_BYTES + MAX_REGIONS * REGION_BYTES,
         // By runs is only chosen where it is smaller than raw.
-        Kind::Received => 1 + MAX_SEGMENT_PAGES as usize / 8,
+        Kind::Received | Kind::Stale => 1 + MAX_SEGMENT_PAGES as usize / 8,
         Kind::Section => 1 + MAX_SECTION_NAME + MAX_SECTION_BYTES,
         Kind::Ack => MAX_ACK_RUNS * RUN_BYTES,
         Kind::Refuse => 2 + Refusal::MAX_REASON,
@@ -66,8 +66,11 @@ fn check_region_count(kind: Kind, count: usize) -> Result<(), WireError> {
     Ok(())
 }
 
-pub(super) fn check_received(range: PageRange, segment: &Segment) -> Result<(), WireError> {
-    let kind = Kind::Received;
+pub(super) fn check_segment(
+    kind: Kind,
+    range: PageRange,
+    segment: &Segment,
+) -> Result<(), WireError> {
     if !range.start.0.is_multiple_of(64) || range.end().is_none() {
         return Err(bad_value(kind, "first page", range.start.0));
     }
@@ -126,6 +129,19 @@ pub(super) fn check_renew(channel: Channel) -> Result<(), WireError> {
     }
 }
 
+pub(super) fn check_pass(kind: Kind, number: u32) -> Result<(), WireError> {
+    if (1..=u32::from(MAX_PASS)).contains(&number) {
+        return Ok(());
+    }
+    Err(bad_value(kind, "pass", number))
+}
+
+pub(super) fn decode_pass(header: &Header) -> Result<u16, WireError> {
+    let kind = if header.kind() == Ok(Kind::Pass) { Kind::Pass } else { Kind::PassTaken };
+    check_pass(kind, header.count())?;
+    Ok(header.count() as u16)
+}
+
 fn renewed(number: u8, slot: u16) -> u64 {
     u64::from(slot) << 8 | u64::from(number)
 }
@@ -182,6 +198,7 @@ pub(super) fn decode_attach(payload: &[u8]) -> Result<Attach, WireError> {
         3 => Phase::Refused,
         4 => Phase::Running,
         5 => Phase::Complete,
+        6 => Phase::Early,
         value => return Err(bad_value(kind, "phase", value)),
     };
     Ok(Attach { phase, layout: decode_layout(kind, layout)? })
@@ -224,8 +241,20 @@ fn decode_layout(kind: Kind, bytes: &[u8]) -> Result<GuestLayout, WireError> {
     Ok(GuestLayout::new(regions)?)
 }
 
-pub(super) fn decode_received(header: &Header, payload: &[u8]) -> Result<ControlFrame, WireError> {
-    let kind = Kind::Received;
+pub(super) fn encode_segment(segment: &Segment, bytes: &mut Vec<u8>) {
+    let (form, content) = match segment {
+        Segment::Runs(content) => (1, content),
+        Segment::Raw(content) => (2, content),
+    };
+    bytes.push(form);
+    bytes.extend_from_slice(content);
+}
+
+pub(super) fn decode_segment(
+    header: &Header,
+    payload: &[u8],
+) -> Result<(PageRange, Segment), WireError> {
+    let kind = if header.kind() == Ok(Kind::Stale) { Kind::Stale } else { Kind::Received };
     let range = PageRange::new(PageNumber(header.page()), u64::from(header.count()));
     let (form, bytes) = payload.split_first().ok_or_else(|| bad_length(kind, payload, 1))?;
     let segment = match form {
@@ -233,7 +262,7 @@ pub(super) fn decode_received(header: &Header, payload: &[u8]) -> Result<Control
         2 => Segment::Raw(bytes.to_vec()),
         value => return Err(bad_value(kind, "bitmap form", *value)),
     };
-    Ok(ControlFrame::Received { range, segment, last: header.is_last() })
+    Ok((range, segment))
 }
 
 pub(super) fn decode_section(header: &Header, payload: &[u8]) -> Result<ControlFrame, WireError> {

@@ -65,12 +65,36 @@ pub(crate) struct Pair {
     /// Whether the source is to free pages, and what it then misses at the destination.
     pub(crate) releasing: Releasing,
     pub(crate) lost: Option<LostPages>,
+    /// What each side can do, from its next process on.
+    pub(crate) source_capabilities: Capabilities,
+    pub(crate) destination_capabilities: Capabilities,
     greeting: Option<Hello>,
     kind: SessionKind,
 }
 
 impl Pair {
     pub(crate) fn new(kind: SessionKind) -> Self {
+        Self::with_capabilities(kind, Capabilities::CHECKSUMS, Capabilities::CHECKSUMS)
+    }
+
+    /// Both sides can do precopy.
+    pub(crate) fn precopy(kind: SessionKind) -> Self {
+        Self::with_capabilities(kind, Capabilities::PRECOPY, Capabilities::PRECOPY)
+    }
+
+    /// A migration whose first pass is open.
+    pub(crate) fn passing() -> Self {
+        let mut pair = Self::precopy(SessionKind::Migration);
+        pair.connect().expect("let in");
+        pair.pump();
+        pair
+    }
+
+    pub(crate) fn with_capabilities(
+        kind: SessionKind,
+        source_capabilities: Capabilities,
+        destination_capabilities: Capabilities,
+    ) -> Self {
         let source_record = SourceRecord::new(SESSION);
         let destination_record = DestinationRecord {
             session: SessionId::UNKNOWN,
@@ -79,8 +103,17 @@ impl Pair {
             ownership: DestinationOwnership::Waiting,
         };
         Self {
-            source: SourceSession::new(source_config(kind), source_record),
-            destination: DestinationSession::new(destination_config(PAGES), destination_record),
+            source: SourceSession::new(
+                SourceConfig { capabilities: source_capabilities, ..source_config(kind) },
+                source_record,
+            ),
+            destination: DestinationSession::new(
+                DestinationConfig {
+                    capabilities: destination_capabilities,
+                    ..destination_config(PAGES)
+                },
+                destination_record,
+            ),
             source_record,
             destination_record,
             source_disk: Disk::Works,
@@ -96,6 +129,8 @@ impl Pair {
             connected: false,
             releasing: Releasing::Never,
             lost: None,
+            source_capabilities,
+            destination_capabilities,
             greeting: None,
             kind,
         }
@@ -120,7 +155,7 @@ impl Pair {
         let mut pair = Self::migration();
         pair.connect().expect("let in");
         pair.pump();
-        pair.source.freeze().expect("not yet frozen");
+        pair.source.bring_state().expect("not yet frozen");
         pair.pump();
         pair
     }
@@ -139,7 +174,7 @@ impl Pair {
         pair.restart_source();
         pair.connect().expect("let in");
         pair.pump();
-        pair.source.freeze().expect("not yet frozen");
+        pair.source.bring_state().expect("not yet frozen");
         pair.pump();
         pair.destination.ready().expect("all state is there");
         pair.drain();
@@ -300,7 +335,11 @@ impl Pair {
     /// The source's process dies; another begins with what is on the disk.
     pub(crate) fn restart_source(&mut self) {
         self.cut_quietly();
-        let config = SourceConfig { releasing: self.releasing, ..source_config(self.kind) };
+        let config = SourceConfig {
+            releasing: self.releasing,
+            capabilities: self.source_capabilities,
+            ..source_config(self.kind)
+        };
         self.source = SourceSession::new(config, self.source_record);
         self.source_events.clear();
         self.source_actions.clear();
@@ -312,11 +351,16 @@ impl Pair {
     pub(crate) fn restart_destination(&mut self) {
         self.cut_quietly();
         self.destination =
-            DestinationSession::new(destination_config(PAGES), self.destination_record);
+            DestinationSession::new(self.destination_config(), self.destination_record);
         self.destination_events.clear();
         self.destination_actions.clear();
         self.source.disconnected();
         self.drain();
+    }
+
+    pub(crate) fn destination_config(&self) -> DestinationConfig {
+        let capabilities = self.destination_capabilities;
+        DestinationConfig { capabilities, ..destination_config(PAGES) }
     }
 
     /// The destination's process dies and its memory with it.

@@ -2,8 +2,10 @@
 
 mod books;
 mod harness;
+mod holds;
 mod migration;
 mod ownership;
+mod passes;
 mod persistence;
 mod pulse;
 mod refusals;

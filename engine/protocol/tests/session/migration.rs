@@ -18,6 +18,7 @@ fn a_migration_goes_from_hello_to_bye() {
         pair.source_events,
         [
             SourceEvent::Attached(MEMORY),
+            SourceEvent::Stopped,
             SourceEvent::Ready,
             SourceEvent::Given,
             SourceEvent::Running,
@@ -67,7 +68,7 @@ fn a_migration_survives_a_cut_after_any_number_of_frames() {
     for delivered in 0..16 {
         let mut pair = Pair::migration();
         pair.connect().expect("let in");
-        pair.source.freeze().expect("not yet frozen");
+        pair.source.bring_state().expect("not yet frozen");
         let mut left = delivered;
         let mut has_said_ready = false;
         while left > 0 {
@@ -228,7 +229,7 @@ fn device_state_begins_anew_on_each_connection() {
     let mut pair = Pair::migration();
     pair.connect().expect("let in");
     pair.pump();
-    pair.source.freeze().expect("not yet frozen");
+    pair.source.bring_state().expect("not yet frozen");
     pair.drain();
     pair.deliver_to_destination();
     pair.cut();
@@ -283,7 +284,7 @@ fn a_source_restarted_before_given_goes_on_with_a_destination_that_is_ready() {
     pair.connect().expect("let in");
     pair.pump();
     assert_eq!(pair.source_ownership(), SourceOwnership::Owner);
-    pair.source.freeze().expect("it has not been said to this process");
+    pair.source.bring_state().expect("it has not been said to this process");
     pair.pump();
     assert!(pair.destination_runs());
 }
@@ -298,7 +299,7 @@ fn a_destination_may_become_ready_before_a_restarted_source_has_its_state_again(
     pair.pump();
     assert_eq!(pair.refusal_of_source(), None);
     assert_eq!(pair.destination.record().ownership, DestinationOwnership::Waiting);
-    pair.source.freeze().expect("it has not been said to this process");
+    pair.source.bring_state().expect("it has not been said to this process");
     pair.pump();
     assert!(pair.destination_runs());
 }

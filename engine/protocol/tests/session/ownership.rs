@@ -209,11 +209,11 @@ fn what_a_destination_said_before_it_was_restarted_is_not_believed_after() {
 #[test]
 fn a_source_that_was_given_away_lets_no_call_undo_it() {
     let mut pair = Pair::running();
-    assert!(pair.source.freeze().is_err());
+    assert!(pair.source.bring_state().is_err());
     assert!(pair.source.reclaim().is_err());
     pair.destination.all_complete();
     pair.pump();
-    assert!(pair.source.freeze().is_err());
+    assert!(pair.source.bring_state().is_err());
     assert!(pair.source.reclaim().is_err());
     assert!(pair.source.fence().is_err());
     pair.restart_source();
@@ -233,6 +233,6 @@ fn other_memory_is_let_in_by_nobody_after_taking_back() {
 #[test]
 fn state_is_not_asked_of_the_vmm_again_by_a_source_that_has_it() {
     let mut pair = Pair::restored();
-    assert!(pair.source.freeze().is_err());
+    assert!(pair.source.bring_state().is_err());
     assert!(pair.source_actions.contains(&SourceAction::SendState));
 }

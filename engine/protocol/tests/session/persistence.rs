@@ -50,7 +50,7 @@ fn given_that_cannot_be_recorded_sends_no_go() {
             pair.source_disk = Disk::Works;
             if restarts {
                 pair.restart_source();
-                let _ = pair.source.freeze();
+                let _ = pair.source.bring_state();
             }
             pair.connect().expect("let in");
             pair.pump();

@@ -5,6 +5,7 @@ use crate::harness::{
     MEMORY, OTHER_MEMORY, PAGES, Pair, SESSION, destination_config, layout_of, received_frame,
     section, state_end,
 };
+use afterimage_protocol::bitmap::Segment;
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use afterimage_protocol::session::{DestinationEvent, DestinationSession, SourceEvent};
 use afterimage_protocol::wire::{
@@ -49,6 +50,12 @@ fn all_frames() -> Vec<ControlFrame> {
         ControlFrame::TakeBackAgreed,
         ControlFrame::TakeBackDenied,
         ControlFrame::Refuse(Refusal::new(RefuseCode::Failed, "a reason")),
+        ControlFrame::Stale {
+            range: PageRange::new(PageNumber(0), PAGES),
+            segment: Segment::Runs(vec![0, 1]),
+        },
+        ControlFrame::Pass { number: 1, last: false },
+        ControlFrame::PassTaken { number: 1, last: false },
         ControlFrame::Renew { channel: Channel::Background(0), generation: Generation(1) },
     ]
 }

@@ -181,7 +181,7 @@ fn other_memory_before_it_ran_finds_nothing_freed_and_after_is_refused() {
     pair.restart_source();
     pair.connect().expect("let in");
     pair.pump();
-    pair.source.freeze().expect("not yet frozen");
+    pair.source.bring_state().expect("not yet frozen");
     pair.pump();
     pair.lose_destination(OTHER_MEMORY);
     pair.connect().expect("it has not been given away");

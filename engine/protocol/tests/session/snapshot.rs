@@ -45,7 +45,7 @@ fn a_snapshot_gives_nothing_away() {
     let mut pair = running();
     assert!(pair.source.reclaim().is_err());
     assert!(pair.source.fence().is_err());
-    assert!(pair.source.freeze().is_err());
+    assert!(pair.source.bring_state().is_err());
     for frame in [ControlFrame::Go, ControlFrame::TakeBack] {
         let mut pair = running();
         pair.destination.frame(frame, pair.now);

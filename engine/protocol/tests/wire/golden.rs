@@ -38,14 +38,16 @@ fn control_frames_have_their_golden_bytes() {
 fn data_frames_have_their_golden_bytes() {
     // Large enough for the longest run of zero pages.
     let layout = layout_of(vec![region(0, 1 << 46, PageSize::KIB_4, Backing::Shared)]);
-    for (name, frame, content) in data_frames() {
+    for (name, frame, pass, content) in data_frames() {
         let golden = read(name);
-        let header = frame.header(STAMP).sealed([content.as_slice()]);
+        let header = frame.header(STAMP);
+        let header = pass.map_or(header, |pass| header.of_pass(pass)).sealed([content.as_slice()]);
         assert_eq!(hex(header.bytes()), hex(&golden[..HEADER_BYTES]), "encoding {name}");
         let (header, payload) = split(&golden);
         assert!(payload == content, "content of {name}");
         assert_eq!(header.verify(payload.chunks(4096)), Ok(()), "{name}");
         assert_eq!(DataFrame::parse(&header, &layout, "request"), Ok(frame), "{name}");
+        assert_eq!(header.pass(), pass, "{name}");
     }
 }
 
@@ -79,7 +81,9 @@ fn every_kind_has_golden_bytes_and_every_file_a_test() {
     let kinds: BTreeSet<_> = control_frames()
         .iter()
         .map(|(_, frame)| frame.kind() as u16)
-        .chain(data_frames().iter().map(|(_, frame, _)| frame.header(STAMP).kind().unwrap() as u16))
+        .chain(
+            data_frames().iter().map(|(_, frame, ..)| frame.header(STAMP).kind().unwrap() as u16),
+        )
         .collect();
     let known: BTreeSet<_> =
         (0..=u16::MAX).filter(|number| Kind::from_number(*number).is_some()).collect();
@@ -132,6 +136,7 @@ fn control_frames() -> Vec<(&'static str, ControlFrame)> {
         ("attach_refused", attach(Phase::Refused)),
         ("attach_running", attach(Phase::Running)),
         ("attach_complete", attach(Phase::Complete)),
+        ("attach_early", attach(Phase::Early)),
         (
             "received_runs",
             ControlFrame::Received {
@@ -183,16 +188,37 @@ fn control_frames() -> Vec<(&'static str, ControlFrame)> {
             "renew",
             ControlFrame::Renew { channel: Channel::Background(15), generation: Generation(9) },
         ),
+        (
+            "stale_runs",
+            ControlFrame::Stale {
+                range: range(64, 1000),
+                segment: Segment::Runs(vec![10, 3, 0xe7, 3, 0xc8, 1]),
+            },
+        ),
+        (
+            "stale_raw",
+            ControlFrame::Stale {
+                range: range(128, 70),
+                segment: Segment::Raw([&[0xaa; 8][..], &[0x2a, 0, 0, 0, 0, 0, 0, 0]].concat()),
+            },
+        ),
+        ("pass", ControlFrame::Pass { number: 2, last: false }),
+        ("pass_last", ControlFrame::Pass { number: 9, last: true }),
+        ("pass_taken", ControlFrame::PassTaken { number: 2, last: false }),
+        ("pass_taken_last", ControlFrame::PassTaken { number: 9, last: true }),
     ]
 }
 
-fn data_frames() -> Vec<(&'static str, DataFrame, Vec<u8>)> {
+/// A file, a frame, its precopy pass, its content.
+fn data_frames() -> Vec<(&'static str, DataFrame, Option<u16>, Vec<u8>)> {
     let two_pages = [[0xa1; 4096], [0xb2; 4096]].concat();
     vec![
-        ("page_request", DataFrame::Request(range(0x1234, 3)), vec![]),
-        ("page_content", DataFrame::Content(range(5, 2), 8192), two_pages),
-        ("page_zero", DataFrame::Zero(range(0x1_0000_0001, 0xffff_ffff)), vec![]),
-        ("page_unreadable", DataFrame::Unreadable(range(77, 1)), vec![]),
+        ("page_request", DataFrame::Request(range(0x1234, 3)), None, vec![]),
+        ("page_content", DataFrame::Content(range(5, 2), 8192), None, two_pages),
+        ("page_zero", DataFrame::Zero(range(0x1_0000_0001, 0xffff_ffff)), None, vec![]),
+        ("page_unreadable", DataFrame::Unreadable(range(77, 1)), None, vec![]),
+        ("page_content_early", DataFrame::Content(range(5, 1), 4096), Some(2), vec![0xa1; 4096]),
+        ("page_zero_early", DataFrame::Zero(range(0x1234, 3)), Some(4095), vec![]),
     ]
 }
 

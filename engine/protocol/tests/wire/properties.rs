@@ -6,8 +6,8 @@ use afterimage_protocol::layout::{Backing, GuestLayout, PageRange, PageSize, Reg
 use afterimage_protocol::wire::{
     Attach, Capabilities, Channel, ControlFrame, DataFrame, Epoch, GREETING_PREFIX, Generation,
     Greeting, HEADER_BYTES, Header, Hello, Incarnation, MAGIC, MAX_ACK_RUNS, MAX_CONTENT_BYTES,
-    MAX_CONTROL_PAYLOAD, MAX_REGIONS, MAX_REQUEST_PAGES, MAX_SECTION_BYTES, Offer, Phase, Refusal,
-    RefuseCode, Role, SessionId, SessionKind, Stamp,
+    MAX_CONTROL_PAYLOAD, MAX_PASS, MAX_REGIONS, MAX_REQUEST_PAGES, MAX_SECTION_BYTES, Offer, Phase,
+    Refusal, RefuseCode, Role, SessionId, SessionKind, Stamp,
 };
 use proptest::array::uniform16;
 use proptest::collection::vec;
@@ -149,6 +149,10 @@ fn assert_bounded(frame: &ControlFrame, payload: usize) -> Result<(), TestCaseEr
             prop_assert!(bytes.len() < payload);
             prop_assert!(segment.decode(*range, |_| ()).is_ok());
         }
+        ControlFrame::Stale { range, segment } => {
+            prop_assert!(range.count <= MAX_SEGMENT_PAGES && range.end().is_some());
+            prop_assert!(segment.decode(*range, |_| ()).is_ok());
+        }
         ControlFrame::Section { name, bytes, .. } => {
             prop_assert!(bytes.len() <= MAX_SECTION_BYTES);
             prop_assert_eq!(1 + name.len() + bytes.len(), payload);
@@ -230,6 +234,7 @@ fn frame() -> impl Strategy<Value = ControlFrame> {
         Phase::Refused,
         Phase::Running,
         Phase::Complete,
+        Phase::Early,
     ]);
     let plain = prop::sample::select(vec![
         ControlFrame::Begin,
@@ -254,6 +259,14 @@ fn frame() -> impl Strategy<Value = ControlFrame> {
         (".{0,100}", any::<u32>(), any::<bool>(), vec(any::<u8>(), 0..50)).prop_map(
             |(name, version, last, bytes)| ControlFrame::Section { name, version, last, bytes }
         ),
+        (vec(any::<bool>(), 0..400), 0..1_u64 << 40, any::<bool>()).prop_map(|of| {
+            let ControlFrame::Received { range, segment, .. } = received(of) else { panic!() };
+            ControlFrame::Stale { range, segment }
+        }),
+        (1..=MAX_PASS, any::<bool>())
+            .prop_map(|(number, last)| ControlFrame::Pass { number, last }),
+        (1..=MAX_PASS, any::<bool>())
+            .prop_map(|(number, last)| ControlFrame::PassTaken { number, last }),
         any::<u32>().prop_map(|sections| ControlFrame::StateEnd { sections }),
         vec(run(), 0..20).prop_map(ControlFrame::Ack),
         any::<u64>().prop_map(|token| ControlFrame::Heartbeat { token }),

@@ -69,7 +69,7 @@ fn no_control_frame_is_longer_than_its_kind_can_be() {
         let limit = match kind {
             Kind::Offer => 16 + 24 * MAX_REGIONS,
             Kind::Attach => 8 + 24 * MAX_REGIONS,
-            Kind::Received => 1 + MAX_SEGMENT_PAGES as usize / 8,
+            Kind::Received | Kind::Stale => 1 + MAX_SEGMENT_PAGES as usize / 8,
             Kind::Section => 1 + MAX_SECTION_NAME + MAX_SECTION_BYTES,
             Kind::Ack => 16 * MAX_ACK_RUNS,
             Kind::Refuse => 2 + Refusal::MAX_REASON,
@@ -192,7 +192,7 @@ fn layouts_that_cannot_be_are_refused() {
     assert!(matches!(attach(&overlap), LayoutError::Overlap { .. }));
 
     let phases =
-        control(Kind::Attach, 0, 0, &[&[6, 0, 0, 0, 0, 0, 0, 0], &overlap[0][..]].concat());
+        control(Kind::Attach, 0, 0, &[&[7, 0, 0, 0, 0, 0, 0, 0], &overlap[0][..]].concat());
     assert!(is_bad_value(&phases, "phase"));
 }
 

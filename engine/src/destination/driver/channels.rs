@@ -23,7 +23,8 @@ pub(super) struct Background {
 
 impl Driver {
     pub(super) fn open_channels(&mut self, stamp: Stamp, streams: u16) {
-        self.arrivals = Some(self.arrived.on(stamp.epoch, self.link.checksums()));
+        self.arrivals =
+            Some(self.arrived.on(stamp.epoch, self.link.checksums(), self.session.can_precopy()));
         self.link.watch(self.silence());
         let background = (0..streams).map(Channel::Background);
         self.slots.open(stamp.epoch, std::iter::once(Channel::Request(0)).chain(background));
@@ -47,7 +48,7 @@ impl Driver {
             role: Role::Destination,
             channel,
             stamp,
-            capabilities: self.options.capabilities(),
+            capabilities: self.session.capabilities(),
             session: record.session,
             incarnation: record.incarnation,
         }

@@ -23,6 +23,8 @@ pub(crate) struct Claim<'p> {
     run: RegionRun,
     /// The runs that this claim won, in order; the rest of the piece belongs to others.
     won: Vec<PageRange>,
+    /// The precopy pass that the piece came with.
+    pass: Option<u16>,
 }
 
 /// Where the bytes of a piece go, in the order in which they arrive.
@@ -37,12 +39,35 @@ pub(crate) enum Target {
 impl Pages {
     /// Claims what is free of a piece inside one region.
     pub(crate) fn claim(&self, piece: PageRange) -> Claim<'_> {
+        self.promote(piece);
         let run = self.run_of(piece);
         debug_assert_eq!(run.pages, piece, "a piece lies in one region");
         let mut won = Vec::new();
         let count = self.planes.claim(piece, |run| won.push(run));
         self.counters.duplicate.fetch_add(piece.count - count, Ordering::Relaxed);
-        Claim { pages: self, run, won }
+        Claim { pages: self, run, won, pass: None }
+    }
+}
+
+impl<'p> Claim<'p> {
+    /// What an early piece has won.
+    pub(super) fn early(
+        pages: &'p Pages,
+        piece: PageRange,
+        won: Vec<PageRange>,
+        pass: u16,
+    ) -> Self {
+        Self { pages, run: pages.run_of(piece), won, pass: Some(pass) }
+    }
+
+    /// Whether it won nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.won.is_empty()
+    }
+
+    /// The runs that it won, which are the caller's affair now.
+    pub(super) fn take(&mut self) -> Vec<PageRange> {
+        std::mem::take(&mut self.won)
     }
 }
 
@@ -77,8 +102,8 @@ impl Claim<'_> {
     }
 
     /// Puts the piece in place, all of whose bytes have arrived: in its targets, or in
-    /// `staging`. Calls `complete` with the runs that this made complete; they may be
-    /// acknowledged. May wait for the fault thread to read an event.
+    /// `staging`. Calls `complete` with the runs that this made complete, or current if the piece
+    /// is an early one; they may be acknowledged, and of an early piece before it returns. May wait for the fault thread to read an event.
     ///
     /// # Errors
     /// [`InstallError`]; pages that were not placed are given back.
@@ -90,11 +115,21 @@ impl Claim<'_> {
         while let Some(&won) = self.won.first() {
             let run = self.pages.run_of(won);
             match self.pages.file_of(&run) {
-                Some(file) => self.finish_alias(&run, file, &mut complete),
+                Some(file) => match self.pass {
+                    Some(pass) => {
+                        self.pages.finish_early_alias(&run, file, pass, &mut complete);
+                    }
+                    None => self.finish_alias(&run, file, &mut complete),
+                },
                 None => {
                     let from = self.offset_in_piece(&won) as usize;
                     let content = &staging[from..from + run.length as usize];
-                    self.finish_copy(&run, content, &mut complete)?;
+                    match self.pass {
+                        Some(pass) => {
+                            self.pages.finish_early_copy(&run, content, pass, &mut complete)?;
+                        }
+                        None => self.finish_copy(&run, content, &mut complete)?,
+                    }
                 }
             }
             self.won.remove(0);

@@ -1,7 +1,8 @@
-//! Pages that were discarded while somebody was writing them through an alias.
+//! Discards, and pages that were discarded while somebody was writing them through an alias.
 
+use super::Pages;
 use crate::sys::words::LazyWords;
-use afterimage_protocol::layout::PageNumber;
+use afterimage_protocol::layout::{PageNumber, PageRange};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
@@ -64,5 +65,43 @@ impl DiscardedInFlight {
     /// All of them.
     pub(super) fn pages(&self) -> Vec<PageNumber> {
         self.at.keys().copied().collect()
+    }
+}
+
+impl Pages {
+    /// Forgets pages that the guest has given up: those that have not arrived are zero from
+    /// now on, whatever is still under way. When it returns, no copy of them will be placed
+    /// by the engine any more; a page that is being written through its alias this moment is
+    /// emptied by its writer before anybody can see it. Whoever frees the pages does so
+    /// afterwards, because until then copies of them may arrive.
+    pub(crate) fn discard(&self, pages: PageRange) {
+        let mut gate = self.discarding();
+        self.discard_locked(pages, &mut gate);
+        drop(gate);
+        for run in self.layout().split(pages) {
+            self.wake(&run);
+        }
+    }
+
+    pub(super) fn discard_locked(&self, pages: PageRange, gate: &mut DiscardedInFlight) {
+        let counter = &self.counters.discarded;
+        self.promote(pages);
+        for run in self.layout().split(pages) {
+            if self.file_of(&run).is_none() {
+                // Whoever has claimed one of these looks again, under the gate, before he
+                // copies it.
+                self.forget_copies(run.pages);
+                self.mark_complete(run.pages, counter, |_| ());
+                continue;
+            }
+            self.planes.claim(run.pages, |free| {
+                self.forget_copies(free);
+                self.mark_complete(free, counter, |_| ());
+            });
+            // Counted by their writers.
+            self.planes.incomplete_in(run.pages, |claimed| {
+                claimed.iter().for_each(|page| gate.insert(page));
+            });
+        }
     }
 }

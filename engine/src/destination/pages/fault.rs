@@ -134,6 +134,7 @@ impl Pages {
 
     /// Answers a fault whose page has arrived, and says what to do about another.
     pub(crate) fn answer(&self, fault: MissingPage) -> FaultAnswer {
+        self.promote(PageRange::one(fault.page));
         let run = self.run_of(PageRange::one(fault.page));
         match self.planes.state(fault.page) {
             PageState::Complete => self.answer_complete(&run, fault.is_minor),

@@ -9,6 +9,7 @@ impl Pages {
     /// somebody else brings. `false` if an event must be read first; try again then.
     pub(crate) fn poison(&self, pages: PageRange) -> Result<bool, InstallError> {
         for run in self.layout().split(pages) {
+            self.promote(run.pages);
             let mut mine = Vec::new();
             let gate = self.installing();
             self.planes.claim(run.pages, |won| mine.push(won));

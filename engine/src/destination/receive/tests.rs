@@ -41,7 +41,7 @@ impl Line {
         let poll = mio::Poll::new().unwrap();
         let (inbox, driver) = Inbox::<Input>::new(&poll, mio::Token(0)).unwrap();
         let arrived = Arc::new(Arrived::new(Pages::new(memory).unwrap(), driver));
-        let arrivals = arrived.on(Epoch(1), false);
+        let arrivals = arrived.on(Epoch(1), false, false);
         let (source, destination) = UnixStream::pair().unwrap();
         let receiver = std::thread::spawn(move || {
             let stream = Stream::new(destination.into(), false).unwrap();
@@ -65,7 +65,7 @@ impl Line {
     }
 
     fn header(&self, frame: DataFrame) -> Vec<u8> {
-        let stamp = self.arrived.on(Epoch(1), false).stamp(Generation(1));
+        let stamp = self.arrived.on(Epoch(1), false, false).stamp(Generation(1));
         frame.header(stamp).bytes().to_vec()
     }
 

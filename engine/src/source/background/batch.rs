@@ -70,13 +70,22 @@ impl Batch {
         self.frames.push((frame, content));
     }
 
-    /// Sends everything. Content must lie in the staging, or in memory that stays mapped.
-    pub(super) fn send(&mut self, stream: &Stream, stamp: Stamp, seals: bool) -> io::Result<()> {
+    /// Sends everything, as of a precopy pass if there is one. Content must lie in the staging, or in memory that stays mapped.
+    pub(super) fn send(
+        &mut self,
+        stream: &Stream,
+        stamp: Stamp,
+        pass: Option<u16>,
+        seals: bool,
+    ) -> io::Result<()> {
         self.headers.clear();
         for (frame, content) in &self.frames {
             let mut header = frame.header(stamp);
+            if let Some(pass) = pass {
+                header = header.of_pass(pass);
+            }
             if seals {
-                // SAFETY: memory is final, and staging is not touched before it has been sent.
+                // SAFETY: memory is final or was copied to staging, and staging is not touched before it has been sent.
                 let bytes = content.map_or(&[][..], |run| unsafe { run.bytes() });
                 header = header.sealed([bytes]);
             }

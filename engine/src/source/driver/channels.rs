@@ -42,10 +42,10 @@ impl Driver {
             &self.shared,
             self.outlet.clone(),
         ));
-        if self.session.is_frozen() {
-            serving.signal.memory_is_final();
-        }
         self.serving = Some(serving);
+        if self.session.is_frozen() {
+            self.open_final();
+        }
         self.slots.open(stamp.epoch, self.options.channels());
         if self.link.dials() {
             for channel in self.slots.channels() {
@@ -67,7 +67,7 @@ impl Driver {
             role: Role::Source,
             channel,
             stamp,
-            capabilities: self.options.capabilities(),
+            capabilities: self.capabilities,
             session: record.session,
             incarnation: self.session.incarnation().unwrap_or_default(),
         }
@@ -193,6 +193,7 @@ impl Driver {
         self.link.disconnect();
         self.shared.set_away(true);
         self.slots.close();
+        self.close_pass();
         if let Some(serving) = self.serving.take() {
             serving.close();
             serving.wait_for_freeing();

@@ -83,6 +83,12 @@ impl Underway {
         }
     }
 
+    /// Whether nothing is under way that is not acknowledged.
+    pub(in crate::source) fn is_settled(&self, book: &Book<LazyWords>) -> bool {
+        self.settle(book);
+        self.lock().in_flight.is_empty()
+    }
+
     pub(in crate::source) fn requeue(&self, book: &Book<LazyWords>) {
         let mut sent = self.lock();
         sent.in_flight.requeue(book);

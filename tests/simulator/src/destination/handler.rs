@@ -146,7 +146,8 @@ impl World {
         let record = self.destination.disk;
         self.note(|| format!("the handler begins again with {record:?}"));
         self.destination.session = DestinationSession::new(config(&plan), record);
-        self.destination.memory.take_over();
+        let may_run = self.destination.runs || record.ownership == DestinationOwnership::Running;
+        self.destination.memory.take_over(!may_run);
         self.destination.knows_it_is_complete = false;
         self.destination.patience = Patience::default();
         self.destination.is_alive = true;

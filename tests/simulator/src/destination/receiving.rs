@@ -74,31 +74,48 @@ impl World {
     pub(super) fn take_pages(&mut self, channel: Channel, body: Body) {
         self.note(|| format!("destination takes {body:?} on {channel}"));
         let is_urgent = matches!(channel, Channel::Request(_));
+        let is_settled = self.destination.session.is_settled();
         let memory = &mut self.destination.memory;
+        let zeros = |pages: PageRange| vec![0; pages.count as usize];
         match body {
-            Body::Content(pages, values) if is_urgent => {
+            Body::Content(pages, values, Some(pass)) => {
+                self.take_early(channel, pages, values, pass);
+            }
+            Body::Zero(pages, Some(pass)) => self.take_early(channel, pages, zeros(pages), pass),
+            // It is asked for again.
+            Body::Content(..) | Body::Zero(..) if is_urgent && !is_settled => {
+                self.situation("an answer came before memory was final");
+            }
+            Body::Content(..) | Body::Zero(..) if !is_settled => {
+                self.violated("i1_once_and_i8_gone", "a page came for good before it was final");
+            }
+            Body::Content(pages, values, None) if is_urgent => {
                 for (page, value) in pages.iter().zip(values) {
                     memory.urgent(page, value);
                 }
             }
-            Body::Content(pages, values) => {
-                let planes = &memory.planes;
-                let is_late = pages.iter().any(|page| planes.state(page) == PageState::Claimed);
-                let piece = memory.begin(pages, values);
-                if let Some(data) = self.destination.channels.get_mut(&channel) {
-                    data.piece = Some(piece);
-                }
-                if is_late {
-                    self.situation("a copy came whose page is being received");
-                }
-            }
-            Body::Zero(pages) => {
+            Body::Content(pages, values, None) => self.take_final(channel, pages, values),
+            Body::Zero(pages, None) => {
                 memory.zero(pages);
                 if is_urgent {
                     memory.woken.extend(pages.iter());
                 }
             }
             _ => {}
+        }
+    }
+
+    /// A page that is final comes over a background channel.
+    pub(super) fn take_final(&mut self, channel: Channel, pages: PageRange, values: Vec<u64>) {
+        let memory = &mut self.destination.memory;
+        let planes = &memory.planes;
+        let is_late = pages.iter().any(|page| planes.state(page) == PageState::Claimed);
+        let piece = memory.begin(pages, values);
+        if let Some(data) = self.destination.channels.get_mut(&channel) {
+            data.piece = Some(piece);
+        }
+        if is_late {
+            self.situation("a copy came whose page is being received");
         }
     }
 

@@ -20,7 +20,10 @@ impl World {
 
     /// A background stream sends its next run.
     pub(crate) fn send_background(&mut self) {
-        let may = self.source.session.is_frozen() || self.breaks(Mutant::ServeBeforeFrozen);
+        let session = &self.source.session;
+        let is_final = session.is_frozen() && !session.is_unsettled();
+        let pass = self.source.passes.open;
+        let may = is_final || pass.is_some() || self.breaks(Mutant::ServeBeforeFrozen);
         if self.is_idle(Side::Source) || !may {
             return;
         }
@@ -36,23 +39,30 @@ impl World {
         let book = &self.source.book;
         let take = |from| book.take_in(PageRange::new(book.peek(from)?, limit));
         if let Some(run) = take(from).or_else(|| take(PageNumber(0))) {
-            self.send_pages(channel, run);
+            self.send_pages(channel, run, pass);
         }
     }
 
     pub(super) fn serve(&mut self, channel: Channel, pages: PageRange) {
+        // An answer is for good. Whoever asks before that asks again.
+        if !self.source.session.is_frozen() {
+            self.situation("a page was asked for before memory was final");
+            if !self.breaks(Mutant::AnsweredBeforeFrozen) {
+                return;
+            }
+        }
         for page in pages.iter() {
             // A request may be overtaken by the ack, and the ack be followed by the release:
             // a late request for what has arrived is nothing to complain of.
             if self.source.book.take_urgent(page) {
-                self.send_pages(channel, PageRange::one(page));
+                self.send_pages(channel, PageRange::one(page), None);
             }
         }
     }
 
-    fn send_pages(&mut self, channel: Channel, run: PageRange) {
+    fn send_pages(&mut self, channel: Channel, run: PageRange, pass: Option<u16>) {
         crate::checks::i6_not_again(self, run);
-        self.note(|| format!("source sends {run} on {channel}"));
+        self.note(|| format!("source sends {run} on {channel}, pass {pass:?}"));
         let Some(data) = self.source.channels.get_mut(&channel) else { return };
         if data.in_flight.is_empty() {
             data.moved = self.steps;
@@ -71,9 +81,9 @@ impl World {
                 }
             }
             let body = if values.iter().all(|value| *value == 0) {
-                Body::Zero(pages)
+                Body::Zero(pages, pass)
             } else {
-                Body::Content(pages, values)
+                Body::Content(pages, values, pass)
             };
             self.network.send(id, Side::Destination, stamp, body);
         }

@@ -45,9 +45,14 @@ impl Report {
         let data = serde_json::to_value(Data { report: self, samples })
             .map_err(|error| DemoError::failed("cannot put numbers into the page", &error))?;
         let memory = Size(self.asked.memory_bytes);
-        Ok(Page::new(format!("Postcopy migration of a running guest of {memory}"))
+        let page = Page::new(format!("Postcopy migration of a running guest of {memory}"))
             .lead(self.title())
-            .section(Section::new("The migration").table(&self.table()))
+            .section(Section::new("The migration").table(&self.table()));
+        let page = match self.passes_section() {
+            Some(section) => page.section(section),
+            None => page,
+        };
+        Ok(page
             .section(self.latency_section())
             .section(self.time_section(samples))
             .section(self.memory_section(samples))
@@ -61,6 +66,22 @@ impl Report {
             let cells = [row.name.to_owned(), row.value, row.what];
             if is_verdict { table.judged_row(verdict, cells) } else { table.row(cells) }
         })
+    }
+
+    /// The precopy passes, if there were any.
+    fn passes_section(&self) -> Option<Section> {
+        let cause = self.switchover_cause?;
+        let heads = ["pass", "sent", "time", "pages written meanwhile"];
+        let table = self.passes.iter().fold(Table::new(heads), |table, pass| {
+            table.row([
+                pass.number.to_string(),
+                Size(pass.bytes_sent).to_string(),
+                time(pass.time_us as f64),
+                pass.pages_written.to_string(),
+            ])
+        });
+        let text = format!("Memory was sent while the guest ran, until {}.", cause.words());
+        Some(Section::new("Before the switchover").text(text).table(&table))
     }
 
     fn latency_section(&self) -> Section {

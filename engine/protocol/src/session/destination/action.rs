@@ -1,7 +1,8 @@
 //! What a destination session is given, and what it asks of its driver.
 
 use super::super::DestinationRecord;
-use crate::layout::GuestLayout;
+use crate::bitmap::Segment;
+use crate::layout::{GuestLayout, PageRange};
 use crate::wire::{Capabilities, Channel, ControlFrame, Generation, Refusal, SessionId, Stamp};
 use std::time::Duration;
 
@@ -24,7 +25,8 @@ pub enum DestinationAction {
     Persist(DestinationRecord),
     /// Send a frame on the control connection.
     Send(ControlFrame),
-    /// Send the plane of complete pages as `Received` frames, the last marked so.
+    /// Send which pages are here as `Received` frames, the last marked so: those that are
+    /// complete, and the early copies that are not out of date.
     SendReceived,
     /// Open the other channels, or accept them.
     OpenData {
@@ -48,6 +50,25 @@ pub enum DestinationAction {
         /// The piece.
         bytes: Vec<u8>,
     },
+    /// Early copies of these pages are out of date. What is complete stays. No early copy is
+    /// taken from here to the next [`Pass`](Self::Pass): it may be older than this.
+    Stale {
+        /// What the segment covers.
+        range: PageRange,
+        /// The pages.
+        segment: Segment,
+    },
+    /// Acknowledge what waits for it first. A pass begins: early copies of others are dropped. At
+    /// the end of the last, let every early copy that is not out of date be complete, and take
+    /// no more of them.
+    Pass {
+        /// Its number.
+        number: u16,
+        /// Whether it is the end of the last.
+        last: bool,
+    },
+    /// Forget all early copies, and take none.
+    ForgetEarly,
     /// The peer has given this connection up: close it, if it is the newest of its channel.
     /// Whoever makes connections makes the next.
     Renew {
@@ -70,6 +91,9 @@ pub enum DestinationEvent {
     Attached(SessionId),
     /// The connection is gone; what has arrived stays, and faults wait.
     Disconnected,
+    /// The guest's vCPUs have been stopped at the source; device state follows. Not told
+    /// where one side cannot do precopy.
+    Stopped,
     /// All device state is there.
     StateComplete,
     /// The guest may run from now on.

@@ -64,6 +64,7 @@ impl DestinationSession {
             self.link = Link::Down;
             return Err(refusal);
         }
+        self.note_capabilities(peer);
         self.peer = peer.session;
         self.stamp = peer.stamp;
         self.link = Link::Greeted;

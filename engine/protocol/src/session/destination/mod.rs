@@ -6,6 +6,7 @@ mod action;
 mod admission;
 mod link;
 mod ownership;
+mod passes;
 mod record;
 
 pub use action::{DestinationAction, DestinationConfig, DestinationEvent};
@@ -13,7 +14,7 @@ pub use action::{DestinationAction, DestinationConfig, DestinationEvent};
 use super::pulse::Pulse;
 use super::{DestinationOwnership, DestinationRecord};
 use crate::wire::{
-    Attach, ControlFrame, Phase, Refusal, RefuseCode, SessionId, SessionKind, Stamp,
+    Attach, Capabilities, ControlFrame, Phase, Refusal, RefuseCode, SessionId, SessionKind, Stamp,
 };
 use link::Link;
 use std::collections::VecDeque;
@@ -45,6 +46,10 @@ pub struct DestinationSession {
     streams: u16,
     shards: u16,
     sections: u32,
+    /// What both sides of this connection can do.
+    common: Capabilities,
+    /// What has arrived is for good.
+    settled: bool,
     state_complete: bool,
     ready: bool,
     /// What the last attach said.
@@ -71,6 +76,8 @@ impl DestinationSession {
             streams: 1,
             shards: 1,
             sections: 0,
+            common: Capabilities::default(),
+            settled: record.ownership != DestinationOwnership::Waiting,
             state_complete: false,
             ready: false,
             announced: Phase::Fresh,
@@ -137,6 +144,7 @@ impl DestinationSession {
                     ));
                 }
                 self.kind = Some(offer.kind);
+                self.settle_without_passes();
                 (self.streams, self.shards) = (offer.streams, offer.shards);
                 let millis = |value: u32| Duration::from_millis(value.into());
                 self.pulse =
@@ -146,8 +154,15 @@ impl DestinationSession {
                 self.persist(DestinationRecord { session, epoch, ..self.record }, Pending::Bound);
             }
             (ControlFrame::Begin, Link::Attached) => self.begin(),
+            (ControlFrame::Stale { range, segment }, Link::Up) if !self.settled => {
+                self.check_stale(range)?;
+                self.actions.push_back(DestinationAction::Stale { range, segment });
+            }
+            (ControlFrame::Pass { number, last }, Link::Up) if !self.settled => {
+                self.pass(number, last);
+            }
             (ControlFrame::Section { name, version, last, bytes }, Link::Up)
-                if self.wants_state() =>
+                if self.wants_state() && self.settled =>
             {
                 self.sections += u32::from(last);
                 self.actions.push_back(DestinationAction::Section { name, version, last, bytes });
@@ -155,7 +170,9 @@ impl DestinationSession {
             // The source may not know yet that all of it has arrived, or that the guest runs.
             (ControlFrame::Section { .. } | ControlFrame::StateEnd { .. }, Link::Up)
                 if !self.wants_state() => {}
-            (ControlFrame::StateEnd { sections }, Link::Up) => self.state_end(sections)?,
+            (ControlFrame::StateEnd { sections }, Link::Up) if self.settled => {
+                self.state_end(sections)?;
+            }
             (ControlFrame::Go, Link::Up) if !self.is_snapshot() => self.go()?,
             (ControlFrame::TakeBack, Link::Up) if !self.is_snapshot() => self.take_back(),
             (ControlFrame::Bye, Link::Up) if self.complete && self.owes_nothing() => {
@@ -192,6 +209,7 @@ impl DestinationSession {
             // What is being recorded counts once it is durable.
             DestinationOwnership::Waiting if self.complete && self.is_snapshot() => Phase::Complete,
             DestinationOwnership::Waiting if self.ready => Phase::Ready,
+            DestinationOwnership::Waiting if !self.settled => Phase::Early,
             DestinationOwnership::Waiting => Phase::Fresh,
         }
     }

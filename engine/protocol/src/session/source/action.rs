@@ -67,19 +67,34 @@ pub enum SourceAction {
     Greet(Hello),
     /// Send a frame on the control connection.
     Send(ControlFrame),
-    /// Send all sections of device state, then `StateEnd`.
+    /// Send all sections of device state that were not sent on this connection, then
+    /// `StateEnd`.
     SendState,
     /// Forget what was sent and acknowledged; what the destination has follows. Pages are
     /// numbered as in [`SourceSession::served`](super::SourceSession::served), which may
     /// have more or fewer than before.
     ResetBook,
-    /// These pages are complete at the destination.
+    /// The destination has these pages.
     Received {
         /// What the segment covers.
         range: PageRange,
         /// The pages.
         segment: Segment,
     },
+    /// Send which early copies are out of date, as `Stale` frames: after a new attachment all
+    /// that the destination has said and this side does not vouch for, otherwise what has been
+    /// written since the last pass began. Until [`OpenPass`](Self::OpenPass) or
+    /// [`Settled`](Self::Settled) acknowledgements of these pages are of older copies, and do not
+    /// count.
+    TellStale,
+    /// Early copies of pages may be sent.
+    OpenPass {
+        /// Counts the passes.
+        number: u16,
+    },
+    /// The destination keeps early copies no more: those that were up to date are complete.
+    /// What is under way and not acknowledged by now is lost; background pages may leave.
+    Settled,
     /// These pages are complete at the destination.
     Acknowledge(Vec<PageRange>),
     /// All that the destination has is in the book: see whether it has every page that was
@@ -121,6 +136,10 @@ pub enum SourceEvent {
     Attached(Incarnation),
     /// The connection is gone; nothing is lost.
     Disconnected,
+    /// Memory is final: the vCPUs are stopped.
+    Stopped,
+    /// The destination is ready, and the guest is [held](super::SourceSession::hold).
+    Held,
     /// The destination has restored the device state.
     Ready,
     /// The guest was given away: durably recorded, go is sent.

@@ -1,7 +1,7 @@
 //! What the VMM of a source wants: to switch over, to take its guest back, to fence.
 
 use super::super::{NotNow, SourceOwnership, SourcePages};
-use super::{Link, Pending, SourceAction, SourceSession};
+use super::{Link, Pending, SourceAction, SourceEvent, SourceSession};
 use crate::wire::ControlFrame;
 
 /// Why a guest of which pages were freed stays where it is.
@@ -9,11 +9,36 @@ const RELEASED: &str = "pages were freed here after the destination ran the gues
                         destination alone, and has to go on there";
 
 impl SourceSession {
-    /// The VMM has stopped its vCPUs and device state is there: from here memory is final.
+    /// The VMM has stopped its vCPUs: from here memory is final.
     ///
     /// # Errors
     /// [`NotNow`] if that has been said already, or the session is over.
     pub fn freeze(&mut self) -> Result<(), NotNow> {
+        let call = "stop";
+        if self.is_over() {
+            return Err(NotNow { call, reason: "the session is over" });
+        }
+        if self.frozen {
+            return Err(NotNow { call, reason: "it has been done already" });
+        }
+        self.frozen = true;
+        self.actions.push_back(SourceAction::Event(SourceEvent::Stopped));
+        self.end_passes();
+        Ok(())
+    }
+
+    /// Whether sections of device state may be sent that are there already, before
+    /// [`bring_state`](Self::bring_state) says that all are.
+    #[must_use]
+    pub const fn takes_sections(&self) -> bool {
+        self.wants_state && self.frozen && !self.has_state && !self.reclaim_wanted
+    }
+
+    /// Device state is there. [Freezes](Self::freeze) too if that has not been said.
+    ///
+    /// # Errors
+    /// [`NotNow`] if that has been said already, or the session is over.
+    pub fn bring_state(&mut self) -> Result<(), NotNow> {
         let call = "switch over";
         if self.is_over() {
             return Err(NotNow { call, reason: "the session is over" });
@@ -21,7 +46,10 @@ impl SourceSession {
         if self.has_state {
             return Err(NotNow { call, reason: "it has been done already" });
         }
-        (self.frozen, self.has_state) = (true, true);
+        if !self.frozen {
+            self.freeze()?;
+        }
+        self.has_state = true;
         if self.link == Link::Up {
             if self.destination_ready {
                 // From a process before this one.
@@ -34,8 +62,8 @@ impl SourceSession {
     }
 
     /// The VMM wants its guest back. Before the guest was given this takes effect as soon
-    /// as it is recorded; afterwards it needs the destination's agreement, and [`Reclaimed`](super::SourceEvent::Reclaimed)
-    /// or [`ReclaimDenied`](super::SourceEvent::ReclaimDenied) follows, when it is connected.
+    /// as it is recorded; afterwards it needs the destination's agreement, and [`Reclaimed`](SourceEvent::Reclaimed)
+    /// or [`ReclaimDenied`](SourceEvent::ReclaimDenied) follows, when it is connected.
     ///
     /// # Errors
     /// [`NotNow`] if the destination is known to run it, the session is over, or pages may

@@ -1,6 +1,7 @@
 //! The control connection of a source: greeted, kept alive, lost.
 
 use super::super::pulse::{Due, Pulse};
+use super::passes::Stage;
 use super::{Pending, SourceAction, SourceEvent, SourceSession};
 use crate::wire::{Channel, ControlFrame, Hello, Phase, Refusal, RefuseCode, Role, Stamp};
 use std::time::Duration;
@@ -70,6 +71,7 @@ impl SourceSession {
             self.destination_ready = false;
             self.told_finished = false;
         }
+        self.common = self.config.capabilities.common(peer.capabilities);
         self.pulse = Some(Pulse::new(self.config.heartbeat, self.config.silence, now));
         self.link = Link::Offered;
         self.send(self.config.offer());
@@ -98,6 +100,8 @@ impl SourceSession {
         let was_up = self.link == Link::Up;
         self.link = Link::Down;
         self.pulse = None;
+        self.stage = Stage::Off;
+        self.wants_state = false;
         self.releases = false;
         self.actions.push_back(SourceAction::HangUp(refusal));
         if was_up && !self.is_over() {

@@ -7,6 +7,7 @@ mod admission;
 mod call;
 mod link;
 mod ownership;
+mod passes;
 mod record;
 mod release;
 
@@ -16,9 +17,11 @@ use super::pulse::Pulse;
 use super::{LostPages, SourceOwnership, SourceRecord};
 use crate::layout::{GuestLayout, PageRange};
 use crate::wire::{
-    Attach, ControlFrame, Generation, Incarnation, Phase, Refusal, RefuseCode, SessionKind, Stamp,
+    Attach, Capabilities, ControlFrame, Generation, Incarnation, Phase, Refusal, RefuseCode,
+    SessionKind, Stamp,
 };
 use link::Link;
+use passes::Stage;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -45,11 +48,21 @@ pub struct SourceSession {
     stamp: Stamp,
     pulse: Option<Pulse>,
     served: GuestLayout,
+    /// What both sides of this connection can do.
+    common: Capabilities,
     incarnation: Option<Incarnation>,
-    /// The vCPUs are stopped and device state is there; memory is final.
+    /// The vCPUs are stopped; memory is final.
     frozen: bool,
     /// This process has the device state.
     has_state: bool,
+    /// The destination of this connection waits for device state.
+    wants_state: bool,
+    stage: Stage,
+    /// The number of the newest pass.
+    pass: u16,
+    /// The guest is not given away before somebody says so.
+    holds: bool,
+    told_held: bool,
     destination_ready: bool,
     destination_running: bool,
     destination_complete: bool,
@@ -80,9 +93,15 @@ impl SourceSession {
             link: Link::Down,
             stamp: Stamp { epoch: record.epoch, generation: Generation(1) },
             pulse: None,
+            common: Capabilities::default(),
             incarnation: (record.ownership != SourceOwnership::Owner).then_some(record.incarnation),
             frozen: is_snapshot || record.ownership == SourceOwnership::Given,
             has_state: is_snapshot,
+            wants_state: false,
+            stage: Stage::Off,
+            pass: 0,
+            holds: false,
+            told_held: false,
             destination_ready: false,
             destination_running: false,
             destination_complete: false,
@@ -194,11 +213,17 @@ impl SourceSession {
                 for run in &runs {
                     self.check_pages(*run)?;
                 }
+                if self.ignores_acks() {
+                    return Ok(());
+                }
                 self.actions.push_back(SourceAction::Acknowledge(runs));
             }
             (ControlFrame::Complete, Link::Up) if self.knows_it_runs() || self.is_snapshot() => {
                 self.destination_complete = true;
                 self.finish_if_done();
+            }
+            (ControlFrame::PassTaken { number, last }, Link::Up) => {
+                self.pass_taken(number, last)?;
             }
             // Also the answer to a go, from a destination that has refused before this
             // source was restarted.
@@ -258,9 +283,11 @@ impl SourceSession {
         if let Some(incarnation) = self.incarnation {
             self.actions.push_back(SourceAction::Event(SourceEvent::Attached(incarnation)));
         }
+        self.begin_passes(phase);
         match phase {
-            Phase::Fresh => {
+            Phase::Fresh | Phase::Early => {
                 self.destination_ready = false;
+                self.wants_state = true;
                 if self.reclaim_wanted {
                     self.send(ControlFrame::TakeBack);
                 } else if self.has_state {

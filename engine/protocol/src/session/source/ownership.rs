@@ -15,7 +15,10 @@ impl SourceSession {
             Phase::Running | Phase::Complete if !self.was_given() && !self.is_snapshot() => {
                 "the destination says that it runs a guest which it was not given"
             }
-            Phase::Fresh | Phase::Ready | Phase::Refused if self.knows_it_runs() => {
+            Phase::Early if !self.can_precopy() => {
+                "the destination has early copies, and one side cannot do precopy"
+            }
+            Phase::Fresh | Phase::Early | Phase::Ready | Phase::Refused if self.knows_it_runs() => {
                 "the destination has said that it runs the guest, and now says that it does not"
             }
             _ => return Ok(()),
@@ -45,7 +48,7 @@ impl SourceSession {
             self.send(ControlFrame::TakeBack);
         } else if self.was_given() {
             self.send(ControlFrame::Go);
-        } else {
+        } else if !self.is_held() {
             self.give();
         }
     }

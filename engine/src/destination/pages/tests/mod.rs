@@ -1,6 +1,7 @@
 //! What becomes of each page, whoever brings it, in whatever order.
 
 mod discards;
+mod early;
 mod faults;
 mod once;
 mod placing;
@@ -160,7 +161,8 @@ impl Guest {
         let done = self.pages.layout().page_count() - self.pages.remaining();
         assert_eq!(self.pages.planes().complete_count(), done, "{:?}", self.area.kind);
         let (ways, _) = self.counted();
-        assert_eq!(ways.iter().sum::<u64>(), done, "{:?}: {ways:?}", self.area.kind);
+        let early = self.pages.counters.early.load(Ordering::Relaxed);
+        assert_eq!(ways.iter().sum::<u64>() + early, done, "{:?}: {ways:?}", self.area.kind);
         assert_eq!(self.pages.discarding().pages().len(), 0, "{:?}", self.area.kind);
     }
 }

@@ -1,0 +1,491 @@
+//! Early copies: pages that came while the guest still ran at the source.
+//!
+//! An early copy lies where the page will be, and counts (`current`) until the source says that
+//! it is stale. Nothing of it is complete, so no fault is answered with it. Where memory has a
+//! file it lies behind the alias and is not mapped; where it has none it is copied, and mapped,
+//! because there is no other place for it: nobody may touch guest memory before the guest's
+//! state is there. Invariants:
+//!
+//! - while early copies are taken (`Taking`), `current` is set only by whoever has claimed the
+//!   page, wrote all of it, and finds under the gate that the pass it came with is still the
+//!   newest; the acknowledgement is queued under the same gate;
+//! - from the first `Stale` of a pass to its `Pass` no pass is the newest: a copy that is older
+//!   than what is stale never counts;
+//! - a current page is not written; where something is written that may not count, `there` says
+//!   that the page is not empty, though not complete: whoever makes it zero empties it first;
+//! - when memory is settled, every current page is complete for whoever looks: it is made so
+//!   ([`promote`](Pages::promote)) before anybody decides anything by the planes, and in the
+//!   course of time for all of them. Until then it costs nothing, however large memory is.
+
+use super::claim::Claim;
+use super::{InstallError, Pages, RegionFile, ZERO_STEP};
+use crate::sys::fill::Fill;
+use crate::sys::mapping;
+use crate::sys::words::LazyWords;
+use afterimage_protocol::bitmap::{Bitmap, Segment};
+use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::time::Duration;
+
+/// How long an early copy waits before it looks again whether another receiver has given its
+/// page back.
+const CLAIM_WAIT: Duration = Duration::from_micros(50);
+/// Pages that are mapped in one go.
+const MAP_STEP: u64 = 512;
+
+/// Runs that are emptied in one go.
+const MEANWHILE_AFTER: u32 = 4096;
+
+/// No early copies are taken, and none are left.
+const OFF: u8 = 0;
+const TAKING: u8 = 1;
+/// None are taken; those that were current are complete, or become so when somebody looks.
+const PROMOTING: u8 = 2;
+
+/// Which pages have early copies.
+#[derive(Debug)]
+pub(super) struct Early {
+    stage: AtomicU8,
+    /// The pass whose copies are taken, 0 for none. Changed under the gate alone.
+    pass: AtomicU16,
+    current: Bitmap<LazyWords>,
+    there: Bitmap<LazyWords>,
+    /// Whether `there` was ever set.
+    has_old: AtomicBool,
+    is_stopping: AtomicBool,
+}
+
+impl Early {
+    pub(super) fn new(pages: u64) -> io::Result<Self> {
+        Ok(Self {
+            stage: AtomicU8::new(OFF),
+            pass: AtomicU16::new(0),
+            current: Bitmap::over(LazyWords::new(pages)?, pages),
+            there: Bitmap::over(LazyWords::new(pages)?, pages),
+            has_old: AtomicBool::new(false),
+            is_stopping: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn is_taking(&self) -> bool {
+        self.stage.load(Ordering::Acquire) == TAKING
+    }
+
+    /// To be asked under the gate, if the answer is to last.
+    fn takes(&self, pass: u16) -> bool {
+        pass != 0 && self.is_taking() && self.pass.load(Ordering::Acquire) == pass
+    }
+
+    /// Something lies, or is about to, where these pages are.
+    fn note_there(&self, pages: PageRange) {
+        self.has_old.store(true, Ordering::Release);
+        self.there.set(pages, |_| ());
+    }
+
+    pub(super) fn note_empty(&self, pages: PageRange) {
+        if self.has_old.load(Ordering::Acquire) {
+            self.there.clear(pages, |_| ());
+        }
+    }
+}
+
+impl Pages {
+    /// Whether early copies are taken: nothing is settled yet.
+    pub(crate) fn is_taking_early(&self) -> bool {
+        self.early.is_taking()
+    }
+
+    /// Early copies may come, of a pass that is still to be told.
+    pub(crate) fn take_early(&self) {
+        let _gate = self.discarding();
+        self.early.pass.store(0, Ordering::Release);
+        self.early.stage.store(TAKING, Ordering::Release);
+    }
+
+    /// Copies of this pass are taken from now on, and of no other.
+    pub(crate) fn begin_pass(&self, pass: u16) {
+        let _gate = self.discarding();
+        self.early.pass.store(pass, Ordering::Release);
+    }
+
+    /// Early copies of these pages do not count any more, nor does any that is still coming,
+    /// until the next pass begins.
+    ///
+    /// Emptying private memory takes its time: calls `meanwhile` now and then.
+    pub(crate) fn stale(
+        &self,
+        range: PageRange,
+        segment: &Segment,
+        mut meanwhile: impl FnMut(),
+    ) -> io::Result<()> {
+        self.begin_pass(0);
+        let (mut first_error, mut emptied) = (None, 0_u32);
+        let decoded = segment.decode(range, |stale| {
+            self.early.current.clear(stale, |_| ());
+            for run in self.layout().split(stale) {
+                // What has a file keeps its old content: the next copy is written over it.
+                if self.file_of(&run).is_some() {
+                    continue;
+                }
+                if let Err(error) = self.empty_old(run.pages) {
+                    first_error.get_or_insert(error);
+                }
+                emptied += 1;
+                if emptied.is_multiple_of(MEANWHILE_AFTER) {
+                    meanwhile();
+                }
+            }
+        });
+        decoded.map_err(io::Error::other)?;
+        first_error.map_or(Ok(()), Err)
+    }
+
+    /// Memory is final: what is current is complete from now on, and nothing else that came.
+    /// Whoever waited before looks again.
+    pub(crate) fn settle(&self) {
+        let gate = self.discarding();
+        self.early.pass.store(0, Ordering::Release);
+        self.early.stage.store(PROMOTING, Ordering::Release);
+        drop(gate);
+        self.memory.wake_all();
+    }
+
+    /// No early copy counts, and none will.
+    pub(crate) fn forget_early(&self) -> io::Result<()> {
+        let _gate = self.discarding();
+        self.early.pass.store(0, Ordering::Release);
+        self.early.stage.store(OFF, Ordering::Release);
+        let all = PageRange::new(PageNumber(0), self.planes.pages());
+        self.early.current.clear(all, |_| ());
+        if self.early.has_old.load(Ordering::Acquire) { self.empty_old(all) } else { Ok(()) }
+    }
+
+    /// The pages that are here: those of which an early copy counts, or once that is settled
+    /// those that are complete.
+    pub(crate) fn present(&self) -> &Bitmap<LazyWords> {
+        if self.early.is_taking() { &self.early.current } else { self.planes.completed() }
+    }
+
+    /// Makes complete what of these pages is so already by an early copy. Comes before any
+    /// decision by the planes.
+    pub(crate) fn promote(&self, pages: PageRange) {
+        if self.early.stage.load(Ordering::Acquire) != PROMOTING {
+            return;
+        }
+        let end = pages.start.0 + pages.count;
+        let mut rest = pages;
+        while let Some(run) = self.early.current.first_set_in(rest) {
+            // In this order: nobody may find a page neither current nor complete.
+            self.mark_complete(run, &self.counters.early, |_| ());
+            self.early.current.clear(run, |_| ());
+            let next = run.start.0 + run.count;
+            rest = PageRange::new(PageNumber(next), end - next);
+        }
+    }
+
+    /// After [`settle`](Self::settle): makes everything complete that is so, and maps what lies
+    /// in files before somebody faults on it, until [`stop_mapping`](Self::stop_mapping).
+    pub(crate) fn map_early(&self) {
+        let mut from = PageNumber(0);
+        while let Some(run) = self.early.current.next_set(from, MAP_STEP) {
+            if self.early.is_stopping.load(Ordering::Acquire) {
+                return;
+            }
+            from = PageNumber(run.start.0 + run.count);
+            self.promote(run);
+            // Zero pages have nothing to map.
+            let mut rest = run;
+            while let Some(there) = self.early.there.first_set_in(rest) {
+                let parts = self.layout().split(there);
+                parts.filter(|part| self.file_of(part).is_some()).for_each(|part| {
+                    self.map_complete(&part);
+                });
+                let next = there.start.0 + there.count;
+                rest = PageRange::new(PageNumber(next), from.0 - next);
+            }
+        }
+        self.early.stage.store(OFF, Ordering::Release);
+    }
+
+    fn map_complete(&self, run: &RegionRun) {
+        let gate = self.installing();
+        let filled = self.fill(Fill::Continue, run);
+        drop(gate);
+        // Whoever waits faults again, and is answered.
+        if filled.stopped.is_some() || filled.holes > 0 || filled.present > 0 {
+            self.wake(run);
+        }
+        self.note_alias_written(run.length);
+    }
+
+    /// [`map_early`](Self::map_early) ends soon.
+    pub(crate) fn stop_mapping(&self) {
+        self.early.is_stopping.store(true, Ordering::Release);
+    }
+
+    /// Empties pages in which something lies that does not count: they are missing afterwards.
+    /// Nobody may be writing them.
+    pub(super) fn empty_old(&self, pages: PageRange) -> io::Result<()> {
+        if !self.early.has_old.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let end = pages.start.0 + pages.count;
+        let mut rest = pages;
+        while let Some(old) = self.early.there.first_set_in(rest) {
+            for run in self.layout().split(old) {
+                match self.file_of(&run) {
+                    Some(file) => self.empty_file_pages(run.pages, file),
+                    None => self.zap(&run)?,
+                }
+            }
+            self.early.note_empty(old);
+            let next = old.start.0 + old.count;
+            rest = PageRange::new(PageNumber(next), end - next);
+        }
+        Ok(())
+    }
+
+    /// Nothing may be left in pages that are about to be complete and zero, or free; `false` if
+    /// something is.
+    pub(super) fn empty_for_zero(&self, pages: PageRange) -> bool {
+        let emptied = self.empty_old(pages);
+        if let Err(error) = &emptied {
+            tracing::error!(%error, %pages, "an older copy cannot be emptied: its pages stay missing");
+        }
+        emptied.is_ok()
+    }
+
+    /// Discarded pages, of which nobody writes an early copy.
+    pub(super) fn forget_copies(&self, pages: PageRange) {
+        if self.early.is_taking() {
+            self.early.current.clear(pages, |_| ());
+        }
+        // Private memory is the VMM's to empty afterwards, who gives it up.
+        let _ = self.empty_for_zero(pages);
+    }
+
+    fn zap(&self, run: &RegionRun) -> io::Result<()> {
+        let region = &self.layout().regions()[run.region];
+        let Some(local) = region.local else {
+            return Err(io::Error::other("memory of another process cannot be emptied"));
+        };
+        // SAFETY: who made the region promised that it is a private anonymous mapping to which
+        // no reference is alive until the guest may run; these pages hold what nobody needs.
+        unsafe { mapping::empty_private(local.0 + run.offset, run.length) }
+    }
+
+    /// Claims what is to be written of an early piece inside one region: nothing if its pass is
+    /// not the newest. Waits for other receivers that are writing some of it. `writes`: it is
+    /// not zero. `told` is called with what is current already.
+    pub(crate) fn claim_early(
+        &self,
+        piece: PageRange,
+        pass: u16,
+        writes: bool,
+        mut told: impl FnMut(PageRange),
+    ) -> Claim<'_> {
+        loop {
+            let gate = self.installing();
+            if !self.early.takes(pass) {
+                self.counters.duplicate.fetch_add(piece.count, Ordering::Relaxed);
+                return Claim::early(self, piece, Vec::new(), pass);
+            }
+            let mut won = Vec::new();
+            let mut open = 0;
+            self.not_current_in(piece, |run| {
+                open += run.count;
+                open -= self.planes.claim(run, |mine| won.push(mine));
+            });
+            if open == 0 {
+                if writes && self.file_of(&self.run_of(piece)).is_some() {
+                    for &run in &won {
+                        self.early.note_there(run);
+                    }
+                }
+                self.here_in(piece, &won, &mut told);
+                return Claim::early(self, piece, won, pass);
+            }
+            for run in won {
+                self.planes.give_back(run);
+            }
+            drop(gate);
+            std::thread::sleep(CLAIM_WAIT);
+        }
+    }
+
+    /// Calls `found` with each run of a range that is neither complete nor current.
+    fn not_current_in(&self, range: PageRange, mut found: impl FnMut(PageRange)) {
+        let current = &self.early.current;
+        self.planes.incomplete_in(range, |open| {
+            let end = open.start.0 + open.count;
+            let mut rest = open;
+            while let Some(run) = current.first_clear_in(rest) {
+                found(run);
+                let next = run.start.0 + run.count;
+                rest = PageRange::new(PageNumber(next), end - next);
+            }
+        });
+    }
+
+    /// Calls `told` with what of a piece is not in `won`: it is here already.
+    fn here_in(&self, piece: PageRange, won: &[PageRange], told: &mut impl FnMut(PageRange)) {
+        let mut next = piece.start.0;
+        let end = piece.start.0 + piece.count;
+        let mut tell = |from: u64, to: u64| {
+            if from < to {
+                self.counters.duplicate.fetch_add(to - from, Ordering::Relaxed);
+                told(PageRange::new(PageNumber(from), to - from));
+            }
+        };
+        for run in won {
+            tell(next, run.start.0);
+            next = run.start.0 + run.count;
+        }
+        tell(next, end);
+    }
+
+    /// A claimed run of a file was written by an early piece. `told` is called with what counts.
+    pub(super) fn finish_early_alias(
+        &self,
+        run: &RegionRun,
+        file: &RegionFile,
+        pass: u16,
+        told: &mut impl FnMut(PageRange),
+    ) {
+        let gate = self.installing();
+        let gone: Vec<_> = if gate.is_empty() {
+            Vec::new()
+        } else {
+            run.pages.iter().filter(|page| gate.contains(*page)).collect()
+        };
+        if self.early.takes(pass) {
+            self.early.current.set(run.pages, |_| ());
+            for page in &gone {
+                self.early.current.clear_one(*page);
+            }
+            told(run.pages);
+        }
+        drop(gate);
+        // Discarded meanwhile: they are complete and zero.
+        for page in &gone {
+            self.give_back_file_pages(PageRange::one(*page), file);
+        }
+        self.planes.give_back(run.pages);
+        if !self.early.is_taking() {
+            // Whoever met the claim looks again.
+            self.wake(run);
+        }
+        self.note_alias_written(run.length);
+    }
+
+    /// Copies a claimed run of an early piece. `told` is called with what counts.
+    pub(super) fn finish_early_copy(
+        &self,
+        run: &RegionRun,
+        content: &[u8],
+        pass: u16,
+        told: &mut impl FnMut(PageRange),
+    ) -> Result<(), InstallError> {
+        let page_bytes = self.page_bytes(run);
+        let gate = self.installing();
+        let mut parts = Vec::new();
+        if self.early.takes(pass) {
+            self.planes.incomplete_in(run.pages, |open| parts.push(open));
+        }
+        for part in parts {
+            let part = self.run_of(part);
+            let from = ((part.pages.start.0 - run.pages.start.0) * page_bytes) as usize;
+            let content = &content[from..from + part.length as usize];
+            self.copy_early(&part, content)?;
+            self.early.current.set(part.pages, |_| ());
+            told(part.pages);
+        }
+        self.planes.give_back(run.pages);
+        drop(gate);
+        Ok(())
+    }
+
+    /// Puts an early copy where an older one may lie.
+    fn copy_early(&self, run: &RegionRun, content: &[u8]) -> Result<(), InstallError> {
+        let no_memory = |error: &io::Error| InstallError::NoMemory {
+            page: run.pages.start,
+            errno: error.kind(),
+        };
+        self.empty_old(run.pages).map_err(|error| no_memory(&error))?;
+        self.early.note_there(run.pages);
+        let mut filled = self.fill(Fill::Early(content), run);
+        if filled.stopped.is_none() && filled.present > 0 {
+            // Somebody has written to guest memory that is still to come.
+            self.zap(run).map_err(|error| no_memory(&error))?;
+            filled = self.fill(Fill::Early(content), run);
+        }
+        match filled.stopped {
+            Some(stopped) => {
+                // What is left stays noted, if it cannot be emptied.
+                let _ = self.empty_for_zero(run.pages);
+                Err(self.install_error(run, filled.reached(), stopped))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Early copies that are zero: nothing is written, what lies there is emptied. `told` is
+    /// called with what counts.
+    pub(crate) fn zero_early(
+        &self,
+        pages: PageRange,
+        pass: u16,
+        mut told: impl FnMut(PageRange),
+    ) -> io::Result<()> {
+        let mut done = 0;
+        while done < pages.count {
+            let count = ZERO_STEP.min(pages.count - done);
+            let step = PageRange::new(PageNumber(pages.start.0 + done), count);
+            done += count;
+            for run in self.layout().split(step) {
+                let mut claim = self.claim_early(run.pages, pass, false, &mut told);
+                for won in claim.take() {
+                    let emptied = self.zero_claimed(won, pass, &mut told);
+                    self.give_back_zeros(won);
+                    emptied?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives claimed pages back that hold nothing, or an early copy that is zero.
+    fn give_back_zeros(&self, won: PageRange) {
+        let run = self.run_of(won);
+        if let Some(file) = self.file_of(&run) {
+            let gate = self.installing();
+            let has_gone = !gate.is_empty();
+            let gone: Vec<_> = won.iter().filter(|page| has_gone && gate.contains(*page)).collect();
+            drop(gate);
+            for page in gone {
+                self.give_back_file_pages(PageRange::one(page), file);
+            }
+        }
+        self.planes.give_back(won);
+        if !self.early.is_taking() {
+            self.wake(&run);
+        }
+    }
+
+    fn zero_claimed(
+        &self,
+        won: PageRange,
+        pass: u16,
+        told: &mut impl FnMut(PageRange),
+    ) -> io::Result<()> {
+        let _gate = self.installing();
+        if !self.early.takes(pass) {
+            return Ok(());
+        }
+        self.empty_old(won)?;
+        self.early.current.set(won, |_| ());
+        told(won);
+        Ok(())
+    }
+}

@@ -1,0 +1,11 @@
+//! The control socket and the metrics of real processes, driven as a manager would.
+
+mod acting;
+mod ctl;
+mod demo;
+mod hostile;
+mod metrics;
+mod places;
+mod states;
+mod support;
+mod waits;

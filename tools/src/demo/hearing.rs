@@ -1,0 +1,82 @@
+//! The source's events, each with the moment in which it was read.
+//!
+//! Invariant: a thread waits for them all the time, so that the moment is that of the event
+//! and not of whoever asks for it.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use afterimage::{Events, SourceEvent};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+
+use super::error::DemoError;
+use super::messages::{deadline, now_us};
+use crate::control::Desk;
+
+/// What a source says.
+pub(super) struct Hearing(Receiver<(u64, SourceEvent)>);
+
+impl Hearing {
+    /// Listens until the source has gone, and tells `desk`.
+    pub(super) fn start(events: Events<SourceEvent>, desk: Desk) -> Result<Self, DemoError> {
+        let (sender, heard) = crossbeam_channel::unbounded();
+        thread::Builder::new()
+            .name("events".to_owned())
+            .spawn(move || {
+                while let Some(event) = events.next() {
+                    // At once: a manager acts on it.
+                    desk.note(&event);
+                    if sender.send((now_us(), event)).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(|error| DemoError::failed("cannot start a thread", &error))?;
+        Ok(Self(heard))
+    }
+
+    /// The next event and when it was heard; `None` if there is none by then. An end of the
+    /// migration is an error.
+    pub(super) fn next(
+        &self,
+        until: Instant,
+        what: &str,
+    ) -> Result<Option<(u64, SourceEvent)>, DemoError> {
+        let left = until.saturating_duration_since(Instant::now());
+        match self.0.recv_timeout(left) {
+            Ok((
+                _,
+                event @ (SourceEvent::Reclaimed
+                | SourceEvent::ReclaimDenied
+                | SourceEvent::PersistFailed),
+            )) => {
+                let what = format!("while waiting until {what}, the engine said {event:?}");
+                Err(DemoError::Failed(what))
+            }
+            Ok(heard) => {
+                tracing::info!(event = ?heard.1, "source");
+                Ok(Some(heard))
+            }
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(DemoError::Failed(format!("the engine ended before it happened that {what}")))
+            }
+        }
+    }
+
+    /// Waits for an event; says when it was heard.
+    pub(super) fn wait(
+        &self,
+        limit: Duration,
+        what: &str,
+        is_awaited: impl Fn(&SourceEvent) -> bool,
+    ) -> Result<u64, DemoError> {
+        let until = deadline(limit);
+        while let Some((at_us, event)) = self.next(until, what)? {
+            if is_awaited(&event) {
+                return Ok(at_us);
+            }
+        }
+        Err(DemoError::Failed(format!("waited {} s until {what}", limit.as_secs())))
+    }
+}
