@@ -53,7 +53,7 @@ pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, 
     options.plaintext = Plaintext::Anywhere;
     let (destination, events) = Destination::start(registered, Endpoint::Connect(address), options)
         .doing("starting the destination")?;
-    let vcpus = begin(&destination, &events)?;
+    let begun = begin(&destination, &events)?;
     let (at, meter) = (sys::now_ns(), Meter::start());
     let recoveries = match (unit, &mut relay, &source.echo) {
         (Unit::Recovery(plan), Some(relay), Some(echo)) => {
@@ -61,7 +61,7 @@ pub fn receive(unit: Unit, setup: Setup, source: &Listening) -> Result<Outcome, 
         }
         _ => None,
     };
-    let mut run = run(unit, &destination, &events, (&memory, &vcpus), (at, meter, footprint))?;
+    let mut run = run(unit, &destination, &events, (&memory, &begun), (at, meter, footprint))?;
     if let Some(recoveries) = recoveries {
         run.guest = GuestOutcome::Recovered(recoveries);
     }
@@ -135,18 +135,33 @@ fn outcome(run: Run, stats: &DestinationStats, memory: &Memory, wire: Option<u64
     outcome
 }
 
-/// Until the guest may run; returns the state of its vCPUs.
+/// A guest that may run.
+struct Begun {
+    vcpus: Vec<u8>,
+    /// Small memory may be there sooner than that is said.
+    has_all: bool,
+}
+
+/// Until the guest may run.
 fn begin(
     destination: &Destination,
     events: &Events<DestinationEvent>,
-) -> Result<Vec<u8>, BenchError> {
+) -> Result<Begun, BenchError> {
+    let mut has_all = false;
     let mut sections = next_event(events, |event| match event {
         DestinationEvent::State(sections) => ControlFlow::Break(sections),
-        _ => ControlFlow::Continue(()),
+        other => {
+            has_all |= other == DestinationEvent::AllArrived;
+            ControlFlow::Continue(())
+        }
     })?;
     destination.ready().doing("being ready")?;
-    until(events, |event| *event == DestinationEvent::Run)?;
-    Ok(sections.pop().map(|section| section.bytes).unwrap_or_default())
+    until(events, |event| {
+        has_all |= *event == DestinationEvent::AllArrived;
+        *event == DestinationEvent::Run
+    })?;
+    let vcpus = sections.pop().map(|section| section.bytes).unwrap_or_default();
+    Ok(Begun { vcpus, has_all })
 }
 
 struct Run {
@@ -161,7 +176,7 @@ fn run(
     unit: Unit,
     destination: &Destination,
     events: &Events<DestinationEvent>,
-    (memory, vcpus): (&Memory, &[u8]),
+    (memory, begun): (&Memory, &Begun),
     (at, meter, footprint): (u64, Meter, Footprint),
 ) -> Result<Run, BenchError> {
     if unit.is_given_up() {
@@ -179,7 +194,7 @@ fn run(
         (stats.pages_requested + stats.pages_background) * guest_share(memory)
     };
     let (guest, reading, extra, samples) = thread::scope(|scope| {
-        let guest = scope.spawn(|| work(unit, memory, vcpus, &done));
+        let guest = scope.spawn(|| work(unit, memory, &begun.vcpus, &done));
         let watch = matches!(unit, Unit::Footprint(_))
             .then(|| scope.spawn(|| footprint.watch(share, &done)));
         let (stop, stopped) = crossbeam_channel::bounded(1);
@@ -187,7 +202,11 @@ fn run(
             let clock = move || (sys::now_ns() - at) / 1000;
             scope.spawn(move || sampling::watch(destination, &stopped, clock))
         });
-        let arrived = until(events, |event| *event == DestinationEvent::AllArrived);
+        let arrived = if begun.has_all {
+            Ok(())
+        } else {
+            until(events, |event| *event == DestinationEvent::AllArrived)
+        };
         let reading = meter.read();
         done.store(true, Ordering::Release);
         drop(stop);
@@ -263,7 +282,7 @@ pub fn resident(bytes: u64) -> Result<Outcome, BenchError> {
 
 pub(super) fn until(
     events: &Events<DestinationEvent>,
-    is_it: impl Fn(&DestinationEvent) -> bool,
+    mut is_it: impl FnMut(&DestinationEvent) -> bool,
 ) -> Result<(), BenchError> {
     next_event(events, |event| {
         if is_it(&event) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -273,7 +292,7 @@ pub(super) fn until(
 /// Takes events until one of them is what is looked for.
 fn next_event<T>(
     events: &Events<DestinationEvent>,
-    look: impl Fn(DestinationEvent) -> ControlFlow<T>,
+    mut look: impl FnMut(DestinationEvent) -> ControlFlow<T>,
 ) -> Result<T, BenchError> {
     loop {
         match events.next_timeout(LIMIT).doing("waiting for the destination")? {
