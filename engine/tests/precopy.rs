@@ -355,7 +355,7 @@ fn a_side_that_cannot_do_precopy_is_told_of_and_the_guest_moves() {
 #[derive(Debug)]
 struct Slow {
     tracker: Arc<DirtyBitmap>,
-    is_slow: Arc<AtomicBool>,
+    waits: Arc<AtomicBool>,
     may_go_on: mpsc::Receiver<()>,
 }
 
@@ -365,7 +365,7 @@ impl DirtyTracker for Slow {
     }
 
     fn collect(&mut self, written: &mut dyn FnMut(GuestAddress, u64)) -> io::Result<()> {
-        if self.is_slow.load(Ordering::Acquire) {
+        if self.waits.load(Ordering::Acquire) {
             self.may_go_on.recv_timeout(common::PATIENCE).expect("nobody lets it go on");
         }
         self.tracker.collect(written)
@@ -381,11 +381,11 @@ fn that_the_guest_has_stopped_is_told_before_it_is_known_what_it_wrote() {
     prologue!("that_the_guest_has_stopped_is_told");
     let mut random = Random::seeded("precopy_slow_tracker");
     let setup = Setup::default();
-    let is_slow = Arc::new(AtomicBool::new(false));
+    let waits = Arc::new(AtomicBool::new(false));
     let (go_on, may_go_on) = mpsc::channel();
-    let slow = Arc::clone(&is_slow);
+    let slow = Arc::clone(&waits);
     let watched = |source: &mut SourceOptions, dirty: &Arc<DirtyBitmap>| {
-        let tracker = Slow { tracker: Arc::clone(dirty), is_slow: slow, may_go_on };
+        let tracker = Slow { tracker: Arc::clone(dirty), waits: slow, may_go_on };
         let mut precopy = Precopy::new(Box::new(tracker));
         precopy.passes = Passes::Count(1);
         source.precopy = Some(precopy);
@@ -394,14 +394,14 @@ fn that_the_guest_has_stopped_is_told_before_it_is_known_what_it_wrote() {
         Moving::start_with(&setup, Passes::Count(1), &mut random, watched, None).expect("started");
     moving.wait_due();
     moving.writers.stop();
-    is_slow.store(true, Ordering::Release);
+    waits.store(true, Ordering::Release);
     std::thread::scope(|scope| {
         let stopped = scope.spawn(|| moving.pair.source.stopped());
         moving.pair.wait_source(&SourceEvent::Stopped);
         go_on.send(()).expect("the tracker is asked");
         stopped.join().expect("no panic").expect("may stop");
     });
-    is_slow.store(false, Ordering::Release);
+    waits.store(false, Ordering::Release);
     moving.switch_and_check();
 }
 
