@@ -100,6 +100,7 @@
 //! - The process must not fork while a destination is unfinished, or keep guest memory out of
 //!   its children (`MADV_DONTFORK`).
 
+mod agreed;
 mod destination;
 pub mod dirty;
 mod events;
@@ -127,6 +128,7 @@ pub use afterimage_protocol::layout::{
     Backing, GuestAddress, GuestLayout, LayoutError, LocalAddress, PageNumber, PageRange, PageSize,
     Region, RegisteredAddress,
 };
+pub use agreed::Agreed;
 pub use destination::{
     Destination, DestinationEvent, DestinationLedger, DestinationMemory, DestinationOptions,
     DestinationOwnership, DestinationRecord, DestinationRegion, DiscardNotice, MemoryError,

@@ -349,6 +349,9 @@ fn a_side_that_cannot_do_precopy_is_told_of_and_the_guest_moves() {
     assert_eq!(moving.wait_due(), SwitchoverCause::NoPrecopy);
     moving.switch_and_check();
     assert_eq!(moving.pair.destination.stats().pages_precopy, 0);
+    for agreed in [moving.pair.source.agreed(), moving.pair.destination.agreed()] {
+        assert!(!agreed.expect("they were connected").precopy);
+    }
 }
 
 /// Says what was written only once it may.

@@ -2,6 +2,7 @@
 
 use super::driver::Input;
 use super::pages::{InstallError, Pages};
+use crate::agreed::AgreedCell;
 use crate::inbox::Outlet;
 use crate::stats::{DestinationCounters, DestinationStats};
 use afterimage_protocol::layout::PageRange;
@@ -33,6 +34,7 @@ pub(crate) struct Arrived {
     driver: Outlet<Input>,
     attachments: AtomicU64,
     is_running: AtomicBool,
+    pub(super) agreed: AgreedCell,
 }
 
 /// The same on one connection.
@@ -72,6 +74,7 @@ impl Arrived {
             driver,
             attachments: AtomicU64::new(0),
             is_running: AtomicBool::new(false),
+            agreed: AgreedCell::default(),
         }
     }
 

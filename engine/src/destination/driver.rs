@@ -307,6 +307,7 @@ impl Driver {
             return;
         }
         let common = self.session.capabilities().common(theirs.capabilities);
+        self.arrived.agreed.set(common);
         let checksums = common.has(Capabilities::CHECKSUMS);
         let (stamp, silence) = (self.session.stamp(), self.silence());
         if let Err(error) = self.link.connected(stream, stamp, checksums, silence) {

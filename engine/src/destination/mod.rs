@@ -16,6 +16,7 @@ mod receive;
 pub use afterimage_protocol::session::{DestinationOwnership, DestinationRecord};
 pub use memory::{DestinationMemory, DestinationRegion, DiscardNotice, MemoryError};
 
+use crate::agreed::Agreed;
 use crate::events::{self, Events};
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Record;
@@ -322,6 +323,13 @@ impl Destination {
             pages.discard(run.pages);
             self.arrived.acknowledge_complete(run.pages);
         }
+    }
+
+    /// What this side and its peer have agreed on in the present connection, or the last;
+    /// `None` before the first.
+    #[must_use]
+    pub fn agreed(&self) -> Option<Agreed> {
+        self.arrived.agreed.get()
     }
 
     /// What has been done so far.

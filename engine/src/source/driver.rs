@@ -286,6 +286,7 @@ impl Driver {
         }
         self.was_heard = false;
         let common = self.capabilities.common(theirs.capabilities);
+        self.shared.agreed.set(common);
         let checksums = common.has(Capabilities::CHECKSUMS);
         let connected =
             self.link.connected(stream, self.session.stamp(), checksums, self.options.silence);

@@ -20,6 +20,7 @@ pub use precopy::{PassReport, Passes, Precopy, SwitchoverCause};
 pub use release::{Release, ReleaseError, ReleaseLedger};
 pub use snapshot::{SnapshotServer, SnapshotStats};
 
+use crate::agreed::{Agreed, AgreedCell};
 use crate::events::{self, Events};
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Record;
@@ -217,6 +218,7 @@ pub(crate) struct SourceShared {
     /// Whether the last connection has gone, even if it never came as far as attaching.
     is_away: AtomicBool,
     rates: Mutex<Rates>,
+    agreed: AgreedCell,
     /// Which pages were freed, where that is wanted.
     pub(crate) released: Option<Arc<Released>>,
 }
@@ -461,6 +463,13 @@ impl Source {
     /// otherwise.
     pub fn set_precopy_background(&self, background: Background) {
         self.shared.set_rates(|rates| rates.before = Some(background));
+    }
+
+    /// What this side and its peer have agreed on in the present connection, or the last;
+    /// `None` before the first.
+    #[must_use]
+    pub fn agreed(&self) -> Option<Agreed> {
+        self.shared.agreed.get()
     }
 
     /// What has been done so far.

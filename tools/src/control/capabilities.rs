@@ -6,7 +6,8 @@ use serde_json::{Map, Value, json};
 use super::board::Board;
 use super::words::Verb;
 
-/// Verbs with the reason where one is not possible, and what the machine has. Takes some
+/// Verbs with the reason where one is not possible, what both sides have agreed on, and what the
+/// machine has. Takes some
 /// milliseconds.
 pub(super) fn tell(board: &Board) -> Value {
     let reasons = board.ask(|subject| Ok(Verb::ALL.map(|verb| subject.reason_against(verb))));
@@ -18,7 +19,9 @@ pub(super) fn tell(board: &Board) -> Value {
         (verb.name().to_owned(), json!({ "possible": reason.is_none(), "reason": reason }))
     };
     let verbs: Map<_, _> = Verb::ALL.into_iter().enumerate().map(verb).collect();
-    json!({ "verbs": verbs, "machine": machine(&afterimage::probe()) })
+    let agreed = board.ask(|subject| Ok(subject.agreed())).ok().flatten();
+    let session = agreed.map(|it| json!({ "checksums": it.checksums, "precopy": it.precopy }));
+    json!({ "verbs": verbs, "session": session, "machine": machine(&afterimage::probe()) })
 }
 
 fn machine(probe: &Probe) -> Value {

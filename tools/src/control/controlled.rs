@@ -1,6 +1,6 @@
 //! What a side must be able to do so that it can be driven from a control socket.
 
-use afterimage::{DestinationStats, Endpoint, Incarnation, SourceStats};
+use afterimage::{Agreed, DestinationStats, Endpoint, Incarnation, SourceStats};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -21,6 +21,11 @@ pub trait Controlled: Send + Sync + 'static {
 
     /// The parameters that this migration has now.
     fn parameters(&self) -> Parameters;
+
+    /// What both sides have agreed on, once they were connected; nothing for a snapshot.
+    fn agreed(&self) -> Option<Agreed> {
+        None
+    }
 
     /// Why this verb is never possible on this side, if it is so.
     fn reason_against(&self, verb: Verb) -> Option<String>;

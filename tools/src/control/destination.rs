@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use afterimage::{Destination, Endpoint, Plaintext};
+use afterimage::{Agreed, Destination, Endpoint, Plaintext};
 
 use super::controlled::{Controlled, Counts, Parameters};
 use super::options;
@@ -21,6 +21,10 @@ impl Controlled for DestinationControl {
 
     fn parameters(&self) -> Parameters {
         Parameters::default()
+    }
+
+    fn agreed(&self) -> Option<Agreed> {
+        self.destination.agreed()
     }
 
     fn reason_against(&self, verb: Verb) -> Option<String> {

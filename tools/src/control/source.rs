@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use afterimage::{Endpoint, Plaintext, Source};
+use afterimage::{Agreed, Endpoint, Plaintext, Source};
 
 use super::controlled::{Controlled, Counts, Parameters};
 use super::options;
@@ -95,6 +95,10 @@ impl Controlled for SourceControl {
     fn parameters(&self) -> Parameters {
         let bandwidth = *self.bandwidth.lock().unwrap_or_else(PoisonError::into_inner);
         Parameters { bandwidth: Some(bandwidth), streams: Some(self.streams) }
+    }
+
+    fn agreed(&self) -> Option<Agreed> {
+        self.source.agreed()
     }
 
     fn reason_against(&self, verb: Verb) -> Option<String> {
