@@ -10,7 +10,7 @@ use crate::metrics;
 use crate::support::{Daemon, LIMIT, Manager};
 
 /// A demo of plain threads whose sockets are in `directory`.
-fn start(directory: &Path, arguments: &[&str]) -> Daemon {
+pub(crate) fn start(directory: &Path, arguments: &[&str]) -> Daemon {
     let mut command = Command::new(env!("CARGO_BIN_EXE_demo"));
     command.args(["--guest", "threads", "--memory", "64M", "--json"]).args(arguments);
     command.arg("--control").arg(directory).arg("--metrics").arg(directory);
@@ -18,7 +18,7 @@ fn start(directory: &Path, arguments: &[&str]) -> Daemon {
 }
 
 /// Connects to a role as soon as it listens.
-fn manager(directory: &Path, role: &str) -> Manager {
+pub(crate) fn manager(directory: &Path, role: &str) -> Manager {
     let path = directory.join(format!("{role}.sock"));
     Manager::connect(&once_there(path))
 }

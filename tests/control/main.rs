@@ -4,6 +4,7 @@ mod acting;
 mod ctl;
 mod demo;
 mod hostile;
+mod manager;
 mod metrics;
 mod places;
 mod states;

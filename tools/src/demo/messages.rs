@@ -15,7 +15,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde::{Deserialize, Serialize};
 
 use super::error::{DemoError, Status};
-use super::options::{Role, Transport};
+use super::options::{HoldPoint, Role, Transport};
 use super::precopy::{Cause, Pass, PrecopySetup};
 use crate::bandwidth::Bandwidth;
 use crate::control::ControlOptions;
@@ -57,8 +57,8 @@ pub(super) struct Setup {
     pub(super) control: Option<PathBuf>,
     /// Where the roles' metrics are, if there are any.
     pub(super) metrics: Option<PathBuf>,
-    /// Whether the source waits to be told to switch over.
-    pub(super) holds: bool,
+    /// Where the source waits to be told to go on.
+    pub(super) holds: Vec<HoldPoint>,
     /// How often is told how far things are.
     pub(super) progress_pause: Duration,
     /// Whether the destination is to take samples of what arrives.
@@ -69,6 +69,11 @@ pub(super) struct Setup {
 }
 
 impl Setup {
+    /// Whether the source waits there.
+    pub(super) fn holds(&self, point: HoldPoint) -> bool {
+        self.holds.contains(&point)
+    }
+
     /// The sockets of a role.
     pub(super) fn control(&self, role: Role) -> ControlOptions {
         let at = |directory: &Option<PathBuf>, kind: &str| {

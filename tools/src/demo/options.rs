@@ -35,6 +35,8 @@ Examples:
                                           and the processes around the guest are killed
   demo --json | jq .blackout_us           one object, described in docs/report.md
   demo --control run --hold               driven by afterimage-ctl --socket unix:run/source.sock
+  demo --control run --hold before-switchover,before-run
+                                          held again when the destination is ready
   demo --report out                       also a page with pictures, out/index.html
   demo --probe                            what this machine has for it
 
@@ -153,10 +155,13 @@ pub(super) struct Options {
     #[arg(long, value_name = "DIR")]
     pub(super) metrics: Option<PathBuf>,
 
-    /// Let the guest run at the source until somebody asks for switchover or continue at its
-    /// control socket
-    #[arg(long, requires = "control", conflicts_with_all = ["handoff", "kill"])]
-    pub(super) hold: bool,
+    /// Wait for somebody at the source's control socket, before some of: before-switchover (the
+    /// guest runs at the source until switchover or continue is asked for), before-run (it runs
+    /// nowhere until continue is) [without LIST: before-switchover]
+    #[arg(long, value_name = "LIST", value_enum, value_delimiter = ',', num_args = 0..=1,
+        default_missing_value = "before-switchover",
+        requires = "control", conflicts_with_all = ["handoff", "kill"])]
+    pub(super) hold: Vec<HoldPoint>,
 
     /// One JSON object on standard output instead of the report
     #[arg(long)]
@@ -304,6 +309,16 @@ impl Options {
     }
 }
 
+/// Where --hold lets the migration wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum HoldPoint {
+    /// The guest runs at the source
+    BeforeSwitchover,
+    /// It is stopped at the source, and restored at the destination
+    BeforeRun,
+}
+
 /// Whom --kill kills.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Victim {
@@ -401,6 +416,20 @@ mod tests {
             let error = Options::try_parse_from(command).unwrap_err();
             assert_eq!(error.exit_code(), 2);
             assert!(error.to_string().contains(hint), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_hold_is_before_the_switchover_unless_it_is_said_what_before() {
+        let (switchover, run) = (HoldPoint::BeforeSwitchover, HoldPoint::BeforeRun);
+        for (arguments, holds) in [
+            (&["--json"][..], &[][..]),
+            (&["--hold", "--json"], &[switchover]),
+            (&["--hold", "before-run"], &[run]),
+            (&["--hold", "before-switchover,before-run"], &[switchover, run]),
+        ] {
+            let command = ["demo", "--control", "run"].iter().chain(arguments);
+            assert_eq!(Options::try_parse_from(command).unwrap().hold, holds, "{arguments:?}");
         }
     }
 }

@@ -185,7 +185,7 @@ fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Set
         page_client: page_client.filter(|_| kills(Victim::PageClient)),
         control: options.control.clone(),
         metrics: options.metrics.clone(),
-        holds: options.hold,
+        holds: options.hold.clone(),
         progress_pause: if follows { TO_BE_FOLLOWED } else { TO_BE_SHOWN },
         takes_samples: options.report.is_some(),
         limit: options.limit(),

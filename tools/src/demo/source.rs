@@ -10,7 +10,7 @@ use afterimage::{
 use super::error::DemoError;
 use super::hearing::Hearing;
 use super::messages::{Line, Message, Setup, Step, Stopped, deadline, now_us};
-use super::options::Role;
+use super::options::{HoldPoint, Role};
 use super::precopy::{Cause, Pass, PassesWanted};
 use super::report::hex;
 use crate::control::{
@@ -30,7 +30,7 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     // Ends before the memory goes, with the last handle of the source.
     let control = driven(setup, Role::Source)?;
     let Served { source, heard, desk, hold } = serve(setup, &ram, line, precopy, &control)?;
-    if !setup.holds {
+    if hold.is_none() {
         run_for_a_while(&mut *guest, setup.limit)?;
     }
     heard.wait(setup.limit, "a destination connects", |event| {
@@ -41,6 +41,11 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
         wait_for_leave(&hold, &heard, &desk, setup.limit)?;
     }
     switch_over(line, setup, &source, &heard, &mut *guest, cause)?;
+    if setup.holds(HoldPoint::BeforeRun) {
+        heard.wait(setup.limit, "somebody asks for continue at the control socket", |event| {
+            *event == SourceEvent::Given
+        })?;
+    }
     heard.wait(setup.limit, "the destination has everything", |event| {
         *event == SourceEvent::Finished
     })?;
@@ -226,12 +231,13 @@ fn serve(
     options.background = setup.bandwidth.into();
     options.checksums = checksums(setup);
     options.precopy = precopy;
+    options.hold = setup.holds(HoldPoint::BeforeRun);
     options.precopy_background =
         setup.precopy.and_then(|precopy| precopy.bandwidth).map(Into::into);
     let (pages, bytes) = (memory.layout().page_count(), memory.layout().bytes());
     let (source, events) = Source::start(Arc::new(memory), Endpoint::Listen(listener), options)
         .map_err(|error| DemoError::failed("cannot start the source", &error))?;
-    let hold = setup.holds.then(Arc::<Hold>::default);
+    let hold = setup.holds(HoldPoint::BeforeSwitchover).then(Arc::<Hold>::default);
     let source = Arc::new(source);
     let subject = SourceControl {
         source: Arc::clone(&source),
