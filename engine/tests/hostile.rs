@@ -3,7 +3,7 @@
 
 mod common;
 
-use afterimage::{GuestAddress, Incarnation, SessionId};
+use afterimage::{GuestAddress, Incarnation, SessionId, SourceEvent};
 use afterimage_protocol::layout::{Backing, GuestLayout, PageSize, Region};
 use afterimage_protocol::wire::{
     Attach, Channel, ControlFrame, Greeting, HEADER_BYTES, Header, Kind as FrameKind, Phase,
