@@ -115,8 +115,9 @@ impl Control {
     }
 
     fn shut(&mut self, outcome: &str) {
-        let Some(Running { outlet, threads, paths }) = self.running.take() else { return };
+        // Also where nobody can ask: whoever tells events must not keep the session from its end.
         self.desk.detach();
+        let Some(Running { outlet, threads, paths }) = self.running.take() else { return };
         outlet.stop(outcome);
         for thread in threads {
             if thread.join().is_err() {

@@ -277,6 +277,7 @@ fn controlled(
             "page-server serves a guest that is stopped already: it was switched over when its \
              session began",
         ),
+        before_run: None,
     }
 }
 

@@ -18,6 +18,7 @@ pub struct Happening {
 /// What it changes.
 #[derive(Clone, Copy, Debug)]
 enum Effect {
+    Stopped,
     None,
     /// The peer is attached.
     Attached,
@@ -106,10 +107,13 @@ impl Happening {
             Effect::Attached => {
                 state.link = Link::Up;
                 // Before the guest is given away another destination may come.
-                if state.phase < Phase::Given {
+                if state.phase < Phase::Given && state.phase != Phase::Stopped {
                     state.phase = Phase::Attached;
                 }
             }
+            // A guest that was stopped before anybody came is no phase of its move.
+            Effect::Stopped if state.phase == Phase::Attached => state.phase = Phase::Stopped,
+            Effect::Stopped => {}
             Effect::Link(link) => state.link = link,
             Effect::Recovering if state.link == Link::Paused => state.link = Link::Down,
             Effect::Hold(before) => state.hold = before,
@@ -169,7 +173,7 @@ impl From<&SourceEvent> for Happening {
             SourceEvent::SwitchoverDue(cause) => {
                 Self::new("switchover_due").with("cause", cause_name(*cause))
             }
-            SourceEvent::Stopped => Self::new("stopped").effect(Effect::Phase(Phase::Stopped)),
+            SourceEvent::Stopped => Self::new("stopped").effect(Effect::Stopped),
             SourceEvent::Held => Self::held("before_run"),
             SourceEvent::Ready => Self::new("ready").effect(Effect::Phase(Phase::Ready)),
             SourceEvent::Given => Self::new("given").effect(Effect::Phase(Phase::Given)),
@@ -212,9 +216,7 @@ impl From<&DestinationEvent> for Happening {
                 Self::new("disconnected").effect(Effect::Link(Link::Down))
             }
             DestinationEvent::Paused => Self::new("paused").effect(Effect::Link(Link::Paused)),
-            DestinationEvent::SourceStopped => {
-                Self::new("source_stopped").effect(Effect::Phase(Phase::Stopped))
-            }
+            DestinationEvent::SourceStopped => Self::new("source_stopped").effect(Effect::Stopped),
             DestinationEvent::Section(it) => Self::new("section")
                 .with("name", &it.name)
                 .with("version", it.version)

@@ -28,6 +28,8 @@ pub(crate) struct SourceControl {
     pub(crate) bandwidth: Mutex<Bandwidth>,
     pub(crate) going_back: GoingBack,
     pub(crate) switching: Switching,
+    /// Begins when the engine holds the guest before it runs, if that is wanted.
+    pub(crate) before_run: Option<Arc<Hold>>,
 }
 
 /// Who decides when the guest is switched over.
@@ -104,7 +106,8 @@ impl Controlled for SourceControl {
     fn reason_against(&self, verb: Verb) -> Option<String> {
         match verb {
             Verb::Start => Some("it has started: connections are made or taken".to_owned()),
-            Verb::Switchover => match &self.switching {
+            Verb::Continue if self.before_run.is_some() => None,
+            Verb::Switchover | Verb::Continue => match &self.switching {
                 Switching::Over(why) => Some((*why).to_owned()),
                 Switching::VmmWithLeave(_) => None,
                 Switching::Vmm => {
@@ -115,8 +118,7 @@ impl Controlled for SourceControl {
                 GoingBack::Possible => None,
                 GoingBack::Impossible(why) => Some(why.to_owned()),
             },
-            // The engine knows whether the guest is held before it runs.
-            Verb::Continue | Verb::Pause | Verb::Recover | Verb::Set => None,
+            Verb::Pause | Verb::Recover | Verb::Set => None,
         }
     }
 
@@ -126,8 +128,17 @@ impl Controlled for SourceControl {
 
     fn go_on(&self) -> Result<(), Refusal> {
         match &self.switching {
-            Switching::VmmWithLeave(hold) if hold.waits() => hold.release(),
-            _ => Ok(self.source.proceed()?),
+            Switching::VmmWithLeave(hold) if hold.waits() || self.before_run.is_none() => {
+                hold.release()
+            }
+            _ => {
+                self.may(Verb::Continue)?;
+                // Only once it is held: who asks twice must not let go of what comes next.
+                if let Some(hold) = &self.before_run {
+                    hold.release()?;
+                }
+                Ok(self.source.proceed()?)
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 //! Invariant: a thread waits for them all the time, so that the moment is that of the event
 //! and not of whoever asks for it.
 
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,19 +12,27 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::error::DemoError;
 use super::messages::{deadline, now_us};
-use crate::control::Desk;
+use crate::control::{Desk, Hold};
 
 /// What a source says.
 pub(super) struct Hearing(Receiver<(u64, SourceEvent)>);
 
 impl Hearing {
-    /// Listens until the source has gone, and tells `desk`.
-    pub(super) fn start(events: Events<SourceEvent>, desk: Desk) -> Result<Self, DemoError> {
+    /// Listens until the source has gone, tells `desk`, and begins `before_run` when the guest
+    /// is held.
+    pub(super) fn start(
+        events: Events<SourceEvent>,
+        desk: Desk,
+        before_run: Option<Arc<Hold>>,
+    ) -> Result<Self, DemoError> {
         let (sender, heard) = crossbeam_channel::unbounded();
         thread::Builder::new()
             .name("events".to_owned())
             .spawn(move || {
                 while let Some(event) = events.next() {
+                    if let (SourceEvent::Held, Some(hold)) = (&event, &before_run) {
+                        hold.begin();
+                    }
                     // At once: a manager acts on it.
                     desk.note(&event);
                     if sender.send((now_us(), event)).is_err() {

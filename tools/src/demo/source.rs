@@ -238,6 +238,7 @@ fn serve(
     let (source, events) = Source::start(Arc::new(memory), Endpoint::Listen(listener), options)
         .map_err(|error| DemoError::failed("cannot start the source", &error))?;
     let hold = setup.holds(HoldPoint::BeforeSwitchover).then(Arc::<Hold>::default);
+    let before_run = setup.holds(HoldPoint::BeforeRun).then(Arc::<Hold>::default);
     let source = Arc::new(source);
     let subject = SourceControl {
         source: Arc::clone(&source),
@@ -249,12 +250,13 @@ fn serve(
             "the demo does not run its guest at the source again: interrupt the demo instead",
         ),
         switching: hold.clone().map_or(Switching::Vmm, Switching::VmmWithLeave),
+        before_run: before_run.clone(),
     };
     let desk = control.desk();
     desk.name(&source.session().to_string());
     desk.begin(Phase::Connecting, bytes, Arc::new(subject));
     line.say(&Message::Listening(address));
-    let heard = Hearing::start(events, desk.clone())?;
+    let heard = Hearing::start(events, desk.clone(), before_run)?;
     Ok(Served { source, heard, desk, hold })
 }
 
