@@ -113,11 +113,10 @@ impl Happening {
             }
             // A guest that was stopped before anybody came is no phase of its move.
             Effect::Stopped if state.phase == Phase::Attached => state.phase = Phase::Stopped,
-            Effect::Stopped => {}
             Effect::Link(link) => state.link = link,
             Effect::Recovering if state.link == Link::Paused => state.link = Link::Down,
             Effect::Hold(before) => state.hold = before,
-            Effect::None | Effect::Recovering => {}
+            Effect::None | Effect::Recovering | Effect::Stopped => {}
             Effect::Phase(phase) => {
                 state.phase = state.phase.max(phase);
                 if phase >= Phase::Given {
