@@ -30,7 +30,7 @@ pub const CORRUPT: &str = "--corrupt-one-byte";
 
 const EXAMPLES: &str = "\
 Examples:
-  postcopy-bench --quick                            every row, in less than five minutes
+  postcopy-bench --quick                            every row, in about seven minutes
   postcopy-bench                                    every row and the sweeps, larger guests
   postcopy-bench --only fault_idle_p99,cpu_per_gib  some rows
   postcopy-bench --network veth --json > today.json between two network namespaces
