@@ -305,7 +305,7 @@ impl Driver {
                 SourceAction::Persist(record) => self.persist(record),
                 SourceAction::Greet(hello) => self.greet(hello),
                 SourceAction::Send(frame) => self.link.send(&frame),
-                SourceAction::SendState => self.send_state(),
+                SourceAction::SendState => self.send_all_state(),
                 SourceAction::ResetBook => self.reset_book(),
                 SourceAction::Received { range, segment } => {
                     let book = self.shared.book();

@@ -58,8 +58,14 @@ impl Driver {
         Ok(())
     }
 
+    /// The session says that all of it is there; a snapshot has none.
+    pub(super) fn send_all_state(&mut self) {
+        self.state.add(Vec::new(), true);
+        self.send_state();
+    }
+
     /// Sends what was not sent on this connection.
-    pub(super) fn send_state(&mut self) {
+    fn send_state(&mut self) {
         self.state.begin_on(self.attachments);
         let state = self.state.clone();
         self.link.send_stream(std::iter::from_fn(move || state.next_frame()));
