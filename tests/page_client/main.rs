@@ -6,6 +6,7 @@ mod deaths;
 mod farewell;
 mod host;
 mod network;
+mod precopy;
 mod steps;
 mod support;
 mod words;
