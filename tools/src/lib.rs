@@ -33,6 +33,7 @@ pub mod microvm;
 pub mod migrate;
 pub mod page_client;
 pub mod page_server;
+mod placing;
 mod processes;
 pub mod ram;
 pub mod report_page;
