@@ -8,12 +8,14 @@
 //! once it is on record. page-client may die at any moment; the VMM connects to its successor,
 //! and what either has said may be said again.
 
+mod listening;
 mod offer;
 mod vmm;
 
+pub use listening::{AttachError, AttachmentEvent};
 pub(crate) use offer::regions_of;
 pub use offer::{Arrival, Offer, OfferError, receive};
-pub use vmm::{AttachError, Attachment, AttachmentEvent};
+pub use vmm::Attachment;
 
 use crate::handoff::framing;
 use afterimage::StateSection;
