@@ -3,7 +3,7 @@
 use super::{Hello, MAGIC, VERSION, Word, receive_state};
 use crate::handoff::framing;
 use afterimage::StateSection;
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -17,15 +17,23 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LAST_PAUSE: Duration = Duration::from_millis(500);
 
-/// What page-client tells the VMM.
+/// What page-client tells the VMM, or whoever drives its guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AttachmentEvent {
-    /// All device state is there. Restore it, then call [`Attachment::ready`].
+    /// The memory is there, and served. Told to a [`Driver`](super::Driver), once; a VMM knows it
+    /// from [`Attachment::attach`](super::Attachment::attach).
+    Attached,
+    /// There is no such guest to drive, or another process drives it now, with the reason.
+    /// Nothing follows. Told to a [`Driver`](super::Driver).
+    Refused(String),
+    /// All device state is there. Restore it, then say that it is
+    /// [ready](super::Attachment::ready).
     State(Vec<StateSection>),
     /// The guest may run from now on. Told once.
     Run,
-    /// Every page is in place; call [`DestinationMemory::all_arrived`].
+    /// Every page is in place; the VMM calls
+    /// [`DestinationMemory::all_arrived`](afterimage::DestinationMemory::all_arrived).
     AllArrived,
     /// The source knows it too: the session is over.
     Finished,
@@ -71,14 +79,68 @@ pub(super) fn io_error(operation: &'static str) -> impl Fn(io::Error) -> AttachE
     move |source| AttachError::Io { operation, source }
 }
 
-#[derive(Debug, Default)]
-pub(super) struct Shared {
-    pub(super) socket: Option<UnixStream>,
-    pub(super) is_ready: bool,
-    pub(super) is_dropped: bool,
+/// A connection that outlives page-client.
+///
+/// Dropped, it hangs up.
+#[derive(Debug)]
+pub(super) struct Line {
+    events: Receiver<AttachmentEvent>,
+    shared: Arc<Mutex<Shared>>,
 }
 
-pub(super) fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+#[derive(Debug, Default)]
+struct Shared {
+    socket: Option<UnixStream>,
+    is_ready: bool,
+    is_dropped: bool,
+}
+
+impl Line {
+    /// Listens on `socket`, and says `again` to each successor of whoever is there.
+    pub(super) fn start(socket: UnixStream, path: PathBuf, again: Hello) -> io::Result<Self> {
+        let shared = Shared { socket: Some(socket.try_clone()?), ..Shared::default() };
+        let shared = Arc::new(Mutex::new(shared));
+        let (sender, events) = crossbeam_channel::unbounded();
+        let listening = Listening { path, again, shared: Arc::clone(&shared), sender };
+        thread::Builder::new()
+            .name("attachment".to_owned())
+            .spawn(move || listening.run(socket))?;
+        Ok(Self { events, shared })
+    }
+
+    pub(super) fn next(&self, most: Duration) -> Option<AttachmentEvent> {
+        self.events.recv_timeout(most).ok()
+    }
+
+    pub(super) fn ready(&self) {
+        let mut shared = lock(&self.shared);
+        shared.is_ready = true;
+        if let Some(socket) = &shared.socket {
+            // If it is gone, its successor is told.
+            let _ = framing::send(socket, &Word::Ready);
+        }
+    }
+
+    pub(super) fn withdraw(&self) {
+        if let Some(socket) = &lock(&self.shared).socket {
+            // If it is gone, it has let go of the guest, or its successor waits for a driver.
+            let _ = framing::send(socket, &Word::Withdrawn);
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let mut shared = lock(&self.shared);
+        shared.is_dropped = true;
+        if let Some(socket) = shared.socket.take() {
+            // The thread that listens ends by it.
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -104,9 +166,10 @@ pub(super) fn connect(path: &Path, hello: &Hello) -> io::Result<UnixStream> {
     Ok(socket)
 }
 
-/// What the VMM knows already: successors say things again.
+/// What is known already: successors say things again.
 #[derive(Debug, Default)]
 struct Told {
+    attached: bool,
     state: bool,
     run: bool,
     all_arrived: bool,
@@ -114,15 +177,20 @@ struct Told {
 }
 
 /// The thread that hears page-client, and each of its successors.
-pub(super) struct Listening {
-    pub(super) path: PathBuf,
-    pub(super) name: String,
-    pub(super) shared: Arc<Mutex<Shared>>,
-    pub(super) sender: Sender<AttachmentEvent>,
+struct Listening {
+    path: PathBuf,
+    /// What is said to each successor.
+    again: Hello,
+    shared: Arc<Mutex<Shared>>,
+    sender: Sender<AttachmentEvent>,
 }
 
 impl Listening {
-    pub(super) fn run(self, mut socket: UnixStream) {
+    const fn drives(&self) -> bool {
+        matches!(self.again, Hello::Drive { .. })
+    }
+
+    fn run(self, mut socket: UnixStream) {
         let mut told = Told::default();
         loop {
             match self.hear(&socket, &mut told) {
@@ -168,8 +236,14 @@ impl Listening {
                 is_last = true;
                 AttachmentEvent::Finished
             }
+            Word::Refused { reason } if self.drives() => {
+                is_last = true;
+                AttachmentEvent::Refused(reason)
+            }
             Word::NotHere { reason } | Word::Refused { reason } => AttachmentEvent::NotHere(reason),
             Word::Failed { reason } => AttachmentEvent::Failed(reason),
+            Word::Attached if std::mem::replace(&mut told.attached, true) => return Ok(false),
+            Word::Attached if self.drives() => AttachmentEvent::Attached,
             Word::Attached => return Ok(false),
             word @ (Word::Ready | Word::Withdrawn) => {
                 let what = format!("page-client says {word:?}");
@@ -209,10 +283,11 @@ impl Listening {
 
     fn return_to_it(&self) -> Result<UnixStream, AttachError> {
         let wrap = || io_error("return to page-client");
-        let hello = Hello::Return { name: self.name.clone() };
-        let socket = connect(&self.path, &hello)
+        let socket = connect(&self.path, &self.again)
             .map_err(|source| AttachError::Connect { path: self.path.clone(), source })?;
-        is_attached(&socket, "return to page-client")?;
+        if !self.drives() {
+            is_attached(&socket, "return to page-client")?;
+        }
         socket.set_read_timeout(None).map_err(wrap())?;
         let mut shared = lock(&self.shared);
         if shared.is_ready {

@@ -1,18 +1,13 @@
 //! The VMM's side: attach, and hear what page-client says.
 
-use super::listening::{
-    AttachError, AttachmentEvent, Listening, Shared, connect, io_error, is_attached, lock,
-};
-use super::{Hello, RegionOfVmm, Word};
+use super::listening::{AttachError, AttachmentEvent, Line, connect, io_error, is_attached};
+use super::{DrivenBy, Hello, RegionOfVmm, Word};
 use crate::handoff::framing;
 use afterimage::DestinationMemory;
-use crossbeam_channel::Receiver;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::thread;
+use std::path::Path;
 use std::time::Duration;
 
 /// Guest memory that a page-client serves. Methods may be called from any thread.
@@ -20,8 +15,7 @@ use std::time::Duration;
 /// Dropped, it hangs up; page-client serves on, for the VMM may come back.
 #[derive(Debug)]
 pub struct Attachment {
-    events: Receiver<AttachmentEvent>,
-    shared: Arc<Mutex<Shared>>,
+    line: Line,
 }
 
 impl Attachment {
@@ -39,60 +33,56 @@ impl Attachment {
         name: &str,
         memory: &DestinationMemory,
     ) -> Result<Self, AttachError> {
+        Self::hand_over(path, name, memory, DrivenBy::Vmm)
+    }
+
+    /// The same, where another process restores the guest and starts its vCPUs: this one is not
+    /// told [`AttachmentEvent::State`], and never says that it is ready.
+    ///
+    /// # Errors
+    /// [`AttachError`].
+    pub fn attach_driven(
+        path: &Path,
+        name: &str,
+        memory: &DestinationMemory,
+    ) -> Result<Self, AttachError> {
+        Self::hand_over(path, name, memory, DrivenBy::Driver)
+    }
+
+    fn hand_over(
+        path: &Path,
+        name: &str,
+        memory: &DestinationMemory,
+        driven: DrivenBy,
+    ) -> Result<Self, AttachError> {
         let wrap = io_error("duplicate descriptors of guest memory");
         let (regions, descriptors) = describe(memory).map_err(wrap)?;
         let (name, files) = (name.to_owned(), descriptors.len() - 1);
-        let hello = Hello::Attach { name: name.clone(), files, regions };
+        let hello = Hello::Attach { name: name.clone(), files, regions, driven };
         let socket = connect(path, &hello)
             .map_err(|source| AttachError::Connect { path: path.to_owned(), source })?;
         let ending = socket.try_clone().map_err(io_error("duplicate the connection"))?;
         let attached = hand_over(&socket, &descriptors).and_then(|()| {
-            Self::listen(socket, path.to_owned(), name).map_err(io_error("start a thread"))
+            let line = Line::start(socket, path.to_owned(), Hello::Return { name });
+            line.map_err(io_error("start a thread"))
         });
         if attached.is_err() {
             // Or page-client would serve memory that nobody comes back for. It may be gone.
             let _ = framing::send(&ending, &Word::Withdrawn);
         }
-        attached
-    }
-
-    fn listen(socket: UnixStream, path: PathBuf, name: String) -> io::Result<Self> {
-        let shared = Shared { socket: Some(socket.try_clone()?), ..Shared::default() };
-        let shared = Arc::new(Mutex::new(shared));
-        let (sender, events) = crossbeam_channel::unbounded();
-        let listening = Listening { path, name, shared: Arc::clone(&shared), sender };
-        thread::Builder::new()
-            .name("attachment".to_owned())
-            .spawn(move || listening.run(socket))?;
-        Ok(Self { events, shared })
+        Ok(Self { line: attached? })
     }
 
     /// Waits for the next event, for `most` at most; `None` if none came or none will come.
     #[must_use]
     pub fn next(&self, most: Duration) -> Option<AttachmentEvent> {
-        self.events.recv_timeout(most).ok()
+        self.line.next(most)
     }
 
     /// The device state is restored: [`AttachmentEvent::Run`] follows when the source has
     /// given the guest away. Said again to a successor of page-client without a call.
     pub fn ready(&self) {
-        let mut shared = lock(&self.shared);
-        shared.is_ready = true;
-        if let Some(socket) = &shared.socket {
-            // If it is gone, its successor is told.
-            let _ = framing::send(socket, &Word::Ready);
-        }
-    }
-}
-
-impl Drop for Attachment {
-    fn drop(&mut self) {
-        let mut shared = lock(&self.shared);
-        shared.is_dropped = true;
-        if let Some(socket) = shared.socket.take() {
-            // The thread that listens ends by it.
-            let _ = socket.shutdown(std::net::Shutdown::Both);
-        }
+        self.line.ready();
     }
 }
 
