@@ -123,11 +123,19 @@ struct Client {
     refusal: Option<String>,
     /// When every page had arrived.
     arrived: Option<Instant>,
+    /// The guest does not run here: nobody will come after page-client.
+    is_over: bool,
 }
 
 impl Client {
     const fn of(offer: &Offer) -> Self {
-        Self { socket: offer.socket, guest: offer.guest, refusal: None, arrived: None }
+        Self {
+            socket: offer.socket,
+            guest: offer.guest,
+            refusal: None,
+            arrived: None,
+            is_over: false,
+        }
     }
 
     fn run(mut self, offer: Offer, taken: &SyncSender<Result<(), String>>) {
@@ -145,6 +153,7 @@ impl Client {
             match self.hear(&mut connection) {
                 Ok(Next::Listen) => continue,
                 Ok(Next::Leave) => return,
+                Err(_) if self.is_over => return,
                 Err(_) if self.arrived.is_none() => system::say(
                     &"page-client is gone; whoever touches a missing page waits for it to be \
                       started again",
@@ -166,11 +175,15 @@ impl Client {
             driven: true,
         };
         let at = Shown(self.socket);
-        let mut connection = Connection::open(self.socket, &hello).map_err(|error| {
-            format!("could not connect to unix:{at} ({error}): start page-client --attach unix:{at} first")
+        let mut connection = Connection::open(self.socket).map_err(|error| {
+            format!(
+                "could not connect to unix:{at} ({error}): start page-client --attach unix:{at} \
+                 first"
+            )
         })?;
-        // If this fails, page-client may have said why it has stopped listening.
-        let sent = connection.send_descriptors(&offer.descriptors);
+        let sent =
+            connection.greet(&hello).and_then(|()| connection.send_descriptors(&offer.descriptors));
+        // Where this failed, page-client may have said why it has stopped listening.
         let heard = match (connection.is_attached(), sent) {
             (Ok(Ok(())), Ok(())) => return Ok(connection),
             (Ok(Err(reason)), _) => {
@@ -195,7 +208,8 @@ impl Client {
             Word::Finished => return Ok(Next::Leave),
             Word::NotHere { reason } => {
                 system::say(&format_args!("the guest must not run here: {reason}"));
-                return Ok(Next::Leave);
+                // If it has run, its pages come until page-client hangs up.
+                self.is_over = true;
             }
             Word::Failed { reason } | Word::Refused { reason } => {
                 system::say(&format_args!("page-client says: {reason}"));
@@ -246,7 +260,8 @@ impl Client {
     }
 
     fn return_to_it(&self) -> io::Result<Result<Connection, String>> {
-        let mut connection = Connection::open(self.socket, &Hello::Return { name: self.guest })?;
+        let mut connection = Connection::open(self.socket)?;
+        connection.greet(&Hello::Return { name: self.guest })?;
         Ok(connection.is_attached()?.map(|()| connection))
     }
 }
@@ -264,14 +279,16 @@ const CARRIER: &[u8] = b"D";
 struct Connection(UnixStream);
 
 impl Connection {
-    fn open(path: &[u8], hello: &Hello) -> io::Result<Self> {
+    fn open(path: &[u8]) -> io::Result<Self> {
         let socket = UnixStream::connect(OsStr::from_bytes(path))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.set_write_timeout(Some(PATIENCE))?;
-        let mut connection = Self(socket);
-        connection.0.write_all(PREFIX)?;
-        connection.send(hello)?;
-        Ok(connection)
+        Ok(Self(socket))
+    }
+
+    fn greet(&mut self, hello: &Hello) -> io::Result<()> {
+        self.0.write_all(PREFIX)?;
+        self.send(hello)
     }
 
     fn send(&mut self, message: &impl Serialize) -> io::Result<()> {

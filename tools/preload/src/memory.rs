@@ -77,6 +77,7 @@ pub(crate) fn map(call: &MapCall) -> Option<Result<*mut c_void, c_int>> {
 
 /// The name under which this file is named, if it is.
 fn name_of(config: &Config, call: &MapCall, file: &OpenFile) -> Option<Shown> {
+    let mut name = None;
     for entry in config.entries() {
         let entry = match entry {
             Ok(entry) => entry,
@@ -85,12 +86,12 @@ fn name_of(config: &Config, call: &MapCall, file: &OpenFile) -> Option<Shown> {
             Err(_) => return None,
         };
         match file.is_named_by(entry) {
+            Ok(true) => name = name.or(Some(entry.shown())),
             Ok(false) => {}
-            Ok(true) => return Some(entry.shown()),
             Err(why) => system::end(&Refusal { name: entry.shown(), why }),
         }
     }
-    None
+    name
 }
 
 /// Whether memory may be moved by mremap: what is registered may not.
