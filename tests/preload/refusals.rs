@@ -139,7 +139,7 @@ fn an_environment_that_is_wrong_is_named() {
         ("AFTERIMAGE_MEMORY", "ram", "absolute path or memfd:NAME"),
         ("AFTERIMAGE_MEMORY", "memfd:ram;", "absolute path or memfd:NAME"),
         ("AFTERIMAGE_SOCKET", "tcp:127.0.0.1:1", "write unix:PATH"),
-        ("AFTERIMAGE_SOCKET", "", "AFTERIMAGE_SOCKET is not set"),
+        ("AFTERIMAGE_SOCKET", "", "neither AFTERIMAGE_SOCKET nor AFTERIMAGE_TRACKING is set"),
         ("AFTERIMAGE_GUEST", "", "AFTERIMAGE_GUEST is not set"),
         ("AFTERIMAGE_HOLE", "isa", "write pc or none"),
     ] {

@@ -12,6 +12,7 @@
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
 //! - [`control`]: driving a migration from a socket, and watching it
 //! - [`ctl`]: the client of that socket
+//! - [`tracking`]: what an unmodified VMM writes
 //! - [`report_page`]: measurements as a page of HTML with pictures
 //! - [`sampling`]: samples of a migration as it goes on
 //! - [`bandwidth`]: the rate of the background as people write it
@@ -40,3 +41,4 @@ pub mod report_page;
 pub mod require;
 pub mod sampling;
 pub mod size;
+pub mod tracking;
