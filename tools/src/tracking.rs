@@ -106,10 +106,10 @@ impl VmmTracker {
         let stranger = |what: String| TrackingError::Stranger { path: path.to_owned(), what };
         let (uffd, files, regions) = receive(&socket, stranger)?;
         let places = regions.iter().map(|it| (GuestAddress(it.guest_address), it.length)).collect();
-        let tracked = regions.iter().map(|region| tracked(region, &files));
-        let tracked = tracked.collect::<Result<_, _>>().map_err(stranger)?;
+        let memory = regions.iter().map(|region| region_of(region, &files));
+        let memory = memory.collect::<Result<_, _>>().map_err(stranger)?;
         let process = process as u32;
-        let tracker = WriteProtectTracker::of_process(process, uffd, tracked)
+        let tracker = WriteProtectTracker::of_process(process, uffd, memory)
             .map_err(io_error("look at the VMM's page map (is this its user, or root?)"))?;
         Ok(Self { tracker, regions: places, process, _lease: socket })
     }
@@ -164,7 +164,7 @@ fn receive(
     Ok((descriptors.remove(0), descriptors, regions))
 }
 
-fn tracked(region: &RegionOfVmm, files: &[OwnedFd]) -> Result<TrackedRegion, String> {
+fn region_of(region: &RegionOfVmm, files: &[OwnedFd]) -> Result<TrackedRegion, String> {
     let (guest, start) = (GuestAddress(region.guest_address), RegisteredAddress(region.address));
     let at = region.guest_address;
     let file = region.file.and_then(|(file, offset)| Some((files.get(file)?, offset)));
