@@ -36,6 +36,17 @@ pub(super) struct Session {
     pub(super) desk: Desk,
 }
 
+/// Whether a guest that its VMM does not drive needs somebody who does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DriverNeed {
+    /// It does.
+    Unsaid,
+    /// It does, and it was said that one is waited for.
+    Said,
+    /// One has heard that the guest may run.
+    Over,
+}
+
 pub(super) struct Serving {
     destination: Arc<Destination>,
     events: Events<DestinationEvent>,
@@ -52,10 +63,7 @@ pub(super) struct Serving {
     driver: Party,
     /// Grows with each connection of either.
     connections: u64,
-    /// A driver has heard that the guest may run: the guest needs none any more.
-    is_started: bool,
-    /// It was said that a driver is waited for.
-    is_awaited: bool,
+    need: DriverNeed,
     /// Device state that nobody has said to have restored.
     state: Option<Vec<StateSection>>,
     runs: bool,
@@ -76,7 +84,10 @@ impl Serving {
         runs: bool,
     ) -> Self {
         let Session { destination, events, door, waiter, progress, journal, desk } = session;
-        let is_started = runs && record.as_ref().is_some_and(farewell::was_started);
+        let need = match &record {
+            Some(record) if runs && farewell::was_started(record) => DriverNeed::Over,
+            _ => DriverNeed::Unsaid,
+        };
         Self {
             destination,
             events,
@@ -91,8 +102,7 @@ impl Serving {
             vmm: Party::new("the VMM"),
             driver: Party::new("the driver"),
             connections: 0,
-            is_started,
-            is_awaited: false,
+            need,
             state: None,
             runs,
             has_all: false,
@@ -153,7 +163,7 @@ impl Serving {
         let mut ending = self.ending.take()?;
         ending.tell_vmm(&mut self.vmm, &self.progress);
         if self.is_driven() {
-            ending.tell_driver(&mut self.driver, self.is_started, &self.progress);
+            ending.tell_driver(&mut self.driver, self.need, &self.progress);
         }
         if ending.is_known() {
             return Some(ending.outcome);
@@ -182,11 +192,12 @@ impl Serving {
 
     /// Notes what the driver has heard, or that it is waited for.
     fn expect_driver(&mut self, word: &Word, is_heard: bool) {
-        if is_heard && *word == Word::Run && !self.is_started {
-            self.is_started = true;
+        if is_heard && *word == Word::Run && self.need != DriverNeed::Over {
+            self.need = DriverNeed::Over;
             farewell::note_start(self.record.as_ref(), &self.progress);
         }
-        if !is_heard && !self.is_started && !std::mem::replace(&mut self.is_awaited, true) {
+        if !is_heard && self.need == DriverNeed::Unsaid {
+            self.need = DriverNeed::Said;
             let name = &self.served.name;
             self.progress.say(&format!("waiting for the process that drives the guest {name:?}"));
         }
@@ -373,7 +384,9 @@ impl Serving {
         self.connections += 1;
         self.driver.take(socket, self.connections, &self.door, &self.progress);
         self.mark("driver_attached");
-        self.is_awaited = false;
+        if self.need == DriverNeed::Said {
+            self.need = DriverNeed::Unsaid;
+        }
         self.driver.tell(&Word::Attached, &self.progress);
         self.tell_state();
         for word in self.said() {
