@@ -87,7 +87,7 @@ fn a_missing_right_is_named() {
     let Ok(may) = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd") else { return };
     let is_root = nix::unistd::geteuid().is_root();
     let right = if is_root && may.trim() == "0" { Ok(()) } else { Err("whoever runs it may") };
-    if require::or_skip("a right to give up", right).is_none() {
+    if require::or_skip("unprivileged", right).is_none() {
         return;
     }
     let lines = [OPEN, "nobody", MAP];

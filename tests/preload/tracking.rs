@@ -49,7 +49,7 @@ fn tracker(scene: &Scene) -> VmmTracker {
 fn is_possible() -> bool {
     let region = Vec::new();
     let mut tracker = afterimage::dirty::WriteProtectTracker::new(region).unwrap();
-    require::or_skip("write-protection", tracker.start()).is_some()
+    require::or_skip("wp_async", tracker.start()).is_some()
 }
 
 fn written(tracker: &mut VmmTracker) -> Vec<u64> {
