@@ -210,8 +210,10 @@ fn exec() -> String {
 
 fn thread_names() -> String {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    let names = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
-    let mut names: Vec<_> = names.map(|name| name.unwrap().trim().to_owned()).collect();
+    // Threads may end meanwhile.
+    let names =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    let mut names: Vec<_> = names.map(|name| name.trim().to_owned()).collect();
     names.sort();
     names.join(" ")
 }
