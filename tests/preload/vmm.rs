@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Error;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
+use std::sync::Barrier;
 use std::thread::{self, JoinHandle};
 
 use libc::c_int;
@@ -48,6 +49,7 @@ impl Vmm {
             ["map", map, name, offset, bytes, how] => {
                 return self.map(map, name, number(offset), number(bytes), how);
             }
+            ["together", names @ ..] => self.map_together(names),
             ["unmap", map] => self.unmap(map),
             ["move", map] => return self.remap(map, self.maps[*map].length),
             ["copy", map] => return self.remap(map, 0),
@@ -133,6 +135,28 @@ impl Vmm {
             self.maps.insert(map.to_owned(), mapped);
         }
         "ok".to_owned()
+    }
+
+    /// Maps whole files, each from a thread of its own.
+    fn map_together(&mut self, names: &[&str]) {
+        let start = Barrier::new(names.len());
+        let mapped = thread::scope(|scope| {
+            let threads = names.iter().map(|&name| {
+                let (file, start) = (&self.files[name], &start);
+                scope.spawn(move || {
+                    let length = nix::sys::stat::fstat(file).unwrap().st_size as usize;
+                    start.wait();
+                    let map = memmap2::MmapOptions::new().len(length).map_raw(file).unwrap();
+                    let start = map.as_mut_ptr() as usize;
+                    // As long as this process lives.
+                    std::mem::forget(map);
+                    (name.to_owned(), Map { start, length })
+                })
+            });
+            let threads: Vec<_> = threads.collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        self.maps.extend(mapped);
     }
 
     fn unmap(&mut self, map: &str) {
