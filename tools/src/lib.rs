@@ -12,6 +12,7 @@
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
 //! - [`control`]: driving a migration from a socket, and watching it
 //! - [`ctl`]: the client of that socket
+//! - [`tracking`]: what an unmodified VMM writes
 //! - [`report_page`]: measurements as a page of HTML with pictures
 //! - [`sampling`]: samples of a migration as it goes on
 //! - [`bandwidth`]: the rate of the background as people write it
@@ -33,9 +34,11 @@ pub mod microvm;
 pub mod migrate;
 pub mod page_client;
 pub mod page_server;
+mod placing;
 mod processes;
 pub mod ram;
 pub mod report_page;
 pub mod require;
 pub mod sampling;
 pub mod size;
+pub mod tracking;

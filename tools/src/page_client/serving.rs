@@ -1,36 +1,27 @@
 //! Serving one guest until every page is in place and the source knows it.
 
-use std::io;
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+mod news;
+
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use afterimage::{Destination, DestinationEvent, DestinationStateFile, Events, StateSection};
 
 use super::Failure;
-use super::door::{Door, News};
-use super::farewell::{self, FAREWELL};
+use super::door::Door;
+use super::ending::Ending;
+use super::farewell;
 use super::guest::Served;
+use super::party::Party;
 use super::report::{Journal, Outcome, Report};
-use crate::attachment::{Arrival, Word, send_state};
-use crate::control::{Desk, Happening};
-use crate::handoff::framing;
+use crate::attachment::{DrivenBy, Word};
+use crate::control::Desk;
 use crate::keeper::Place;
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
 
-/// How long a VMM may take to take in a word.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// News of VMMs before the rest has its turn.
 const ROUND: usize = 16;
-
-/// The end, which the VMM is to hear of: it may be on its way back to this process.
-pub(super) struct Ending {
-    outcome: Outcome,
-    last_word: Word,
-    until: Instant,
-}
 
 /// What every session has.
 pub(super) struct Session {
@@ -44,6 +35,17 @@ pub(super) struct Session {
     pub(super) desk: Desk,
 }
 
+/// Whether a guest that its VMM does not drive needs somebody who does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DriverNeed {
+    /// It does.
+    Unsaid,
+    /// It does, and it was said that one is waited for.
+    Said,
+    /// One has heard that the guest may run.
+    Over,
+}
+
 pub(super) struct Serving {
     destination: Arc<Destination>,
     events: Events<DestinationEvent>,
@@ -55,10 +57,13 @@ pub(super) struct Serving {
     served: Served,
     place: Option<Place>,
     record: Option<DestinationStateFile>,
-    vmm: Option<UnixStream>,
-    /// Grows with each connection of the VMM.
-    connection: u64,
-    /// Device state that the VMM has not said to have restored.
+    vmm: Party,
+    /// Only of a guest that its VMM does not drive.
+    driver: Party,
+    /// Grows with each connection of either.
+    connections: u64,
+    need: DriverNeed,
+    /// Device state that nobody has said to have restored.
     state: Option<Vec<StateSection>>,
     runs: bool,
     has_all: bool,
@@ -78,6 +83,10 @@ impl Serving {
         runs: bool,
     ) -> Self {
         let Session { destination, events, door, waiter, progress, journal, desk } = session;
+        let need = match &record {
+            Some(record) if runs && farewell::was_started(record) => DriverNeed::Over,
+            _ => DriverNeed::Unsaid,
+        };
         Self {
             destination,
             events,
@@ -89,8 +98,10 @@ impl Serving {
             served,
             place,
             record,
-            vmm: None,
-            connection: 0,
+            vmm: Party::new("the VMM"),
+            driver: Party::new("the driver"),
+            connections: 0,
+            need,
             state: None,
             runs,
             has_all: false,
@@ -146,52 +157,59 @@ impl Serving {
         }
     }
 
-    /// The outcome, once the VMM has heard the last word or has had its time.
+    /// The outcome, once whoever is to know it does, or has had its time.
     fn ended(&mut self) -> Option<Outcome> {
-        let Ending { outcome, last_word, until } = self.ending.take()?;
-        if self.tell(&last_word) {
-            return Some(outcome);
+        let mut ending = self.ending.take()?;
+        ending.tell_vmm(&mut self.vmm, &self.progress);
+        if self.is_driven() {
+            ending.tell_driver(&mut self.driver, self.need, &self.progress);
         }
-        if Instant::now() >= until {
-            self.progress.say("the VMM has not come back, and was not told that this is the end");
-            return Some(outcome);
+        if ending.is_known() {
+            return Some(ending.outcome);
         }
-        self.ending = Some(Ending { outcome, last_word, until });
+        self.ending = Some(ending);
         None
     }
 
     fn end(&mut self, outcome: Outcome, last_word: Word) {
         farewell::note_end(self.record.as_ref(), outcome, &self.progress);
-        self.ending = Some(Ending { outcome, last_word, until: Instant::now() + FAREWELL });
+        self.ending = Some(Ending::new(outcome, last_word, self.served.driven_by));
     }
 
-    /// Says something to the VMM; `false` if it is not connected.
-    fn tell(&mut self, word: &Word) -> bool {
-        let Some(vmm) = &self.vmm else { return false };
-        if let Err(error) = framing::send(vmm, word) {
-            self.give_up_vmm(&error);
+    fn is_driven(&self) -> bool {
+        self.served.driven_by == DrivenBy::Driver
+    }
+
+    /// Says something to the VMM, and to the driver if it has another one.
+    fn tell(&mut self, word: &Word) {
+        self.vmm.tell(word, &self.progress);
+        if self.is_driven() {
+            let is_heard = self.driver.tell(word, &self.progress);
+            self.expect_driver(word, is_heard);
         }
-        self.vmm.is_some()
     }
 
-    /// Hangs up, so that the VMM notices, and comes back.
-    fn give_up_vmm(&mut self, error: &io::Error) {
-        self.progress.say(&format!("the VMM does not listen ({error}); it may come back"));
-        self.hang_up();
-    }
-
-    fn hang_up(&mut self) {
-        if let Some(vmm) = self.vmm.take() {
-            // Another handle of it waits to read; it may have ended already.
-            let _ = vmm.shutdown(Shutdown::Both);
+    /// Notes what the driver has heard, or that it is waited for.
+    fn expect_driver(&mut self, word: &Word, is_heard: bool) {
+        if is_heard && *word == Word::Run && self.need != DriverNeed::Over {
+            self.need = DriverNeed::Over;
+            farewell::note_start(self.record.as_ref(), &self.progress);
+        }
+        if !is_heard && self.need == DriverNeed::Unsaid {
+            self.need = DriverNeed::Said;
+            let name = &self.served.name;
+            self.progress.say(&format!("waiting for the process that drives the guest {name:?}"));
         }
     }
 
     fn tell_state(&mut self) {
-        let (Some(vmm), Some(state)) = (&self.vmm, &self.state) else { return };
-        if let Err(error) = send_state(vmm, state) {
-            self.give_up_vmm(&error);
+        let Some(state) = &self.state else { return };
+        if self.served.driven_by == DrivenBy::Vmm {
+            self.vmm.tell_state(state, &self.progress);
+            return;
         }
+        let is_heard = self.driver.tell_state(state, &self.progress);
+        self.expect_driver(&Word::State { sections: Vec::new() }, is_heard);
     }
 
     fn take_event(&mut self, event: DestinationEvent) {
@@ -273,107 +291,6 @@ impl Serving {
         } else {
             self.end(Outcome::NotHere, word);
         }
-    }
-
-    fn take_news(&mut self, news: News) -> Option<Outcome> {
-        match news {
-            News::Arrived(Arrival::Return { name, socket })
-                if name == self.served.name && self.served.is_the_vmm(&socket) =>
-            {
-                self.greet(socket);
-            }
-            News::Arrived(Arrival::Return { name, socket }) => {
-                self.refuse(&socket, &name);
-            }
-            News::Arrived(Arrival::Offer(offer)) if self.served.is_offered_again(&offer) => {
-                self.greet(offer.socket);
-            }
-            News::Arrived(Arrival::Offer(offer)) => self.refuse(&offer.socket, &offer.name),
-            News::Turned(line) => self.progress.say(&line),
-            News::Said(number, word) if number == self.connection => return self.hear(&word),
-            News::HungUp(number) if number == self.connection => {
-                self.hang_up();
-                self.journal.note("vmm_hung_up");
-                self.desk.note(Happening::new("vmm_hung_up"));
-            }
-            News::Said(..) | News::HungUp(_) => {}
-            News::Died if self.ending.is_some() => {
-                self.note(
-                    "vmm_died",
-                    "the process that ran the guest has ended, after the session",
-                );
-                return self.ending.take().map(|ending| ending.outcome);
-            }
-            News::Died => {
-                let line = if self.runs {
-                    "the process that ran the guest has ended; without release the source can be \
-                     fenced, and goes on from the switchover"
-                } else {
-                    "the process that was to run the guest has ended before it did"
-                };
-                self.note("vmm_died", line);
-                self.desk.note(Happening::new("vmm_died"));
-                return Some(Outcome::VmmDied);
-            }
-        }
-        None
-    }
-
-    fn refuse(&self, socket: &UnixStream, name: &str) {
-        let reason = format!(
-            "this page-client serves the guest {:?}, not {name:?}: start another",
-            self.served.name
-        );
-        self.progress.say(&format!("a VMM was turned away: {reason}"));
-        // It may have gone.
-        let _ = framing::send(socket, &Word::Refused { reason });
-    }
-
-    /// Takes a connection of the guest's VMM in the place of any before, and says again what
-    /// it may have missed.
-    pub(super) fn greet(&mut self, socket: UnixStream) {
-        self.hang_up();
-        let hearing = socket.set_write_timeout(Some(PATIENCE)).and_then(|()| socket.try_clone());
-        self.connection += 1;
-        let heard = hearing.and_then(|hearing| self.door.listen(self.connection, hearing));
-        self.vmm = Some(socket);
-        if let Err(error) = heard {
-            return self.give_up_vmm(&error);
-        }
-        self.tell(&Word::Attached);
-        self.journal.note("vmm_attached");
-        self.desk.note(Happening::new("vmm_attached"));
-        self.tell_state();
-        if self.runs {
-            self.tell(&Word::Run);
-        }
-        if self.has_all {
-            self.tell(&Word::AllArrived);
-        }
-        if let Some(reason) = self.not_here.clone() {
-            self.tell(&Word::NotHere { reason });
-        }
-    }
-
-    fn hear(&mut self, word: &Word) -> Option<Outcome> {
-        match word {
-            Word::Ready => {
-                // Said before the state has come again, it is said again with it.
-                if let Err(error) = self.destination.ready() {
-                    tracing::info!(%error, "the VMM is ready too early");
-                } else {
-                    self.journal.note("vmm_ready");
-                }
-            }
-            Word::Withdrawn if !self.runs => {
-                let line = "the VMM has failed to attach, and given its guest up before it ran; \
-                            started again, page-client takes another";
-                self.note("withdrawn", line);
-                return Some(Outcome::Withdrawn);
-            }
-            other => tracing::warn!(?other, "the VMM says this out of turn"),
-        }
-        None
     }
 
     fn signalled(&mut self, came: usize) -> Option<Outcome> {
