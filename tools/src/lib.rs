@@ -10,6 +10,7 @@
 //! - [`page_client`]: serving the memory of a guest that another process runs
 //! - [`keeper`]: holding descriptors for processes that may die
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
+//! - [`qemu`]: QEMU, as it is talked to from outside
 //! - [`control`]: driving a migration from a socket, and watching it
 //! - [`ctl`]: the client of that socket
 //! - [`report_page`]: measurements as a page of HTML with pictures
@@ -34,6 +35,7 @@ pub mod migrate;
 pub mod page_client;
 pub mod page_server;
 mod processes;
+pub mod qemu;
 pub mod ram;
 pub mod report_page;
 pub mod require;

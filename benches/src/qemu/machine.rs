@@ -14,6 +14,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
+use afterimage_tools::qemu::{Deadline, Lines, Qmp, Speaker};
 use afterimage_tools::size::Size;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
@@ -22,9 +23,7 @@ use tempfile::TempDir;
 
 use super::QemuError;
 use super::guest::Guest;
-use super::line::{Deadline, Lines, Speaker};
 use super::place::Place;
-use super::qmp::Qmp;
 
 /// The loader has some 30 MB to bind, on a machine that may be busy.
 const START: Duration = Duration::from_mins(1);
