@@ -3,6 +3,7 @@
 mod attachment;
 mod command;
 mod deaths;
+mod driven;
 mod farewell;
 mod host;
 mod network;

@@ -239,6 +239,13 @@ impl Vmm {
         Self { map, memory, attachment, pages }
     }
 
+    /// One that another process restores and starts.
+    pub(crate) fn attach_driven(path: &Path, pages: u64) -> Self {
+        let (map, memory) = register(pages, true);
+        let attachment = Attachment::attach_driven(path, "guest", &memory).unwrap();
+        Self { map, memory, attachment, pages }
+    }
+
     /// The next event that is wanted; others than coming and going are not to be.
     pub(crate) fn until(&self, is_wanted: impl Fn(&AttachmentEvent) -> bool) -> AttachmentEvent {
         let until = Instant::now() + LIMIT;

@@ -55,6 +55,13 @@ impl Words {
         words
     }
 
+    /// A process that drives a guest.
+    pub(crate) fn drive(path: &Path, name: &str) -> Self {
+        let mut words = Self::connect(path);
+        words.say(&json!({"say": "drive", "name": name}));
+        words
+    }
+
     pub(crate) fn say(&mut self, word: &Value) {
         let text = word.to_string();
         self.0.write_all(&(text.len() as u32).to_le_bytes()).unwrap();

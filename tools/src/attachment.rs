@@ -1,19 +1,25 @@
 //! Having one's guest memory served by page-client: a VMM registers its memory, hands the
 //! userfaultfd and the files over, and is told when its guest may run.
 //!
-//! A VMM calls [`Attachment::attach`]; page-client receives with [`receive`]. The protocol is
-//! described byte by byte in docs/page-client.md.
+//! A VMM calls [`Attachment::attach`]; page-client receives with [`receive`]. Where the process
+//! that has the memory is not the one that restores the guest and starts its vCPUs, it calls
+//! [`Attachment::attach_driven`], and that one [`Driver::connect`]. The protocol is described
+//! byte by byte in docs/page-client.md.
 //!
 //! Invariant: the guest runs only after [`AttachmentEvent::Run`], which page-client says only
 //! once it is on record. page-client may die at any moment; the VMM connects to its successor,
 //! and what either has said may be said again.
 
+mod driver;
+mod listening;
 mod offer;
 mod vmm;
 
+pub use driver::Driver;
+pub use listening::{AttachError, AttachmentEvent};
 pub(crate) use offer::regions_of;
 pub use offer::{Arrival, Offer, OfferError, receive};
-pub use vmm::{AttachError, Attachment, AttachmentEvent};
+pub use vmm::Attachment;
 
 use crate::handoff::framing;
 use afterimage::StateSection;
@@ -39,9 +45,40 @@ const MAX_STATE_BYTES: u64 = 1 << 30;
 #[serde(tag = "say", rename_all = "snake_case")]
 enum Hello {
     /// Here is a guest; the userfaultfd and the files follow.
-    Attach { name: String, files: usize, regions: Vec<RegionOfVmm> },
+    Attach {
+        name: String,
+        files: usize,
+        regions: Vec<RegionOfVmm>,
+        #[serde(default)]
+        driven: DrivenBy,
+    },
     /// The page-client that I had is gone.
     Return { name: String },
+    /// I restore and start the guest whose memory another process hands over, or has.
+    Drive { name: String },
+}
+
+/// Who restores a guest and starts its vCPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "bool", into = "bool")]
+pub enum DrivenBy {
+    /// The process that has its memory.
+    #[default]
+    Vmm,
+    /// Another one: a [`Driver`].
+    Driver,
+}
+
+impl From<bool> for DrivenBy {
+    fn from(driven: bool) -> Self {
+        if driven { Self::Driver } else { Self::Vmm }
+    }
+}
+
+impl From<DrivenBy> for bool {
+    fn from(by: DrivenBy) -> Self {
+        by == DrivenBy::Driver
+    }
 }
 
 /// One region of guest memory as its VMM has it.
@@ -66,9 +103,9 @@ pub(crate) enum Word {
     Refused { reason: String },
     /// page-client: the device state follows.
     State { sections: Vec<SectionOfVmm> },
-    /// VMM: it is restored, the guest could run.
+    /// Whoever drives the guest: it is restored, and could run.
     Ready,
-    /// VMM: it has failed to attach, and gives this memory up. Nothing has run in it.
+    /// VMM or driver: it has failed, and gives the guest up. Nothing has run in this memory.
     Withdrawn,
     /// page-client: the guest may run; it is on record.
     Run,

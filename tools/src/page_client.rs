@@ -9,9 +9,12 @@
 //! claimed it there and locked the state file.
 
 mod door;
+mod drivers;
+mod ending;
 mod farewell;
 mod guest;
 pub mod options;
+mod party;
 mod report;
 mod serving;
 
@@ -35,6 +38,7 @@ use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
 use crate::page_server::{Failure, Notice, check_connect, listen_privately};
 use door::{Door, News};
+use drivers::Waiting;
 use guest::Served;
 use options::Options;
 pub(crate) use report::Work;
@@ -108,7 +112,7 @@ fn serve_at(
     let taken = match kept {
         Some(served) => {
             let (memory, with) = prepare(options, &served, None, state.as_ref())?;
-            Some(Taken { served, memory, with, socket: None })
+            Some(Taken { served, memory, with, socket: None, driver: None })
         }
         None => {
             check_no_record(state.as_ref())?;
@@ -116,7 +120,7 @@ fn serve_at(
             wait_for_guest(options, &door, &mut waiter, place.as_mut(), state.as_ref(), &progress)?
         }
     };
-    let Some(Taken { served, memory, with, socket }) = taken else {
+    let Some(Taken { served, memory, with, socket, driver }) = taken else {
         return Ok(journal.close(Outcome::NotHere, None));
     };
     let runs = with.record.ownership == DestinationOwnership::Running;
@@ -143,6 +147,9 @@ fn serve_at(
     if let Some(socket) = socket {
         serving.greet(socket);
     }
+    if let Some(driver) = driver {
+        serving.greet_driver(driver);
+    }
     serving.run()
 }
 
@@ -153,6 +160,8 @@ struct Taken {
     with: DestinationOptions,
     /// To its VMM, which has just handed it over.
     socket: Option<UnixStream>,
+    /// To the process that drives it, if that has come first.
+    driver: Option<UnixStream>,
 }
 
 /// The guest's place at a keeper, if there is to be one.
@@ -218,12 +227,19 @@ fn wait_for_guest(
     state: Option<&DestinationStateFile>,
     progress: &Progress,
 ) -> Result<Option<Taken>, Failure> {
+    let mut drivers = Waiting::default();
     loop {
         while let Ok(news) = door.news.try_recv() {
             match news {
+                News::Arrived(Arrival::Drive { name, socket }) => {
+                    drivers.add(name, socket, progress);
+                }
                 News::Arrived(Arrival::Offer(offer)) => {
                     match take(options, offer, place.as_deref_mut(), state, progress) {
-                        Ok(taken) => return Ok(Some(taken)),
+                        Ok(mut taken) => {
+                            taken.driver = drivers.choose(&taken.served, progress);
+                            return Ok(Some(taken));
+                        }
                         Err(failure) => {
                             progress.say(&format!("a guest cannot be served: {failure}"));
                         }
@@ -263,7 +279,7 @@ fn take(
     });
     match taken {
         Ok((served, memory, with)) => {
-            Ok(Taken { served, memory, with, socket: Some(offer.socket) })
+            Ok(Taken { served, memory, with, socket: Some(offer.socket), driver: None })
         }
         Err(failure) => {
             turn_away(&offer.socket, &failure, place, progress);

@@ -1,8 +1,9 @@
 //! page-client's side: what a VMM that connects wants.
 
-use super::{Hello, MAGIC, MAX_FILES, MAX_REGIONS, RegionOfVmm, VERSION, Word};
+use super::{DrivenBy, Hello, MAGIC, MAX_FILES, MAX_REGIONS, RegionOfVmm, VERSION, Word};
 use crate::handoff::framing;
 use afterimage::{DestinationRegion, GuestAddress, PageSize, RegisteredAddress};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -25,6 +26,13 @@ pub enum Arrival {
         /// To talk to it.
         socket: UnixStream,
     },
+    /// Not with a guest, but to drive one.
+    Drive {
+        /// Which.
+        name: String,
+        /// To talk to it.
+        socket: UnixStream,
+    },
 }
 
 /// Guest memory that is handed over.
@@ -34,6 +42,8 @@ pub struct Offer {
     pub name: String,
     /// The userfaultfd with which it is registered.
     pub uffd: OwnedFd,
+    /// Who restores and starts it.
+    pub driven_by: DrivenBy,
     pub(crate) regions: Vec<RegionOfVmm>,
     /// The files behind the regions.
     pub files: Vec<OwnedFd>,
@@ -54,6 +64,15 @@ pub enum OfferError {
     )]
     Version {
         /// The VMM's.
+        theirs: u32,
+    },
+    /// It is another user's.
+    #[error(
+        "user {theirs} may not drive a guest here: run the driver as the user of page-client, or \
+         as root"
+    )]
+    User {
+        /// The driver's.
         theirs: u32,
     },
     /// It cannot be right.
@@ -81,15 +100,23 @@ pub fn receive(socket: UnixStream) -> Result<Arrival, OfferError> {
     }
     Ok(match heard? {
         Heard::Return(name) => Arrival::Return { name, socket },
-        Heard::Attach { name, uffd, files, regions } => {
-            Arrival::Offer(Offer { name, uffd, regions, files, socket })
+        Heard::Drive(name) => Arrival::Drive { name, socket },
+        Heard::Attach { name, uffd, files, regions, driven_by } => {
+            Arrival::Offer(Offer { name, uffd, driven_by, regions, files, socket })
         }
     })
 }
 
 enum Heard {
     Return(String),
-    Attach { name: String, uffd: OwnedFd, files: Vec<OwnedFd>, regions: Vec<RegionOfVmm> },
+    Drive(String),
+    Attach {
+        name: String,
+        uffd: OwnedFd,
+        files: Vec<OwnedFd>,
+        regions: Vec<RegionOfVmm>,
+        driven_by: DrivenBy,
+    },
 }
 
 fn hear(socket: &UnixStream) -> Result<Heard, OfferError> {
@@ -101,9 +128,13 @@ fn hear(socket: &UnixStream) -> Result<Heard, OfferError> {
     if theirs != VERSION {
         return Err(OfferError::Version { theirs });
     }
-    let (name, files, regions) = match framing::receive(socket)? {
+    let (name, files, regions, driven_by) = match framing::receive(socket)? {
         Hello::Return { name } => return Ok(Heard::Return(checked(name)?)),
-        Hello::Attach { name, files, regions } => (checked(name)?, files, regions),
+        Hello::Drive { name } => {
+            check_user(socket)?;
+            return Ok(Heard::Drive(checked(name)?));
+        }
+        Hello::Attach { name, files, regions, driven } => (checked(name)?, files, regions, driven),
     };
     if files > MAX_FILES || !(1..=MAX_REGIONS).contains(&regions.len()) {
         let count = regions.len();
@@ -115,7 +146,16 @@ fn hear(socket: &UnixStream) -> Result<Heard, OfferError> {
     let mut descriptors = framing::receive_files(socket, files + 1)?;
     let uffd = descriptors.remove(0);
     check(&regions, files)?;
-    Ok(Heard::Attach { name, uffd, files: descriptors, regions })
+    Ok(Heard::Attach { name, uffd, files: descriptors, regions, driven_by })
+}
+
+/// A VMM can only hand over its own memory; whoever drives a guest decides for another process.
+fn check_user(socket: &UnixStream) -> Result<(), OfferError> {
+    let theirs = getsockopt(socket, PeerCredentials).map_err(io::Error::from)?.uid();
+    if theirs == 0 || theirs == nix::unistd::geteuid().as_raw() {
+        return Ok(());
+    }
+    Err(OfferError::User { theirs })
 }
 
 fn checked(name: String) -> Result<String, OfferError> {

@@ -172,6 +172,9 @@ fn of_page_client(
             tracing::info!(?event, "page-client");
             Happening::Other
         }
+        event @ (AttachmentEvent::Attached | AttachmentEvent::Refused(_)) => {
+            return Err(DemoError::Failed(format!("page-client says {event:?} to a VMM")));
+        }
         AttachmentEvent::NotHere(reason) => {
             return Err(DemoError::Failed(format!("the guest must not run here: {reason}")));
         }

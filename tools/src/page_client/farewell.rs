@@ -3,16 +3,18 @@
 //! Invariant: nothing stays at the keeper that nobody needs, and the last word reaches a VMM that
 //! is still there, whichever process says it.
 
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use afterimage::DestinationStateFile;
 
 use super::Failure;
 use super::door::{Door, News};
+use super::drivers;
 use super::guest::Served;
 use super::options::Options;
 use super::report::Outcome;
-use crate::attachment::{Arrival, Word};
+use crate::attachment::{Arrival, DrivenBy, Word};
 use crate::handoff::framing;
 use crate::keeper::Place;
 use crate::page_server::listen_privately;
@@ -23,6 +25,8 @@ use crate::page_server::wait::Waiter;
 const ENDED: &str = "ended";
 /// In the state file: the VMM has heard so, or has had its time.
 const TOLD: &str = "told";
+/// In the state file: a driver has heard that the guest may run.
+const STARTED: &str = "started";
 /// How long a VMM may be away when it is to hear the last word.
 pub(super) const FAREWELL: Duration = Duration::from_secs(30);
 
@@ -45,6 +49,16 @@ pub(super) fn note_end(state: Option<&DestinationStateFile>, outcome: Outcome, s
         Outcome::Abandoned | Outcome::Failed | Outcome::Withdrawn => return,
     };
     note(state, ENDED, how, say);
+}
+
+/// Whether a driver has heard that the guest may run.
+pub(super) fn was_started(state: &DestinationStateFile) -> bool {
+    state.noted(STARTED).is_some()
+}
+
+/// Records that one has.
+pub(super) fn note_start(state: Option<&DestinationStateFile>, say: &Progress) {
+    note(state, STARTED, "yes", say);
 }
 
 /// Everybody knows: leaves nothing behind that nobody needs.
@@ -93,8 +107,18 @@ pub(super) fn after_the_end(
                 _ => Vec::new(),
             };
             let was_told = state.is_some_and(|state| state.noted(TOLD).is_some());
+            let is_started = state.is_some_and(was_started);
+            let is_driver_owed = served.driven_by == DrivenBy::Driver && !is_started;
+            let mut owed = Owed { vmm: true, driver: is_driver_owed };
             if !was_told && !last_words.is_empty() {
-                say_it_again(options, &served, &last_words, waiter, progress);
+                owed.say_it_again(options, &served, &last_words, waiter, progress);
+            }
+            if owed.driver && outcome == Outcome::Finished {
+                progress.say(
+                    "nobody has started the guest: start the process that drives it, and \
+                     page-client once more",
+                );
+                return;
             }
             leave(state, place.as_mut(), progress);
         }
@@ -102,41 +126,60 @@ pub(super) fn after_the_end(
     }
 }
 
-/// The process before this one may have died before its VMM heard the last words.
-fn say_it_again(
-    options: &Options,
-    served: &Served,
-    last_words: &[Word],
-    waiter: &mut Waiter,
-    progress: &Progress,
-) {
-    let door = Door::new(waiter.waker());
-    let opened = listen_privately(&options.attach, "--attach").and_then(|listener| {
-        let opened = door.open(listener).and_then(|()| door.watch(served.vmm.try_clone()?));
-        opened.map_err(Failure::of("start a thread"))
-    });
-    if let Err(failure) = opened {
-        return progress.say(&format!("warning: the VMM cannot be told so: {failure}"));
-    }
-    progress.say("waiting for the VMM, which may not have heard so");
-    let until = Instant::now() + FAREWELL;
-    while Instant::now() < until {
-        while let Ok(news) = door.news.try_recv() {
-            match news {
-                News::Arrived(Arrival::Return { socket, .. }) if served.is_the_vmm(&socket) => {
-                    let all = [&[Word::Attached], last_words].concat();
-                    if all.iter().all(|word| framing::send(&socket, word).is_ok()) {
-                        return;
-                    }
-                }
-                News::Died => return,
-                _ => {}
+/// Who may not have heard the last words, because the process before this one has died.
+struct Owed {
+    vmm: bool,
+    driver: bool,
+}
+
+impl Owed {
+    /// Says them to whoever comes back, for a while.
+    fn say_it_again(
+        &mut self,
+        options: &Options,
+        served: &Served,
+        last_words: &[Word],
+        waiter: &mut Waiter,
+        progress: &Progress,
+    ) {
+        let door = Door::new(waiter.waker());
+        let opened = listen_privately(&options.attach, "--attach").and_then(|listener| {
+            let opened = door.open(listener).and_then(|()| door.watch(served.vmm.try_clone()?));
+            opened.map_err(Failure::of("start a thread"))
+        });
+        if let Err(failure) = opened {
+            return progress.say(&format!("warning: the VMM cannot be told so: {failure}"));
+        }
+        progress.say("waiting for the VMM, which may not have heard so");
+        let until = Instant::now() + FAREWELL;
+        while self.vmm || self.driver {
+            let left = until.saturating_duration_since(Instant::now());
+            match door.news.try_recv() {
+                Ok(News::Died) => (self.vmm, self.driver) = (false, false),
+                Ok(news) => self.answer(news, served, last_words, progress),
+                // A signal ends it.
+                Err(_) if left.is_zero() || !matches!(waiter.wait(left), Ok(0)) => return,
+                Err(_) => {}
             }
         }
-        let left = until.saturating_duration_since(Instant::now());
-        // A signal ends it.
-        if !matches!(waiter.wait(left), Ok(0)) {
-            return;
+    }
+
+    fn answer(&mut self, news: News, served: &Served, last_words: &[Word], progress: &Progress) {
+        let say = |socket: &UnixStream| {
+            let all = [&[Word::Attached], last_words].concat();
+            all.iter().all(|word| framing::send(socket, word).is_ok())
+        };
+        match news {
+            News::Arrived(Arrival::Return { socket, .. }) if served.is_the_vmm(&socket) => {
+                self.vmm &= !say(&socket);
+            }
+            News::Arrived(Arrival::Drive { name, socket }) => {
+                match drivers::refusal(served, &name) {
+                    None => self.driver &= !say(&socket),
+                    Some(reason) => drivers::turn_away(&socket, reason, progress),
+                }
+            }
+            _ => {}
         }
     }
 }

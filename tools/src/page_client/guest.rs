@@ -17,7 +17,7 @@ use nix::sys::stat::fstat;
 use serde::{Deserialize, Serialize};
 
 use super::Failure;
-use crate::attachment::{Offer, RegionOfVmm, regions_of};
+use crate::attachment::{DrivenBy, Offer, RegionOfVmm, regions_of};
 use crate::keeper::NamedFile;
 use crate::processes;
 
@@ -37,6 +37,8 @@ struct Description {
     pid: i32,
     /// Of this memory, as in its record: hexadecimal.
     incarnation: String,
+    #[serde(default)]
+    driven: DrivenBy,
     regions: Vec<RegionOfVmm>,
 }
 
@@ -51,6 +53,8 @@ pub(super) struct Served {
     pub(super) pid: i32,
     /// The same, as a descriptor that becomes readable at its end.
     pub(super) vmm: OwnedFd,
+    /// Who restores and starts it.
+    pub(super) driven_by: DrivenBy,
     uffd: OwnedFd,
     planes: OwnedFd,
     files: Vec<OwnedFd>,
@@ -66,6 +70,7 @@ impl Served {
             incarnation: DestinationOptions::default().record.incarnation,
             pid,
             vmm,
+            driven_by: offer.driven_by,
             uffd: offer.uffd.try_clone()?,
             planes: DestinationMemory::planes_file()?,
             files: std::mem::take(&mut offer.files),
@@ -80,6 +85,7 @@ impl Served {
             name: self.name.clone(),
             pid: self.pid,
             incarnation: self.incarnation.to_string(),
+            driven: self.driven_by,
             regions: self.regions.clone(),
         };
         let mut set =
@@ -118,6 +124,7 @@ impl Served {
             incarnation: Incarnation(incarnation.to_be_bytes()),
             pid: description.pid,
             vmm: take(VMM)?,
+            driven_by: description.driven,
             uffd: take(UFFD)?,
             planes: take(PLANES)?,
             files,
@@ -138,6 +145,7 @@ impl Served {
         };
         self.is_the_vmm(&offer.socket)
             && offer.name == self.name
+            && offer.driven_by == self.driven_by
             && offer.regions == self.regions
             && offer.files.len() == self.files.len()
             && offer.files.iter().zip(&self.files).all(are_same)

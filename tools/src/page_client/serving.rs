@@ -1,36 +1,28 @@
 //! Serving one guest until every page is in place and the source knows it.
 
-use std::io;
-use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use afterimage::{Destination, DestinationEvent, DestinationStateFile, Events, StateSection};
 
 use super::Failure;
 use super::door::{Door, News};
-use super::farewell::{self, FAREWELL};
+use super::drivers;
+use super::ending::Ending;
+use super::farewell;
 use super::guest::Served;
+use super::party::Party;
 use super::report::{Journal, Outcome, Report};
-use crate::attachment::{Arrival, Word, send_state};
+use crate::attachment::{Arrival, DrivenBy, Word};
 use crate::control::{Desk, Happening};
 use crate::handoff::framing;
 use crate::keeper::Place;
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
 
-/// How long a VMM may take to take in a word.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// News of VMMs before the rest has its turn.
 const ROUND: usize = 16;
-
-/// The end, which the VMM is to hear of: it may be on its way back to this process.
-pub(super) struct Ending {
-    outcome: Outcome,
-    last_word: Word,
-    until: Instant,
-}
 
 /// What every session has.
 pub(super) struct Session {
@@ -55,10 +47,16 @@ pub(super) struct Serving {
     served: Served,
     place: Option<Place>,
     record: Option<DestinationStateFile>,
-    vmm: Option<UnixStream>,
-    /// Grows with each connection of the VMM.
-    connection: u64,
-    /// Device state that the VMM has not said to have restored.
+    vmm: Party,
+    /// Only of a guest that its VMM does not drive.
+    driver: Party,
+    /// Grows with each connection of either.
+    connections: u64,
+    /// A driver has heard that the guest may run: the guest needs none any more.
+    is_started: bool,
+    /// It was said that a driver is waited for.
+    is_awaited: bool,
+    /// Device state that nobody has said to have restored.
     state: Option<Vec<StateSection>>,
     runs: bool,
     has_all: bool,
@@ -78,6 +76,7 @@ impl Serving {
         runs: bool,
     ) -> Self {
         let Session { destination, events, door, waiter, progress, journal, desk } = session;
+        let is_started = runs && record.as_ref().is_some_and(farewell::was_started);
         Self {
             destination,
             events,
@@ -89,8 +88,11 @@ impl Serving {
             served,
             place,
             record,
-            vmm: None,
-            connection: 0,
+            vmm: Party::new("the VMM"),
+            driver: Party::new("the driver"),
+            connections: 0,
+            is_started,
+            is_awaited: false,
             state: None,
             runs,
             has_all: false,
@@ -146,52 +148,58 @@ impl Serving {
         }
     }
 
-    /// The outcome, once the VMM has heard the last word or has had its time.
+    /// The outcome, once whoever is to know it does, or has had its time.
     fn ended(&mut self) -> Option<Outcome> {
-        let Ending { outcome, last_word, until } = self.ending.take()?;
-        if self.tell(&last_word) {
-            return Some(outcome);
+        let mut ending = self.ending.take()?;
+        ending.tell_vmm(&mut self.vmm, &self.progress);
+        if self.is_driven() {
+            ending.tell_driver(&mut self.driver, self.is_started, &self.progress);
         }
-        if Instant::now() >= until {
-            self.progress.say("the VMM has not come back, and was not told that this is the end");
-            return Some(outcome);
+        if ending.is_known() {
+            return Some(ending.outcome);
         }
-        self.ending = Some(Ending { outcome, last_word, until });
+        self.ending = Some(ending);
         None
     }
 
     fn end(&mut self, outcome: Outcome, last_word: Word) {
         farewell::note_end(self.record.as_ref(), outcome, &self.progress);
-        self.ending = Some(Ending { outcome, last_word, until: Instant::now() + FAREWELL });
+        self.ending = Some(Ending::new(outcome, last_word, self.served.driven_by));
     }
 
-    /// Says something to the VMM; `false` if it is not connected.
-    fn tell(&mut self, word: &Word) -> bool {
-        let Some(vmm) = &self.vmm else { return false };
-        if let Err(error) = framing::send(vmm, word) {
-            self.give_up_vmm(&error);
+    fn is_driven(&self) -> bool {
+        self.served.driven_by == DrivenBy::Driver
+    }
+
+    /// Says something to the VMM, and to the driver if it has another one.
+    fn tell(&mut self, word: &Word) {
+        self.vmm.tell(word, &self.progress);
+        if self.is_driven() {
+            let is_heard = self.driver.tell(word, &self.progress);
+            self.expect_driver(word, is_heard);
         }
-        self.vmm.is_some()
     }
 
-    /// Hangs up, so that the VMM notices, and comes back.
-    fn give_up_vmm(&mut self, error: &io::Error) {
-        self.progress.say(&format!("the VMM does not listen ({error}); it may come back"));
-        self.hang_up();
-    }
-
-    fn hang_up(&mut self) {
-        if let Some(vmm) = self.vmm.take() {
-            // Another handle of it waits to read; it may have ended already.
-            let _ = vmm.shutdown(Shutdown::Both);
+    /// Notes what the driver has heard, or that it is waited for.
+    fn expect_driver(&mut self, word: &Word, is_heard: bool) {
+        if is_heard && *word == Word::Run && !self.is_started {
+            self.is_started = true;
+            farewell::note_start(self.record.as_ref(), &self.progress);
+        }
+        if !is_heard && !self.is_started && !std::mem::replace(&mut self.is_awaited, true) {
+            let name = &self.served.name;
+            self.progress.say(&format!("waiting for the process that drives the guest {name:?}"));
         }
     }
 
     fn tell_state(&mut self) {
-        let (Some(vmm), Some(state)) = (&self.vmm, &self.state) else { return };
-        if let Err(error) = send_state(vmm, state) {
-            self.give_up_vmm(&error);
+        let Some(state) = &self.state else { return };
+        if self.served.driven_by == DrivenBy::Vmm {
+            self.vmm.tell_state(state, &self.progress);
+            return;
         }
+        let is_heard = self.driver.tell_state(state, &self.progress);
+        self.expect_driver(&Word::State { sections: Vec::new() }, is_heard);
     }
 
     fn take_event(&mut self, event: DestinationEvent) {
@@ -285,16 +293,26 @@ impl Serving {
             News::Arrived(Arrival::Return { name, socket }) => {
                 self.refuse(&socket, &name);
             }
+            News::Arrived(Arrival::Drive { name, socket }) => {
+                match drivers::refusal(&self.served, &name) {
+                    None => self.greet_driver(socket),
+                    Some(reason) => drivers::turn_away(&socket, reason, &self.progress),
+                }
+            }
             News::Arrived(Arrival::Offer(offer)) if self.served.is_offered_again(&offer) => {
                 self.greet(offer.socket);
             }
             News::Arrived(Arrival::Offer(offer)) => self.refuse(&offer.socket, &offer.name),
             News::Turned(line) => self.progress.say(&line),
-            News::Said(number, word) if number == self.connection => return self.hear(&word),
-            News::HungUp(number) if number == self.connection => {
-                self.hang_up();
-                self.journal.note("vmm_hung_up");
-                self.desk.note(Happening::new("vmm_hung_up"));
+            News::Said(number, word) if self.vmm.is(number) => return self.hear_vmm(&word),
+            News::Said(number, word) if self.driver.is(number) => return self.hear_driver(&word),
+            News::HungUp(number) if self.vmm.is(number) => {
+                self.vmm.hang_up();
+                self.mark("vmm_hung_up");
+            }
+            News::HungUp(number) if self.driver.is(number) => {
+                self.driver.hang_up();
+                self.mark("driver_hung_up");
             }
             News::Said(..) | News::HungUp(_) => {}
             News::Died if self.ending.is_some() => {
@@ -329,51 +347,92 @@ impl Serving {
         let _ = framing::send(socket, &Word::Refused { reason });
     }
 
+    fn mark(&mut self, event: &'static str) {
+        self.journal.note(event);
+        self.desk.note(Happening::new(event));
+    }
+
     /// Takes a connection of the guest's VMM in the place of any before, and says again what
     /// it may have missed.
     pub(super) fn greet(&mut self, socket: UnixStream) {
-        self.hang_up();
-        let hearing = socket.set_write_timeout(Some(PATIENCE)).and_then(|()| socket.try_clone());
-        self.connection += 1;
-        let heard = hearing.and_then(|hearing| self.door.listen(self.connection, hearing));
-        self.vmm = Some(socket);
-        if let Err(error) = heard {
-            return self.give_up_vmm(&error);
+        self.connections += 1;
+        self.vmm.take(socket, self.connections, &self.door, &self.progress);
+        self.mark("vmm_attached");
+        self.vmm.tell(&Word::Attached, &self.progress);
+        if !self.is_driven() {
+            self.tell_state();
         }
-        self.tell(&Word::Attached);
-        self.journal.note("vmm_attached");
-        self.desk.note(Happening::new("vmm_attached"));
-        self.tell_state();
-        if self.runs {
-            self.tell(&Word::Run);
-        }
-        if self.has_all {
-            self.tell(&Word::AllArrived);
-        }
-        if let Some(reason) = self.not_here.clone() {
-            self.tell(&Word::NotHere { reason });
+        for word in self.said() {
+            self.vmm.tell(&word, &self.progress);
         }
     }
 
-    fn hear(&mut self, word: &Word) -> Option<Outcome> {
+    /// The same for a process that drives it.
+    pub(super) fn greet_driver(&mut self, socket: UnixStream) {
+        drivers::replace(&mut self.driver, &self.progress);
+        self.connections += 1;
+        self.driver.take(socket, self.connections, &self.door, &self.progress);
+        self.mark("driver_attached");
+        self.is_awaited = false;
+        self.driver.tell(&Word::Attached, &self.progress);
+        self.tell_state();
+        for word in self.said() {
+            let is_heard = self.driver.tell(&word, &self.progress);
+            self.expect_driver(&word, is_heard);
+        }
+    }
+
+    /// What was said so far, of what still holds.
+    fn said(&self) -> Vec<Word> {
+        let not_here = self.not_here.clone().map(|reason| Word::NotHere { reason });
+        let run = self.runs.then_some(Word::Run);
+        let all_arrived = self.has_all.then_some(Word::AllArrived);
+        [run, all_arrived, not_here].into_iter().flatten().collect()
+    }
+
+    fn hear_vmm(&mut self, word: &Word) -> Option<Outcome> {
         match word {
-            Word::Ready => {
-                // Said before the state has come again, it is said again with it.
-                if let Err(error) = self.destination.ready() {
-                    tracing::info!(%error, "the VMM is ready too early");
-                } else {
-                    self.journal.note("vmm_ready");
-                }
-            }
+            Word::Ready if !self.is_driven() => self.take_ready("vmm_ready"),
             Word::Withdrawn if !self.runs => {
                 let line = "the VMM has failed to attach, and given its guest up before it ran; \
                             started again, page-client takes another";
-                self.note("withdrawn", line);
-                return Some(Outcome::Withdrawn);
+                return Some(self.withdrawn(line));
             }
             other => tracing::warn!(?other, "the VMM says this out of turn"),
         }
         None
+    }
+
+    fn hear_driver(&mut self, word: &Word) -> Option<Outcome> {
+        match word {
+            Word::Ready => self.take_ready("driver_ready"),
+            Word::Withdrawn if !self.runs => {
+                let reason = "its driver has given it up before it ran";
+                self.vmm.tell(&Word::NotHere { reason: reason.to_owned() }, &self.progress);
+                let line = format!("{reason}; started again, page-client takes another guest");
+                return Some(self.withdrawn(&line));
+            }
+            other => tracing::warn!(?other, "the driver says this out of turn"),
+        }
+        None
+    }
+
+    /// The guest is restored. Said before the state has come again, it is said again with it.
+    fn take_ready(&mut self, event: &'static str) {
+        if let Err(error) = self.destination.ready() {
+            tracing::info!(%error, event, "ready too early");
+        } else {
+            self.journal.note(event);
+        }
+    }
+
+    fn withdrawn(&mut self, line: &str) -> Outcome {
+        self.note("withdrawn", line);
+        if self.is_driven() {
+            let reason = "the guest was given up before it ran".to_owned();
+            self.driver.tell(&Word::NotHere { reason }, &self.progress);
+        }
+        Outcome::Withdrawn
     }
 
     fn signalled(&mut self, came: usize) -> Option<Outcome> {
