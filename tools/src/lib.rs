@@ -10,7 +10,7 @@
 //! - [`page_client`]: serving the memory of a guest that another process runs
 //! - [`keeper`]: holding descriptors for processes that may die
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
-//! - [`qemu`]: QEMU, as it is talked to from outside
+//! - [`qemu`]: moving the guest of an unmodified QEMU
 //! - [`control`]: driving a migration from a socket, and watching it
 //! - [`ctl`]: the client of that socket
 //! - [`report_page`]: measurements as a page of HTML with pictures

@@ -67,7 +67,7 @@ impl Machine {
             Side::Destination => "the destination's QEMU",
         };
         let log = path.join("qemu.log");
-        let speaker = Speaker { name: name.into(), log: log.clone() };
+        let speaker = Speaker { name: name.into(), log: Some(log.clone()) };
         let qmp = UnixListener::bind(path.join(QMP)).map_err(io_error("listen for QMP"))?;
         let guest = UnixListener::bind(path.join(GUEST)).map_err(io_error("listen for a guest"))?;
 
@@ -84,9 +84,9 @@ impl Machine {
 
         let deadline = Deadline::after(START);
         let qmp = Lines::accept(&qmp, &mut process.child, speaker.clone(), deadline)?;
-        let guest_speaker = Speaker { name: "the guest".into(), log: path.join(CONSOLE) };
+        let guest_speaker = Speaker { name: "the guest".into(), log: Some(path.join(CONSOLE)) };
         let guest = Lines::accept(&guest, &mut process.child, guest_speaker, deadline)?;
-        let qmp = Qmp::greet(qmp)?;
+        let qmp = Qmp::greet(qmp, deadline)?;
         Ok(Self { qmp, guest: Guest::new(guest), process, _directory: directory })
     }
 

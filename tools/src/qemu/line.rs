@@ -1,18 +1,19 @@
 //! Lines of text over a Unix socket that QEMU connects to, each wait with a limit.
 //!
-//! QEMU is the client of all its sockets: the driver listens first, so that nobody has to
-//! try again and again. That QEMU has ended is found out as the end of the stream, or,
-//! before it has connected, by asking for its exit.
+//! Whoever starts a QEMU listens first, and QEMU is the client, so that nobody has to try again
+//! and again; a QEMU that others have started listens itself. That QEMU has ended is found out
+//! as the end of the stream, or, before it has connected, by asking for its exit.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::AsFd;
+use std::io::{self, BufRead, BufReader, IoSlice, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Child;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::QmpError;
 
@@ -49,8 +50,8 @@ pub fn unix_now() -> Duration {
 pub struct Speaker {
     /// Its name in messages.
     pub name: String,
-    /// What it prints goes there.
-    pub log: PathBuf,
+    /// What it prints goes there, if that can be seen.
+    pub log: Option<PathBuf>,
 }
 
 impl Speaker {
@@ -72,7 +73,8 @@ impl Speaker {
     }
 
     fn last_words(&self) -> String {
-        let text = fs::read(&self.log).unwrap_or_default();
+        let Some(log) = &self.log else { return "nothing that can be seen from here".into() };
+        let text = fs::read(log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let last = &lines[lines.len().saturating_sub(3)..];
@@ -144,6 +146,22 @@ impl Lines {
         })
     }
 
+    /// Says a line, and hands a descriptor over with it.
+    ///
+    /// # Errors
+    /// [`QmpError`] if nobody is there any more.
+    pub fn send_with(&mut self, line: &str, file: BorrowedFd<'_>) -> Result<(), QmpError> {
+        let line = format!("{line}\n");
+        let raw = [file.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let socket = self.stream.get_ref().as_raw_fd();
+        let first = [IoSlice::new(line.as_bytes())];
+        let sent = sendmsg::<()>(socket, &first, &rights, MsgFlags::MSG_NOSIGNAL, None);
+        let sent = sent.map_err(|error| self.speaker.io("hand a descriptor to", error.into()))?;
+        let rest = self.stream.get_mut().write_all(&line.as_bytes()[sent..]);
+        rest.map_err(|error| self.speaker.io("write to", error))
+    }
+
     /// The next line, without its end. `awaited` is named if it does not come.
     ///
     /// # Errors
@@ -192,7 +210,7 @@ pub(super) mod tests {
     /// Lines, and the other end of their connection.
     pub(crate) fn pair() -> (Lines, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let speaker = Speaker { name: "a test".into(), log: PathBuf::from("/dev/null") };
+        let speaker = Speaker { name: "a test".into(), log: Some(PathBuf::from("/dev/null")) };
         (Lines::new(ours, speaker), theirs)
     }
 

@@ -4,6 +4,7 @@
 //! whoever waits for it, with the time at which QEMU says that it happened.
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -36,8 +37,8 @@ impl Qmp {
     ///
     /// # Errors
     /// [`QmpError`] if what speaks is no QMP.
-    pub fn greet(mut lines: Lines) -> Result<Self, QmpError> {
-        let line = lines.next("greeting", soon())?;
+    pub fn greet(mut lines: Lines, deadline: Deadline) -> Result<Self, QmpError> {
+        let line = lines.next("greeting", deadline)?;
         let greeting: Value = parse(&lines, &line)?;
         let version = &greeting["QMP"]["version"];
         let number = |part| version["qemu"][part].as_u64().unwrap_or_default();
@@ -57,6 +58,25 @@ impl Qmp {
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
         let message = json!({ "execute": command, "arguments": arguments });
         self.lines.send(&message.to_string())?;
+        self.answer(command)
+    }
+
+    /// The same, with a descriptor beside it.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn execute_with(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        file: BorrowedFd<'_>,
+    ) -> Result<Value, QmpError> {
+        let message = json!({ "execute": command, "arguments": arguments });
+        self.lines.send_with(&message.to_string(), file)?;
+        self.answer(command)
+    }
+
+    fn answer(&mut self, command: &str) -> Result<Value, QmpError> {
         let deadline = soon();
         loop {
             let mut message = self.message(&format!("answer to {command}"), deadline)?;
@@ -106,6 +126,11 @@ impl Qmp {
         }
     }
 
+    /// Forgets events that have come so far.
+    pub fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
     /// Which QEMU it is.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -152,7 +177,7 @@ mod tests {
         let (lines, mut other) = pair();
         let event = r#"{"event":"STOP","timestamp":{"seconds":7,"microseconds":5}}"#;
         writeln!(other, "{GREETING}\n{{\"return\":{{}}}}\n{event}\n{{\"return\":3}}").unwrap();
-        let mut qmp = Qmp::greet(lines).unwrap();
+        let mut qmp = Qmp::greet(lines, soon()).unwrap();
         assert_eq!(qmp.version, "11.1.3 P");
         assert_eq!(qmp.execute("count", &json!({})).unwrap(), 3);
         let stop = qmp.event("STOP", soon(), |event| event.name == "STOP").unwrap();
@@ -164,7 +189,7 @@ mod tests {
         let (lines, mut other) = pair();
         let refusal = r#"{"error":{"class":"GenericError","desc":"not now"}}"#;
         writeln!(other, "{GREETING}\n{{\"return\":{{}}}}\n{refusal}").unwrap();
-        let error = Qmp::greet(lines).unwrap().execute("migrate", &json!({})).unwrap_err();
+        let error = Qmp::greet(lines, soon()).unwrap().execute("migrate", &json!({})).unwrap_err();
         assert_eq!(error.to_string(), "a test refused migrate: not now");
     }
 }
