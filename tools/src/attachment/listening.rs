@@ -4,6 +4,7 @@ use super::{Hello, MAGIC, VERSION, Word, receive_state};
 use crate::handoff::framing;
 use afterimage::StateSection;
 use crossbeam_channel::{Receiver, Sender};
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -169,11 +170,23 @@ pub(super) fn connect(path: &Path, hello: &Hello) -> io::Result<UnixStream> {
 /// What is known already: successors say things again.
 #[derive(Debug, Default)]
 struct Told {
-    attached: bool,
-    state: bool,
-    run: bool,
-    all_arrived: bool,
+    once: BTreeSet<Once>,
     refusal: Option<String>,
+}
+
+/// What is told once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Once {
+    Attached,
+    State,
+    Run,
+    AllArrived,
+}
+
+impl Told {
+    fn is_known(&mut self, what: Once) -> bool {
+        !self.once.insert(what)
+    }
 }
 
 /// The thread that hears page-client, and each of its successors.
@@ -220,15 +233,15 @@ impl Listening {
                     framing::send(socket, &Word::Ready)?;
                     return Ok(false);
                 }
-                if std::mem::replace(&mut told.state, true) {
+                if told.is_known(Once::State) {
                     // It is being restored.
                     return Ok(false);
                 }
                 AttachmentEvent::State(state)
             }
-            Word::Run if std::mem::replace(&mut told.run, true) => return Ok(false),
+            Word::Run if told.is_known(Once::Run) => return Ok(false),
             Word::Run => AttachmentEvent::Run,
-            Word::AllArrived if std::mem::replace(&mut told.all_arrived, true) => {
+            Word::AllArrived if told.is_known(Once::AllArrived) => {
                 return Ok(false);
             }
             Word::AllArrived => AttachmentEvent::AllArrived,
@@ -242,7 +255,7 @@ impl Listening {
             }
             Word::NotHere { reason } | Word::Refused { reason } => AttachmentEvent::NotHere(reason),
             Word::Failed { reason } => AttachmentEvent::Failed(reason),
-            Word::Attached if std::mem::replace(&mut told.attached, true) => return Ok(false),
+            Word::Attached if told.is_known(Once::Attached) => return Ok(false),
             Word::Attached if self.drives() => AttachmentEvent::Attached,
             Word::Attached => return Ok(false),
             word @ (Word::Ready | Word::Withdrawn) => {

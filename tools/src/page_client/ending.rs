@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::farewell::FAREWELL;
 use super::party::Party;
 use super::report::Outcome;
+use super::serving::DriverNeed;
 use crate::attachment::{DrivenBy, Word};
 use crate::page_server::progress::Progress;
 
@@ -50,14 +51,14 @@ impl Ending {
         }
     }
 
-    /// `is_started` says whether a driver has heard that the guest may run: until then it stands
-    /// still, and nobody else would start it.
-    pub(super) fn tell_driver(&mut self, driver: &mut Party, is_started: bool, say: &Progress) {
+    /// Until a driver has heard that the guest may run, it stands still, and nobody else would
+    /// start it.
+    pub(super) fn tell_driver(&mut self, driver: &mut Party, need: DriverNeed, say: &Progress) {
         if self.driver == Knows::Settled {
             return;
         }
         let may_be_away = match self.outcome {
-            Outcome::Finished => is_started,
+            Outcome::Finished => need == DriverNeed::Over,
             _ => self.is_late(),
         };
         if driver.tell(&self.last_word, say) || may_be_away {
