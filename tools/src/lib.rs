@@ -34,6 +34,7 @@ pub mod microvm;
 pub mod migrate;
 pub mod page_client;
 pub mod page_server;
+mod placing;
 mod processes;
 pub mod qemu;
 pub mod ram;

@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+pub use crate::placing::{HIGH_RAM_START, LOW_RAM_END};
 pub use hugepages::{HugePages, HugePagesError};
 use mapping::Mapping;
 
@@ -28,12 +29,6 @@ pub const PAGE_BYTES: u64 = 4096;
 /// Bytes in a huge page: 2 MiB. Every region is a multiple of it, and aligned to it
 /// in guest physical memory and on the host.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
-
-/// RAM below 4 GiB ends here; the rest continues at [`HIGH_RAM_START`], as in a PC.
-pub const LOW_RAM_END: u64 = 3 << 30;
-
-/// Where RAM continues above the MMIO hole.
-pub const HIGH_RAM_START: u64 = 4 << 30;
 
 /// A guest physical address, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -8,7 +8,8 @@ use afterimage::{GuestAddress, SourceMemory, SourceMemoryError, SourceRegion};
 use serde::Deserialize;
 
 use super::options::{FilePiece, Hole, parse_bytes};
-use crate::ram::{HIGH_RAM_START, LOW_RAM_END, PAGE_BYTES};
+use crate::placing::Placing;
+use crate::ram::PAGE_BYTES;
 
 /// A piece of a file at a guest address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,7 +111,10 @@ fn hint(error: &io::Error) -> &'static str {
 /// [`FileError`] where a file is not there or a piece is not in it.
 pub fn place(pieces: &[FilePiece], hole: Hole) -> Result<Vec<Placed>, FileError> {
     let mut placed = Vec::new();
-    let mut at = 0;
+    let mut placing = match hole {
+        Hole::Pc => Placing::as_in_a_pc(),
+        Hole::None => Placing::without_hole(),
+    };
     for FilePiece { path, piece } in pieces {
         let (mut offset, mut left) = match *piece {
             Some(piece) => piece,
@@ -120,16 +124,8 @@ pub fn place(pieces: &[FilePiece], hole: Hole) -> Result<Vec<Placed>, FileError>
             return Err(FileError::Empty { path: path.clone() });
         }
         while left > 0 {
-            if hole == Hole::Pc && at == LOW_RAM_END {
-                at = HIGH_RAM_START;
-            }
-            let room = match hole {
-                Hole::Pc if at < LOW_RAM_END => LOW_RAM_END - at,
-                _ => u64::MAX,
-            };
-            let length = left.min(room);
-            placed.push(Placed { guest_address: at, length, path: path.clone(), offset });
-            at = at.saturating_add(length);
+            let (guest_address, length) = placing.place(left);
+            placed.push(Placed { guest_address, length, path: path.clone(), offset });
             (offset, left) = (offset.saturating_add(length), left - length);
         }
     }

@@ -1,0 +1,86 @@
+//! What processes of this test binary do: each is a test that does nothing in the test itself.
+
+use std::io::BufRead;
+use std::time::Duration;
+
+use afterimage_tools::page_server::Notice;
+use afterimage_tools::{keeper, page_client, page_server};
+use clap::Parser;
+
+use crate::bystanders;
+use crate::process::{ARGUMENTS, ROLE, say};
+use crate::vmm::Vmm;
+
+/// The arguments of this process, if it plays this role.
+fn arguments(role: &str) -> Option<Vec<String>> {
+    if std::env::var(ROLE).ok()? != role {
+        return None;
+    }
+    let arguments = std::env::var(ARGUMENTS).unwrap_or_default();
+    Some(arguments.lines().map(str::to_owned).collect())
+}
+
+fn tell(notice: Notice) {
+    match notice {
+        Notice::Listening(address) => say(&format!("listening on {address}")),
+        Notice::Line(line) => say(&line),
+        _ => {}
+    }
+}
+
+/// Ends the process at once: the harness would write more.
+fn end<E: std::fmt::Display>(result: Result<(), E>) -> ! {
+    match result {
+        Ok(()) => say("finished"),
+        Err(error) => say(&format!("failed: {error}")),
+    }
+    std::process::exit(0)
+}
+
+#[test]
+fn page_server() {
+    let Some(arguments) = arguments("page_server") else { return };
+    let arguments = std::iter::once("page-server".to_owned()).chain(arguments);
+    let options = page_server::options::Options::try_parse_from(arguments).unwrap();
+    end(page_server::run(&options, tell));
+}
+
+#[test]
+fn page_client() {
+    let Some(arguments) = arguments("page_client") else { return };
+    let arguments = std::iter::once("page-client".to_owned()).chain(arguments);
+    let options = page_client::options::Options::try_parse_from(arguments).unwrap();
+    end(page_client::run(&options, Duration::from_millis(200), tell));
+}
+
+#[test]
+fn keeper() {
+    let Some(arguments) = arguments("keeper") else { return };
+    let address = arguments[0].parse().unwrap();
+    end(keeper::hold(&address, 64, tell).map(drop));
+}
+
+/// A program that maps memory, preloaded with the library.
+#[test]
+fn vmm() {
+    let Some(_) = arguments("vmm") else { return };
+    let mut vmm = Vmm::default();
+    for line in std::io::stdin().lock().lines() {
+        let line = line.unwrap();
+        if line == "end" {
+            break;
+        }
+        say(&vmm.take(&line));
+    }
+    std::process::exit(0);
+}
+
+/// A program that has nothing to do with guest memory.
+#[test]
+fn bystander() {
+    let Some(_) = arguments("bystander") else { return };
+    for line in bystanders::act() {
+        say(&line);
+    }
+    std::process::exit(0);
+}
