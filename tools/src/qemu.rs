@@ -144,7 +144,7 @@ struct Alone {
 impl Observer for Alone {
     fn hear(&mut self, heard: Heard) {
         let (event, line) = match heard {
-            Heard::Armed => ("armed", "waiting for the guest; QEMU and its memory are ready"),
+            Heard::Armed(_) => ("armed", "waiting for the guest; QEMU and its memory are ready"),
             Heard::State(bytes) => {
                 self.journal.times.state_bytes = Some(bytes as u64);
                 ("state", "the device state is here")

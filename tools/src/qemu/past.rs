@@ -4,9 +4,13 @@
 //! Invariant: that the guest was stopped for the migration is on record before it is stopped, so
 //! that whoever comes after knows that it has to go on, and where.
 
-use std::path::Path;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
-use afterimage::{GuestLayout, SourceOptions, SourceOwnership, SourceStateFile};
+use afterimage::{GuestLayout, SourceOptions, SourceOwnership, SourceStateFile, StateSection};
+use serde::{Deserialize, Serialize};
 
 use super::machine::Vcpus;
 use crate::page_server::Failure;
@@ -41,6 +45,25 @@ pub(super) enum Past {
     Over,
     /// The destination was declared dead.
     Fenced,
+}
+
+/// Device state, as it is kept.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    session: String,
+    sections: Vec<KeptSection>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct KeptSection {
+    name: String,
+    version: u32,
+    length: usize,
+}
+
+fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(bytes)
 }
 
 /// The state file, if there is one.
@@ -111,6 +134,64 @@ impl Record {
 
     pub(super) const fn is_kept(&self) -> bool {
         self.0.is_some()
+    }
+
+    /// Keeps device state for whoever comes after: QEMU does not save it twice. A process that is
+    /// killed loses nothing of it, and a power failure takes the guest's memory too, so that
+    /// nothing waits for a disk here, while the guest stands still.
+    pub(super) fn keep_state(&self, sections: &[StateSection]) -> Result<(), Failure> {
+        let Some(path) = self.state_path() else { return Ok(()) };
+        let new = path.with_extension("new");
+        let written = write(&new, &self.kept(sections)).and_then(|()| fs::rename(&new, &path));
+        written.map_err(Failure::of("keep device state beside the state file"))
+    }
+
+    /// What was kept; nothing if there is nothing of this session.
+    pub(super) fn kept_state(&self) -> Vec<StateSection> {
+        let found = self.state_path().and_then(|path| fs::read(path).ok());
+        found.and_then(|bytes| self.unpack(&bytes)).unwrap_or_default()
+    }
+
+    /// The session is over.
+    pub(super) fn forget_state(&self) {
+        if let Some(path) = self.state_path() {
+            // It may never have come so far.
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    fn state_path(&self) -> Option<PathBuf> {
+        let mut name = self.0.as_ref()?.path().into_os_string();
+        name.push(".device");
+        Some(name.into())
+    }
+
+    /// A line of JSON, and the bytes of the sections after it.
+    fn kept(&self, sections: &[StateSection]) -> Vec<u8> {
+        let session = self.session().unwrap_or_default();
+        let sections_of = sections.iter().map(|section| KeptSection {
+            name: section.name.clone(),
+            version: section.version,
+            length: section.bytes.len(),
+        });
+        let kept = Kept { session, sections: sections_of.collect() };
+        let mut bytes = serde_json::to_vec(&kept).expect("text and numbers are always JSON");
+        bytes.push(b'\n');
+        sections.iter().for_each(|section| bytes.extend(&section.bytes));
+        bytes
+    }
+
+    fn unpack(&self, bytes: &[u8]) -> Option<Vec<StateSection>> {
+        let end = bytes.iter().position(|byte| *byte == b'\n')?;
+        let kept: Kept = serde_json::from_slice(&bytes[..end]).ok()?;
+        let mut rest = &bytes[end + 1..];
+        let sections = kept.sections.into_iter().map(|KeptSection { name, version, length }| {
+            let (bytes, after) = rest.split_at_checked(length)?;
+            rest = after;
+            Some(StateSection { name, version, bytes: bytes.to_vec() })
+        });
+        let sections = sections.collect::<Option<Vec<_>>>()?;
+        (Some(kept.session) == self.session()).then_some(sections)
     }
 
     /// The session's id, if there is one on record.

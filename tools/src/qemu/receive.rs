@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use afterimage::Address;
 use serde_json::json;
 
-use super::machine::{Machine, Taking, Vcpus, failed};
+use super::machine::{Facts, Machine, Taking, Vcpus, failed};
 use super::options::DestinationOptions;
 use super::{Deadline, QmpError, state};
 use crate::attachment::{AttachmentEvent, Driver};
@@ -24,8 +24,9 @@ const RESUME: Duration = Duration::from_secs(30);
 /// What the destination tells whoever started it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Heard {
-    /// Everything is checked, and the memory is served: the source may stop its guest.
-    Armed,
+    /// Everything is checked, and the memory is served: the source may stop its guest, if it is
+    /// such a one.
+    Armed(Facts),
     /// Device state is there, so many bytes.
     State(usize),
     /// It was loaded in this time.
@@ -93,7 +94,10 @@ impl Receiving<'_> {
             }
             let Some(event) = self.driver.next(LOOK) else { continue };
             match event {
-                AttachmentEvent::Attached => self.observer.hear(Heard::Armed),
+                AttachmentEvent::Attached => {
+                    let facts = self.machine.facts.clone();
+                    self.observer.hear(Heard::Armed(facts));
+                }
                 AttachmentEvent::State(sections) => {
                     if let Some(ended) = self.restore(sections)? {
                         return Ok(ended);

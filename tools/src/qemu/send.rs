@@ -34,6 +34,8 @@ const STOP: Duration = Duration::from_secs(30);
 const FAREWELL: Duration = Duration::from_secs(10);
 /// How long it can come back to hear so, if its connection was lost at the end.
 const GRACE: Duration = Duration::from_millis(1200);
+/// How long the destination's side may take to end when the session has.
+const LAST_WORDS: Duration = Duration::from_secs(30);
 /// Between looks while the destination is to be ready.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -151,10 +153,9 @@ impl Sending {
             Past::Given => {
                 self.at = At::Gone;
                 self.say("going on: the guest was given to the destination");
-                // A destination that lost everything before it ran needs it again. The guest has
-                // stood still since, so that it is the same.
-                let bytes = state::save(&mut self.parts.machine)?;
-                self.send_state(bytes)?;
+                // A destination that lost everything before it ran needs it again.
+                let kept = self.parts.record.kept_state();
+                self.source.switch_over(kept).map_err(Failure::of("switch over"))?;
             }
             Past::Complete => {
                 self.at = At::Gone;
@@ -249,14 +250,11 @@ impl Sending {
         let saving = Instant::now();
         let bytes = state::save(&mut self.parts.machine)?;
         self.parts.journal.times.save_us = Some(micros(saving.elapsed()));
-        self.send_state(bytes)
-    }
-
-    fn send_state(&mut self, bytes: Vec<u8>) -> Result<(), Failure> {
         self.parts.journal.times.state_bytes = Some(bytes.len() as u64);
         let facts = self.parts.machine.facts.clone();
         let description = Description { facts, vcpus_before: self.vcpus };
         let sections = state::pack(&description, bytes);
+        self.parts.record.keep_state(&sections)?;
         self.source.switch_over(sections).map_err(Failure::of("switch over"))
     }
 
@@ -293,7 +291,10 @@ impl Sending {
             }
             SourceEvent::Running => {
                 self.at = At::Gone;
-                self.measure_blackout(unix_now());
+                // A companion knows better.
+                if self.parts.companion.is_none() {
+                    self.measure_blackout(unix_now());
+                }
                 self.note("running", "the guest runs at the destination");
             }
             SourceEvent::Finished => {
@@ -321,15 +322,19 @@ impl Sending {
     /// The outcome, if what the destination's side says ends it.
     fn take_news(&mut self, news: News) -> Option<Outcome> {
         match news {
-            News::Heard(Heard::Armed) => self.is_armed = true,
+            News::Heard(Heard::Armed(facts)) => match facts.why_not(&self.parts.machine.facts) {
+                None => {
+                    self.is_armed = true;
+                    self.note("armed", "the destination's QEMU and its memory are ready");
+                }
+                Some(why) if self.at == At::Here => self.take_back(Failure::new(why)),
+                Some(why) => self.say(&why),
+            },
             News::Heard(Heard::State(_) | Heard::Run | Heard::AllArrived) => {}
             News::Heard(Heard::Loaded(time)) => {
                 self.parts.journal.times.load_us = Some(micros(time));
             }
-            News::Heard(Heard::Resumed(at)) => {
-                let at = at.unwrap_or_else(unix_now);
-                self.measure_exactly(at);
-            }
+            News::Heard(Heard::Resumed(at)) => self.measure_blackout(at.unwrap_or_else(unix_now)),
             News::Heard(Heard::Line(line)) => self.say(&line),
             News::Ended(Ok(Ended::Finished | Ended::Stopped)) => {}
             News::Ended(Ok(Ended::NotHere(reason))) => {
@@ -347,12 +352,6 @@ impl Sending {
     }
 
     fn measure_blackout(&mut self, resumed: Duration) {
-        if self.parts.journal.times.blackout_us.is_none() {
-            self.measure_exactly(resumed);
-        }
-    }
-
-    fn measure_exactly(&mut self, resumed: Duration) {
         let Some(stopped) = self.stopped else { return };
         let blackout = resumed.saturating_sub(stopped);
         self.parts.journal.times.blackout_us = Some(micros(blackout));
@@ -418,36 +417,63 @@ impl Sending {
         self.parts.progress.say(line);
     }
 
-    fn close(self, outcome: Outcome, options: &SourceOptions) -> Report {
-        let Self { mut parts, source, events, pages, reason, .. } = self;
-        let counts = PageCounts::of(&source.stats(), pages);
-        let until = Instant::now() + GRACE;
-        let mut is_waiting = outcome == Outcome::Finished && parts.record.is_kept();
-        while is_waiting && Instant::now() < until {
-            let left = until.saturating_duration_since(Instant::now());
-            is_waiting = parts.waiter.wait(left).is_ok_and(|signals| signals == 0);
-            while let Some(event) = events.try_next() {
-                parts.desk.note(&event);
-            }
+    fn close(mut self, outcome: Outcome, options: &SourceOptions) -> Report {
+        let (mut outcome, is_finished) = (outcome, outcome == Outcome::Finished);
+        if is_finished && let Some(failure) = self.hear_out() {
+            self.say(&failure.to_string());
+            (outcome, self.reason) = (Outcome::Failed, Some(failure));
         }
+        // Whoever is on the way back is to hear how it ended.
+        let is_away = !self.is_attached && self.reason.is_some();
+        if (is_finished && self.parts.record.is_kept()) || is_away {
+            self.linger();
+        }
+        let Self { mut parts, source, pages, reason, .. } = self;
+        let counts = PageCounts::of(&source.stats(), pages);
         parts.desk.detach();
         // Waits until the destination has heard that it is over.
         drop(source);
-        hear_out(&mut parts);
-        if outcome == Outcome::Finished {
+        drop(parts.companion.take());
+        if is_finished {
             if let Err(error) = parts.record.note_bye() {
                 parts.progress.say(&format!("warning: {error}"));
             }
             end_source(&mut parts, options);
         }
+        if is_finished || outcome == Outcome::NotMoved {
+            parts.record.forget_state();
+        }
         let reason = reason.filter(|_| outcome != Outcome::Finished);
         parts.journal.close(outcome, reason.as_ref(), Some(counts))
     }
-}
 
-/// What the other side has still to say; it ends with this.
-fn hear_out(parts: &mut Parts) {
-    drop(parts.companion.take());
+    /// Waits until the destination's side has ended too, where this process is both: it may have
+    /// to let the guest run yet. Returns what has kept it from that.
+    fn hear_out(&mut self) -> Option<Failure> {
+        let until = Instant::now() + LAST_WORDS;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.parts.companion.as_ref()?.news.recv_timeout(left) {
+                Ok(News::Ended(Err(failure))) => return Some(failure),
+                Ok(News::Ended(Ok(_))) | Err(_) => return None,
+                Ok(news) => drop(self.take_news(news)),
+            }
+        }
+    }
+
+    /// Stays for a destination that comes back. A signal ends it.
+    fn linger(&mut self) {
+        let until = Instant::now() + GRACE;
+        while Instant::now() < until {
+            let left = until.saturating_duration_since(Instant::now());
+            if self.parts.waiter.wait(left).is_ok_and(|signals| signals > 0) {
+                return;
+            }
+            while let Some(event) = self.events.try_next() {
+                self.parts.desk.note(&event);
+            }
+        }
+    }
 }
 
 fn stop(machine: &mut Machine, vcpus: Vcpus) -> Result<Duration, QmpError> {

@@ -199,34 +199,17 @@ pub(super) fn load(
     bytes: Vec<u8>,
     look: &mut dyn FnMut() -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    machine.qmp.forget_events();
-    machine.capabilities.switch_on(&mut machine.qmp).map_err(failed)?;
-    let (read, write) = pipe().map_err(Failure::of("make a pipe for device state"))?;
-    let qmp = &mut machine.qmp;
-    qmp.execute_with("getfd", &json!({ "fdname": NAME }), read.as_fd()).map_err(failed)?;
-    drop(read);
-    qmp.execute("migrate-incoming", &json!({ "uri": format!("fd:{NAME}") })).map_err(failed)?;
-    // QEMU reads at its own pace. If it ends, so does this; why, it says itself.
-    let writer = move || File::from(write).write_all(&bytes);
-    let writer = thread::Builder::new().name("state".to_owned()).spawn(writer);
-    writer.map_err(Failure::of("start a thread"))?;
+    begin_to_load(machine, bytes)?;
     loop {
         look()?;
-        let migration = match machine.qmp.event(
-            "end of the migration",
-            Deadline::after(SLICE),
-            |event| event.name == "MIGRATION",
-        ) {
+        let event = machine.qmp.event("end of the migration", Deadline::after(SLICE), |event| {
+            event.name == "MIGRATION"
+        });
+        let status = match event {
             Err(QmpError::Late { .. }) => continue,
-            Err(QmpError::Ended { who, .. }) => {
-                return Err(Failure::new(format!(
-                    "{who} ended while it was loading the device state: its standard error says \
-                     why; both sides must have the same devices"
-                )));
-            }
-            other => other.map_err(failed)?,
+            other => other.map_err(not_loaded)?.data["status"].clone(),
         };
-        match migration.data["status"].as_str() {
+        match status.as_str() {
             Some("completed") => return Ok(()),
             Some("failed" | "cancelled") => {
                 return Err(Failure::new(format!(
@@ -237,5 +220,32 @@ pub(super) fn load(
             }
             _ => {}
         }
+    }
+}
+
+fn begin_to_load(machine: &mut Machine, bytes: Vec<u8>) -> Result<(), Failure> {
+    machine.qmp.forget_events();
+    machine.capabilities.switch_on(&mut machine.qmp).map_err(not_loaded)?;
+    let (read, write) = pipe().map_err(Failure::of("make a pipe for device state"))?;
+    let qmp = &mut machine.qmp;
+    let named = json!({ "fdname": NAME });
+    qmp.execute_with("getfd", &named, read.as_fd()).map_err(not_loaded)?;
+    drop(read);
+    let from = json!({ "uri": format!("fd:{NAME}") });
+    qmp.execute("migrate-incoming", &from).map_err(not_loaded)?;
+    // QEMU reads at its own pace. If it ends, so does this; why, it says itself.
+    let writer = move || File::from(write).write_all(&bytes);
+    let writer = thread::Builder::new().name("state".to_owned()).spawn(writer);
+    writer.map(drop).map_err(Failure::of("start a thread"))
+}
+
+/// QEMU ends if it cannot load what it is given.
+fn not_loaded(error: QmpError) -> Failure {
+    match error {
+        QmpError::Ended { who, .. } => Failure::new(format!(
+            "{who} ended while it was loading the device state: its standard error says why; both \
+             sides must have the same devices"
+        )),
+        error => failed(error),
     }
 }
