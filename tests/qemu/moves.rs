@@ -1,0 +1,52 @@
+//! A guest that moves: on files and on memfds, with one vCPU and with two.
+
+use afterimage_tools::require;
+
+use crate::support::{Backing, Qemu, Scene, Side, check_lived_on};
+
+/// Rounds before the guest moves, and after it has.
+const ROUNDS: usize = 5;
+
+/// One process drives both.
+fn migrates(vcpus: usize, backing: Backing) {
+    if !require::qemu_system() {
+        return;
+    }
+    let scene = Scene::new(vcpus, backing);
+    let pages = scene.unix("pages");
+    let source = Qemu::start(&scene, Side::Source);
+    source.serial.wait_rounds(vcpus, ROUNDS);
+    let client = scene.client(&["--connect", &pages]);
+    let mut destination = Qemu::start(&scene, Side::Destination);
+    let driver = scene.migrate(&["--quit-source"]);
+    let (status, report, _) = driver.report();
+    assert_eq!(status, 0, "{report:#}");
+    destination.serial.wait_rounds(vcpus, ROUNDS);
+    assert_eq!(destination.status(), "running");
+    assert_eq!(report["outcome"], "finished");
+    assert!(report["blackout_us"].as_u64().unwrap() > 0, "{report:#}");
+    let (status, client, _) = client.report();
+    assert_eq!((status, client["pages_complete"].as_u64()), (0, report["pages_total"].as_u64()));
+    let (before, after) = (source.last_words(), destination.last_words());
+    check_lived_on(&before, &after, vcpus, ROUNDS as u32);
+}
+
+#[test]
+fn a_guest_of_one_vcpu_moves_from_file_to_file() {
+    migrates(1, Backing::File);
+}
+
+#[test]
+fn a_guest_of_two_vcpus_moves_from_file_to_file() {
+    migrates(2, Backing::File);
+}
+
+#[test]
+fn a_guest_of_one_vcpu_moves_from_memfd_to_memfd() {
+    migrates(1, Backing::Memfd);
+}
+
+#[test]
+fn a_guest_of_two_vcpus_moves_from_memfd_to_memfd() {
+    migrates(2, Backing::Memfd);
+}

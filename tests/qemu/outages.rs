@@ -1,0 +1,118 @@
+//! What breaks after the guest was given away costs it time, and nothing else: the link, the
+//! page-client, and afterimage-qemu itself, killed in the middle of the move.
+
+use afterimage_tools::require;
+use serde_json::Value;
+
+use crate::support::{Backing, Daemon, GUEST, KEEPER, Network, Qemu, Scene, Side, check_lived_on};
+
+const ROUNDS: usize = 3;
+/// Slow enough for something to happen in the middle.
+const SLOW: &str = "25M";
+
+/// A guest that runs at the destination, while its memory is on its way.
+struct Moving {
+    scene: Scene,
+    network: Network,
+    source: Qemu,
+    client: Daemon,
+    destination: Qemu,
+    send: Daemon,
+    receive: Daemon,
+}
+
+impl Moving {
+    fn start(vcpus: usize, backing: Backing, client: &[&str]) -> Self {
+        let scene = Scene::new(vcpus, backing);
+        let network = Network::to(scene.path("pages"));
+        let source = Qemu::start(&scene, Side::Source);
+        source.serial.wait_rounds(vcpus, ROUNDS);
+        let address = network.address.clone();
+        let client = scene.client(&[&["--connect", address.as_str()], client].concat());
+        let destination = Qemu::start(&scene, Side::Destination);
+        let mut receive = scene.receive();
+        receive.line("waiting for the guest");
+        let mut moving =
+            Self { send: send(&scene), scene, network, source, client, destination, receive };
+        moving.send.line("the guest runs at the destination");
+        moving.receive.line("the guest runs here");
+        moving
+    }
+
+    /// All of it arrives, and the guest has lived on.
+    fn finish(self) -> (Value, Value) {
+        let Self { scene, mut source, client, mut destination, send, receive, .. } = self;
+        let (status, sent, lines) = send.report();
+        assert_eq!((status, &sent["outcome"]), (0, &Value::from("finished")), "{lines:#?}");
+        let (status, _, lines) = receive.report();
+        assert_eq!(status, 0, "{lines:#?}");
+        let (status, served, _) = client.report();
+        assert_eq!((status, &served["pages_complete"]), (0, &served["pages_total"]), "{served:#}");
+        destination.serial.wait_rounds(scene.vcpus, ROUNDS);
+        assert_eq!(destination.status(), "running");
+        assert_eq!(source.status(), "postmigrate");
+        let (before, after) = (source.last_words(), destination.last_words());
+        check_lived_on(&before, &after, scene.vcpus, ROUNDS as u32);
+        (sent, served)
+    }
+}
+
+fn send(scene: &Scene) -> Daemon {
+    let state = scene.path("state").display().to_string();
+    scene.send(&["--state", &state, "--bandwidth", SLOW])
+}
+
+#[test]
+fn a_link_that_is_cut_in_the_middle_costs_nothing_but_time() {
+    if !require::qemu_system() {
+        return;
+    }
+    let mut moving = Moving::start(2, Backing::File, &[]);
+    for _ in 0..3 {
+        assert!(moving.network.cut() > 0, "there were connections");
+        moving.send.line("page-client is away");
+        moving.send.line("page-client is attached");
+    }
+    let (sent, served) = moving.finish();
+    assert!(sent["recoveries"].as_u64().unwrap() >= 3, "{sent:#}");
+    assert!(served["recoveries"].as_u64().unwrap() >= 3, "{served:#}");
+}
+
+#[test]
+fn a_page_client_killed_in_the_middle_goes_on_where_it_was() {
+    if !require::qemu_system() {
+        return;
+    }
+    for backing in [Backing::File, Backing::Memfd] {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name).display().to_string();
+        let place = format!("unix:{}", at("keeper"));
+        let mut keeper = Daemon::start(KEEPER, &["--listen", &place]);
+        keeper.line(&place);
+        let state = at("client.state");
+        let more = ["--state", &state, "--keeper", &place, "--guest", GUEST];
+        let mut moving = Moving::start(1, backing, &more);
+        moving.client.kill();
+        let address = moving.network.address.clone();
+        moving.client = moving.scene.client(&[&["--connect", &address], &more[..]].concat());
+        moving.receive.line("page-client is there again");
+        let (_, served) = moving.finish();
+        assert_eq!(served["taken_over"], true, "{served:#}");
+        let fetched = |what: &str| served[what].as_u64().unwrap();
+        assert!(fetched("pages_background") + fetched("pages_requested") > 0, "{served:#}");
+    }
+}
+
+#[test]
+fn afterimage_qemu_killed_in_the_middle_goes_on_where_it_was() {
+    if !require::qemu_system() {
+        return;
+    }
+    let mut moving = Moving::start(2, Backing::Memfd, &[]);
+    moving.send.kill();
+    moving.send = send(&moving.scene);
+    moving.send.line("the guest was given to the destination");
+    moving.receive.kill();
+    moving.receive = moving.scene.receive();
+    moving.finish();
+}
