@@ -2,6 +2,7 @@
 //! and its serial port shows that it lived on, and that no page was wrong.
 
 mod boot;
+mod document;
 mod failures;
 mod moves;
 mod outages;

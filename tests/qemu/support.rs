@@ -265,7 +265,11 @@ pub(crate) struct Serial {
 
 impl Serial {
     fn accept(listener: &UnixListener) -> Self {
-        let (mut stream, _) = listener.accept().unwrap();
+        Self::of(listener.accept().unwrap().0)
+    }
+
+    /// What is read from there.
+    pub(crate) fn of(mut stream: impl Read + Send + 'static) -> Self {
         let said = Arc::new(Mutex::new(Vec::new()));
         let (sender, news) = channel();
         let shared = Arc::clone(&said);
