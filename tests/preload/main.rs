@@ -10,4 +10,5 @@ mod refusals;
 mod roles;
 mod scene;
 mod serving;
+mod tracking;
 mod vmm;

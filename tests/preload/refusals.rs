@@ -87,7 +87,7 @@ fn a_missing_right_is_named() {
     let Ok(may) = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd") else { return };
     let is_root = nix::unistd::geteuid().is_root();
     let right = if is_root && may.trim() == "0" { Ok(()) } else { Err("whoever runs it may") };
-    if require::or_skip("a right to give up", right).is_none() {
+    if require::or_skip("unprivileged", right).is_none() {
         return;
     }
     let lines = [OPEN, "nobody", MAP];
@@ -139,7 +139,7 @@ fn an_environment_that_is_wrong_is_named() {
         ("AFTERIMAGE_MEMORY", "ram", "absolute path or memfd:NAME"),
         ("AFTERIMAGE_MEMORY", "memfd:ram;", "absolute path or memfd:NAME"),
         ("AFTERIMAGE_SOCKET", "tcp:127.0.0.1:1", "write unix:PATH"),
-        ("AFTERIMAGE_SOCKET", "", "AFTERIMAGE_SOCKET is not set"),
+        ("AFTERIMAGE_SOCKET", "", "neither AFTERIMAGE_SOCKET nor AFTERIMAGE_TRACKING is set"),
         ("AFTERIMAGE_GUEST", "", "AFTERIMAGE_GUEST is not set"),
         ("AFTERIMAGE_HOLE", "isa", "write pc or none"),
     ] {

@@ -3,7 +3,9 @@
 use std::io::BufRead;
 use std::time::Duration;
 
+use afterimage::dirty::DirtyTracker;
 use afterimage_tools::page_server::Notice;
+use afterimage_tools::tracking::VmmTracker;
 use afterimage_tools::{keeper, page_client, page_server};
 use clap::Parser;
 
@@ -58,6 +60,16 @@ fn keeper() {
     let Some(arguments) = arguments("keeper") else { return };
     let address = arguments[0].parse().unwrap();
     end(keeper::hold(&address, 64, tell).map(drop));
+}
+
+/// Tracks a VMM until it is killed.
+#[test]
+fn tracker() {
+    let Some(arguments) = arguments("tracker") else { return };
+    let mut tracker = VmmTracker::connect(arguments[0].as_ref()).unwrap();
+    tracker.start().unwrap();
+    say("tracking");
+    end(std::io::stdin().lines().last().transpose().map(drop));
 }
 
 /// A program that maps memory, preloaded with the library.

@@ -112,19 +112,26 @@ impl Scene {
         driving
     }
 
-    /// Everybody ends well.
+    /// Everybody ends well, and the library too.
     pub(crate) fn ends(&mut self, driving: &Driving, vmm: &mut Process) {
+        self.arrives(driving);
+        // The thread that listened has gone, and with it all that the library did.
+        let until = Instant::now() + LIMIT;
+        while vmm.ask("threads").contains("afterimage") {
+            assert!(Instant::now() < until, "the thread does not end");
+        }
+    }
+}
+
+impl Scene {
+    /// Who has brought the memory ends well.
+    pub(crate) fn arrives(&mut self, driving: &Driving) {
         driving.until(&AttachmentEvent::AllArrived);
         driving.until(&AttachmentEvent::Finished);
         for side in [self.client.take(), self.server.take()] {
             let (status, said, complaints) = side.unwrap().end();
             assert_eq!(status, 0, "{complaints:#?}");
             assert!(said.iter().any(|it| it == "finished"), "{said:#?}");
-        }
-        // The thread that listened has gone, and with it all that the library did.
-        let until = Instant::now() + LIMIT;
-        while vmm.ask("threads").contains("afterimage") {
-            assert!(Instant::now() < until, "the thread does not end");
         }
     }
 }

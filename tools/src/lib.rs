@@ -13,6 +13,7 @@
 //! - [`qemu`]: moving the guest of an unmodified QEMU
 //! - [`control`]: driving a migration from a socket, and watching it
 //! - [`ctl`]: the client of that socket
+//! - [`tracking`]: what an unmodified VMM writes
 //! - [`report_page`]: measurements as a page of HTML with pictures
 //! - [`sampling`]: samples of a migration as it goes on
 //! - [`bandwidth`]: the rate of the background as people write it
@@ -42,3 +43,4 @@ pub mod report_page;
 pub mod require;
 pub mod sampling;
 pub mod size;
+pub mod tracking;

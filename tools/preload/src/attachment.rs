@@ -3,18 +3,15 @@
 //!
 //! All of it is done by one thread, in which no signal handler runs.
 
+use crate::connection::{Connection, RegionOfVmm};
 use crate::memory;
 use crate::refusal::Shown;
 use crate::system;
 use crate::table::Placed;
-use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::{Deserialize, Serialize};
-use std::ffi::OsStr;
-use std::io::{self, IoSlice, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixStream;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,8 +26,8 @@ pub(crate) struct Offer {
     pub(crate) descriptors: Vec<OwnedFd>,
 }
 
-/// How long page-client may take to take a guest's memory.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The first bytes of a connection, and the version.
+const PREFIX: &[u8] = b"AIMGATCH\x01\0\0\0";
 /// Pauses between attempts to find a successor.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LAST_PAUSE: Duration = Duration::from_millis(500);
@@ -66,22 +63,6 @@ enum Hello<'a> {
     },
     /// The page-client that I had is gone.
     Return { name: &'a str },
-}
-
-#[derive(Serialize)]
-struct RegionOfVmm {
-    guest_address: u64,
-    address: u64,
-    length: u64,
-    page_size: u64,
-    file: (usize, u64),
-}
-
-impl From<&Placed> for RegionOfVmm {
-    fn from(placed: &Placed) -> Self {
-        let Placed { guest_address, address, length, page: page_size, file, offset } = *placed;
-        Self { guest_address, address, length, page_size, file: (file, offset) }
-    }
 }
 
 /// What is said after that.
@@ -161,7 +142,7 @@ impl Client {
                 Err(_) => {}
             }
             // A child that was forked has the connection too.
-            let _ = connection.0.shutdown(std::net::Shutdown::Both);
+            let _ = connection.socket().shutdown(Shutdown::Both);
             let Some(successor) = self.find_successor() else { return };
             connection = successor;
         }
@@ -181,10 +162,11 @@ impl Client {
                  first"
             )
         })?;
-        let sent =
-            connection.greet(&hello).and_then(|()| connection.send_descriptors(&offer.descriptors));
+        let sent = connection
+            .greet(PREFIX, &hello)
+            .and_then(|()| connection.send_descriptors(&offer.descriptors));
         // Where this failed, page-client may have said why it has stopped listening.
-        let heard = match (connection.is_attached(), sent) {
+        let heard = match (is_attached(&mut connection), sent) {
             (Ok(Ok(())), Ok(())) => return Ok(connection),
             (Ok(Err(reason)), _) => {
                 format!("page-client at unix:{at} refuses the guest's memory: {reason}")
@@ -200,7 +182,7 @@ impl Client {
     }
 
     fn hear(&mut self, connection: &mut Connection) -> io::Result<Next> {
-        match connection.receive()? {
+        match connection.receive::<Word>()? {
             Word::AllArrived => {
                 memory::all_arrived();
                 self.arrived = Some(Instant::now());
@@ -261,82 +243,21 @@ impl Client {
 
     fn return_to_it(&self) -> io::Result<Result<Connection, String>> {
         let mut connection = Connection::open(self.socket)?;
-        connection.greet(&Hello::Return { name: self.guest })?;
-        Ok(connection.is_attached()?.map(|()| connection))
+        connection.greet(PREFIX, &Hello::Return { name: self.guest })?;
+        let heard = is_attached(&mut connection)?;
+        Ok(heard.map(|()| connection))
     }
 }
 
-/// The first bytes of a connection, and the version.
-const PREFIX: &[u8] = b"AIMGATCH\x01\0\0\0";
-/// The most bytes of a message.
-const MAX_MESSAGE: usize = 4 << 20;
-/// Descriptors in one message of the protocol.
-const BATCH: usize = 64;
-/// The byte that carries descriptors.
-const CARRIER: &[u8] = b"D";
-
-/// Messages: a length, and JSON.
-struct Connection(UnixStream);
-
-impl Connection {
-    fn open(path: &[u8]) -> io::Result<Self> {
-        let socket = UnixStream::connect(OsStr::from_bytes(path))?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self(socket))
+/// Whether the memory is served, or why not. There is no limit to what is waited for after that.
+fn is_attached(connection: &mut Connection) -> io::Result<Result<(), String>> {
+    match connection.receive()? {
+        Word::Attached => {}
+        Word::Refused { reason } => return Ok(Err(reason)),
+        other => return Ok(Err(format!("it says {other:?} out of turn"))),
     }
-
-    fn greet(&mut self, hello: &Hello) -> io::Result<()> {
-        self.0.write_all(PREFIX)?;
-        self.send(hello)
-    }
-
-    fn send(&mut self, message: &impl Serialize) -> io::Result<()> {
-        let json = serde_json::to_vec(message)?;
-        let mut bytes = (json.len() as u32).to_le_bytes().to_vec();
-        bytes.extend(json);
-        self.0.write_all(&bytes)
-    }
-
-    fn receive(&mut self) -> io::Result<Word> {
-        let mut length = [0; 4];
-        self.0.read_exact(&mut length)?;
-        let length = u32::from_le_bytes(length) as usize;
-        if length > MAX_MESSAGE {
-            return Err(io::Error::other(format!("a message of {length} bytes")));
-        }
-        let mut json = vec![0; length];
-        self.0.read_exact(&mut json)?;
-        Ok(serde_json::from_slice(&json)?)
-    }
-
-    fn send_descriptors(&self, descriptors: &[OwnedFd]) -> io::Result<()> {
-        for batch in descriptors.chunks(BATCH) {
-            let raw: Vec<RawFd> = batch.iter().map(AsRawFd::as_raw_fd).collect();
-            let (carrier, rights) = ([IoSlice::new(CARRIER)], [ControlMessage::ScmRights(&raw)]);
-            let socket = self.0.as_raw_fd();
-            while let Err(errno) =
-                sendmsg::<()>(socket, &carrier, &rights, MsgFlags::MSG_NOSIGNAL, None)
-            {
-                if errno != Errno::EINTR {
-                    return Err(errno.into());
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the memory is served, or why not. There is no limit to what is waited for after
-    /// that.
-    fn is_attached(&mut self) -> io::Result<Result<(), String>> {
-        match self.receive()? {
-            Word::Attached => {}
-            Word::Refused { reason } => return Ok(Err(reason)),
-            other => return Ok(Err(format!("it says {other:?} out of turn"))),
-        }
-        self.0.set_read_timeout(None)?;
-        Ok(Ok(()))
-    }
+    connection.socket().set_read_timeout(None)?;
+    Ok(Ok(()))
 }
 
 #[cfg(test)]

@@ -11,8 +11,18 @@ use std::sync::OnceLock;
 pub(crate) struct Config {
     memory: &'static [u8],
     socket: Option<&'static [u8]>,
+    tracking: Option<&'static [u8]>,
     guest: Option<&'static [u8]>,
     hole: Option<&'static [u8]>,
+}
+
+/// What is to become of the memory that is named, and at which socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Its content arrives: the path of page-client's socket.
+    Serve(&'static [u8]),
+    /// It is there; whoever migrates it later connects to a socket at this path.
+    Track(&'static [u8]),
 }
 
 /// Guest addresses that are no memory.
@@ -74,6 +84,7 @@ fn read() -> Option<Config> {
     Some(Config {
         memory,
         socket: variable(c"AFTERIMAGE_SOCKET"),
+        tracking: variable(c"AFTERIMAGE_TRACKING"),
         guest: variable(c"AFTERIMAGE_GUEST"),
         hole: variable(c"AFTERIMAGE_HOLE"),
     })
@@ -121,13 +132,23 @@ impl Config {
         self.memory.split(|byte| *byte == SEPARATOR).map(entry)
     }
 
-    /// Of page-client.
-    pub(crate) fn socket(&self) -> Result<&'static [u8], ConfigError> {
-        let given = self.socket.ok_or(ConfigError::NoSocket)?;
-        match given.strip_prefix(b"unix:") {
-            Some(path) if !path.is_empty() => Ok(path),
-            _ => Err(ConfigError::Socket(Shown(given))),
+    /// What is done with the memory as it is mapped.
+    pub(crate) fn purpose(&self) -> Result<Purpose, ConfigError> {
+        // What is wrong is said before anything is begun.
+        let tracking = self.tracking().transpose()?;
+        match (self.socket, tracking) {
+            (Some(given), _) => {
+                path(given).map(Purpose::Serve).ok_or(ConfigError::Socket(Shown(given)))
+            }
+            (None, Some(path)) => Ok(Purpose::Track(path)),
+            (None, None) => Err(ConfigError::NoSocket),
         }
+    }
+
+    /// Where whoever migrates the memory away connects, once it is complete.
+    pub(crate) fn tracking(&self) -> Option<Result<&'static [u8], ConfigError>> {
+        let given = self.tracking?;
+        Some(path(given).ok_or(ConfigError::Tracking(Shown(given))))
     }
 
     /// Whose memory it is.
@@ -145,6 +166,10 @@ impl Config {
     }
 }
 
+fn path(address: &'static [u8]) -> Option<&'static [u8]> {
+    address.strip_prefix(b"unix:").filter(|path| !path.is_empty())
+}
+
 fn entry(text: &'static [u8]) -> Result<Entry, ConfigError> {
     match text.strip_prefix(b"memfd:") {
         Some(name) if !name.is_empty() => Ok(Entry::Memfd(name)),
@@ -158,7 +183,7 @@ mod tests {
     use super::*;
 
     const fn of(memory: &'static [u8]) -> Config {
-        Config { memory, socket: None, guest: None, hole: None }
+        Config { memory, socket: None, tracking: None, guest: None, hole: None }
     }
 
     #[test]
@@ -177,17 +202,28 @@ mod tests {
     fn what_is_wrong_says_what_would_be_right() {
         let with = |socket, guest, hole| Config { socket, guest, hole, ..of(b"/a") };
         let right = with(Some(b"unix:/s"), Some(b"vm7"), Some(b"none"));
-        assert_eq!(right.socket().unwrap(), b"/s");
+        assert_eq!(right.purpose().unwrap(), Purpose::Serve(b"/s"));
         assert_eq!(right.guest().unwrap(), "vm7");
         assert_eq!(right.hole().unwrap(), Hole::None);
         let empty = with(None, None, None);
         assert_eq!(empty.hole().unwrap(), Hole::Pc);
-        assert!(empty.socket().unwrap_err().to_string().contains("unix:PATH"));
+        assert!(empty.purpose().unwrap_err().to_string().contains("unix:PATH"));
         assert!(empty.guest().unwrap_err().to_string().contains("AFTERIMAGE_GUEST"));
         let wrong = with(Some(b"tcp:x:1"), Some(b"\xff"), Some(b"isa"));
-        assert!(wrong.socket().unwrap_err().to_string().contains("unix:PATH"));
+        assert!(wrong.purpose().unwrap_err().to_string().contains("unix:PATH"));
         assert!(wrong.guest().unwrap_err().to_string().contains("AFTERIMAGE_GUEST"));
         assert!(wrong.hole().unwrap_err().to_string().contains("pc or none"));
+    }
+
+    #[test]
+    fn memory_is_tracked_where_it_does_not_arrive() {
+        let with = |socket, tracking| Config { socket, tracking, ..of(b"/a") };
+        let (socket, tracking) = (Some(b"unix:/s".as_slice()), Some(b"unix:/t".as_slice()));
+        assert_eq!(with(None, tracking).purpose().unwrap(), Purpose::Track(b"/t"));
+        assert_eq!(with(socket, tracking).purpose().unwrap(), Purpose::Serve(b"/s"));
+        assert_eq!(with(socket, tracking).tracking().unwrap().unwrap(), b"/t");
+        let wrong = with(socket, Some(b"/t")).purpose().unwrap_err().to_string();
+        assert!(wrong.contains("AFTERIMAGE_TRACKING") && wrong.contains("unix:PATH"), "{wrong}");
     }
 
     #[test]

@@ -21,16 +21,19 @@
 
 mod attachment;
 mod config;
+mod connection;
 // The test harness maps files, too.
 #[cfg(not(test))]
 mod hooks;
 mod maps;
 mod memory;
 mod named;
+mod pinned;
 #[path = "../../src/placing.rs"]
 #[expect(unreachable_pub, reason = "what is public there is so in afterimage-tools")]
 mod placing;
 mod refusal;
 mod system;
 mod table;
+mod tracking;
 mod uffd;

@@ -2,6 +2,7 @@
 
 use crate::named::FileId;
 use crate::system::last_error;
+use crate::table::Table;
 use libc::c_int;
 
 /// A piece of a file, and where it is to be mapped.
@@ -18,6 +19,33 @@ pub(crate) fn is_there(mapped: &Mapped) -> Result<bool, c_int> {
     let mut search = Search { mapped: *mapped, next: mapped.address, is_over: false };
     each_line(|line| search.look_at(line))?;
     Ok(search.next >= mapped.address + mapped.length)
+}
+
+/// Where the files of a table are mapped for writing besides its regions, if they are.
+pub(crate) fn second_writable(table: &Table) -> Result<Option<u64>, c_int> {
+    let mut second = None;
+    each_line(|line| {
+        let Some(line) = Line::parse(line) else { return };
+        if !line.is_shared || !line.is_writable || table.file(line.file).is_none() {
+            return;
+        }
+        // The kernel may have joined regions.
+        let mut at = line.start;
+        while at < line.end {
+            let offset = line.offset + (at - line.start);
+            let region = table.regions().find(|it| {
+                it.file == line.file
+                    && (it.address..it.address + it.length).contains(&at)
+                    && it.offset + (at - it.address) == offset
+            });
+            let Some(region) = region else {
+                second = second.or(Some(at));
+                return;
+            };
+            at = region.address + region.length;
+        }
+    })?;
+    Ok(second)
 }
 
 /// A walk through the mappings, which are sorted by address.
@@ -50,6 +78,7 @@ struct Line {
     start: u64,
     end: u64,
     is_shared: bool,
+    is_writable: bool,
     offset: u64,
     file: FileId,
 }
@@ -59,14 +88,15 @@ impl Line {
         let mut fields = line.split(|byte| *byte == b' ');
         let mut next = || std::str::from_utf8(fields.next()?).ok();
         let (start, end) = next()?.split_once('-')?;
-        let is_shared = next()?.ends_with('s');
+        let rights = next()?;
+        let (is_shared, is_writable) = (rights.ends_with('s'), rights.contains('w'));
         let offset = hexadecimal(next()?)?;
         let (major, minor) = next()?.split_once(':')?;
         let (major, minor) = (hexadecimal(major)?, hexadecimal(minor)?);
         let inode = next()?.parse().ok()?;
         let device = libc::makedev(major as u32, minor as u32);
         let (start, end) = (hexadecimal(start)?, hexadecimal(end)?);
-        Some(Self { start, end, is_shared, offset, file: FileId { device, inode } })
+        Some(Self { start, end, is_shared, is_writable, offset, file: FileId { device, inode } })
     }
 }
 

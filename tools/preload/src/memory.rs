@@ -5,29 +5,27 @@
 //! that its guest may run, and the call fails with `EBUSY`.
 
 use crate::attachment::{self, Offer};
-use crate::config::{self, Config, Entry};
+use crate::config::{self, Config, Purpose};
 use crate::maps::{self, Mapped};
 use crate::named::OpenFile;
 use crate::refusal::{ConfigError, Refusal, Shown, Why};
 use crate::system::{self, MapCall, MoveCall, NoSignals, last_error};
-use crate::table::{MAX_REGIONS, Table};
+use crate::table::Table;
 use crate::uffd::Userfaultfd;
+use crate::{pinned, tracking};
 use libc::{c_int, c_void};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 static MEMORY: Mutex<Memory> = Mutex::new(Memory { table: Table::new(), uffd: None });
 /// Whoever mapped named memory first. A child that goes on without exec has another number, and
 /// must not wait for a lock that a thread of its parent has held.
 static OWNER: AtomicI32 = AtomicI32::new(0);
-/// page-client has it all, and the guest may run.
-static IS_SERVED: AtomicBool = AtomicBool::new(false);
-/// Every page has arrived: nothing is left to do.
-static HAS_ARRIVED: AtomicBool = AtomicBool::new(false);
-/// What is registered, for those who may not take the lock: an allocator that is called while it
-/// is held moves memory of its own.
-static REGISTERED: [Registered; MAX_REGIONS] = [const { Registered::none() }; MAX_REGIONS];
+/// All of it is handed over, or can be tracked: the guest may run.
+static MAY_RUN: AtomicBool = AtomicBool::new(false);
+/// Every page is here, or was from the beginning.
+static IS_COMPLETE: AtomicBool = AtomicBool::new(false);
 
 struct Memory {
     table: Table,
@@ -41,38 +39,39 @@ enum Admitted {
     New(Mapped),
     /// One that is there is replaced by the same, as QEMU does with pages that have failed.
     InPlace(Mapped),
+    /// No guest memory, and harmless.
+    Other,
 }
 
 /// Maps a file; `None` if it is nothing to this library, and the caller maps it.
 pub(crate) fn map(call: &MapCall) -> Option<Result<*mut c_void, c_int>> {
-    if HAS_ARRIVED.load(Ordering::Acquire) {
+    let config = config::get()?;
+    if is_past(config) {
         return None;
     }
-    let config = config::get()?;
     let file = OpenFile::of(call.fd)?;
     let name = name_of(config, call, &file)?;
     let _signals = NoSignals::begin();
     let parent = owner();
     if parent != system::process() {
-        return Some(Err(refuse(&Refusal { name, why: Why::OfAChild { parent } })));
+        let is_served = !IS_COMPLETE.load(Ordering::Acquire) && !is_for_tracking(config);
+        let refusal = Refusal { name, why: Why::OfAChild { parent } };
+        return is_served.then(|| Err(refuse(&refusal)));
     }
     let mut memory = lock();
-    if HAS_ARRIVED.load(Ordering::Acquire) {
-        return None;
+    if IS_COMPLETE.load(Ordering::Acquire) {
+        return tracking::map(&memory.table, call, &file, name);
     }
-    let refusal = |why| Refusal { name, why };
-    let mapped = match memory.admit(config, call, &file) {
-        Ok(admitted) => memory.make(call, admitted).map_err(|why| why.map(refusal)),
-        Err(why) => Err(Failure::Refused(refusal(why))),
-    };
-    Some(match mapped {
-        Ok(address) => {
-            memory.hand_over_if_whole(config, name);
-            Ok(address)
-        }
-        Err(Failure::Failed(error)) => Err(error),
-        Err(Failure::Refused(refusal)) => Err(refuse(&refusal)),
-    })
+    Some(memory.map(config, call, &file, name))
+}
+
+/// Whether nothing is left to do with named memory.
+fn is_past(config: &Config) -> bool {
+    IS_COMPLETE.load(Ordering::Acquire) && config.tracking().is_none()
+}
+
+fn is_for_tracking(config: &Config) -> bool {
+    matches!(config.purpose(), Ok(Purpose::Track(_)))
 }
 
 /// The name under which this file is named, if it is.
@@ -94,16 +93,13 @@ fn name_of(config: &Config, call: &MapCall, file: &OpenFile) -> Option<Shown> {
     name
 }
 
-/// Whether memory may be moved by mremap: what is registered may not.
+/// Whether memory may be moved by mremap: what is served or tracked may not.
 pub(crate) fn may_move(call: &MoveCall) -> Result<(), c_int> {
-    if HAS_ARRIVED.load(Ordering::Acquire) {
-        return Ok(());
-    }
     let start = call.address as u64;
     // With a length of 0 shared memory is mapped a second time.
     let end = start.saturating_add(call.length.max(1) as u64);
-    match REGISTERED.iter().find_map(|it| it.overlap(start, end)) {
-        Some(at) => Err(refuse(&Refusal { name: Shown(b"guest memory"), why: Why::Moved { at } })),
+    match pinned::overlap(start, end) {
+        Some(at) => Err(refuse(&Refusal { name: GUEST_MEMORY, why: Why::Moved { at } })),
         None => Ok(()),
     }
 }
@@ -111,10 +107,25 @@ pub(crate) fn may_move(call: &MoveCall) -> Result<(), c_int> {
 /// Every page is in place: the kernel answers all faults by itself from here on.
 pub(crate) fn all_arrived() {
     let mut memory = lock();
-    HAS_ARRIVED.store(true, Ordering::Release);
+    IS_COMPLETE.store(true, Ordering::Release);
+    pinned::clear();
     // Whoever has served it has unregistered it, and woken everybody.
     memory.uffd = None;
+    let socket = config::get().and_then(Config::tracking);
+    if let Some(Err(line)) =
+        socket.map(|socket| socket.map_err(|it| it.to_string()).and_then(tracking::begin))
+    {
+        system::say(&line);
+    }
 }
+
+/// Works with what is mapped, which does not change meanwhile.
+pub(crate) fn with_table<T>(work: impl FnOnce(&Table) -> T) -> T {
+    work(&lock().table)
+}
+
+/// Where no name is known.
+const GUEST_MEMORY: Shown = Shown(b"guest memory");
 
 fn lock() -> MutexGuard<'static, Memory> {
     MEMORY.lock().unwrap_or_else(PoisonError::into_inner)
@@ -130,82 +141,75 @@ fn owner() -> c_int {
 }
 
 /// What becomes of a call that would show somebody zeros instead of guest memory: its error.
-fn refuse(refusal: &Refusal) -> c_int {
+pub(crate) fn refuse(refusal: &Refusal) -> c_int {
     let is_child = matches!(refusal.why, Why::OfAChild { .. });
-    if IS_SERVED.load(Ordering::Acquire) || is_child {
+    if MAY_RUN.load(Ordering::Acquire) || is_child {
         system::say(refusal);
         return libc::EBUSY;
     }
     system::end(refusal)
 }
 
-/// Why a mapping was not made.
-enum Failure<T> {
-    /// The system has refused it.
-    Failed(c_int),
-    /// It would not be served.
-    Refused(T),
-}
-
-impl Failure<Why> {
-    fn map(self, refusal: impl FnOnce(Why) -> Refusal) -> Failure<Refusal> {
-        match self {
-            Self::Failed(error) => Failure::Failed(error),
-            Self::Refused(why) => Failure::Refused(refusal(why)),
-        }
-    }
-}
-
 impl Memory {
+    fn map(
+        &mut self,
+        config: &Config,
+        call: &MapCall,
+        file: &OpenFile,
+        name: Shown,
+    ) -> Result<*mut c_void, c_int> {
+        let purpose = config.purpose().unwrap_or_else(|error| system::end(&error));
+        let admitted = self.admit(config, purpose, call, file);
+        let admitted = admitted.map_err(|why| refuse(&Refusal { name, why }))?;
+        let address = self.make(purpose, call, admitted)?;
+        if let Admitted::New(_) = admitted {
+            self.begin_if_whole(config, purpose, name);
+        }
+        Ok(address)
+    }
+
     /// Whether a mapping of named memory can be served. Nothing is mapped yet: with `MAP_FIXED`
     /// it may take the place of something.
-    fn admit(&mut self, config: &Config, call: &MapCall, file: &OpenFile) -> Result<Admitted, Why> {
+    fn admit(
+        &mut self,
+        config: &Config,
+        purpose: Purpose,
+        call: &MapCall,
+        file: &OpenFile,
+    ) -> Result<Admitted, Why> {
+        let is_served = matches!(purpose, Purpose::Serve(_));
         if !call.is_shared() {
             return Err(Why::Private);
         }
-        let both = libc::PROT_READ | libc::PROT_WRITE;
-        if call.protection & both != both {
-            return Err(Why::NotWritable);
+        if !call.is_writable() {
+            // Nobody writes there, and whatever is read there is as it should be.
+            return if is_served { Err(Why::NotWritable) } else { Ok(Admitted::Other) };
         }
         let (pages, page) = file.pages()?;
         let piece = piece(call, file, page)?;
         if self.table.file(file.id).is_none() {
-            let entry = self.entry_for(config, file)?;
-            if file.bytes_held > 0 {
+            let entry = self.table.entry_for(config, file)?;
+            if is_served && file.bytes_held > 0 {
                 return Err(Why::NotFresh { bytes: file.bytes_held });
             }
             self.table.add_file(entry, page, file)?;
         }
-        self.uffd()?.check(pages).map_err(Why::Uffd)?;
+        if is_served {
+            self.uffd()?.check(pages).map_err(Why::Uffd)?;
+        }
         while let Some(there) = self.table.overlapping(&piece) {
             if is_in_place(&piece, &there) && call.flags & libc::MAP_FIXED != 0 {
-                return Ok(Admitted::InPlace(piece));
+                return Ok(if is_served { Admitted::InPlace(piece) } else { Admitted::Other });
             }
             if maps::is_there(&there).map_err(|error| Why::Maps { error })? {
-                return Err(Why::Again { at: there.address });
+                let at = there.address;
+                // Where it is tracked is looked for second mappings when that begins.
+                return if is_served { Err(Why::Again { at }) } else { Ok(Admitted::Other) };
             }
-            self.forget(&there);
+            self.table.forget(&there);
         }
         self.table.has_room()?;
         Ok(Admitted::New(piece))
-    }
-
-    /// Which of the names a file goes by that is mapped for the first time. Several memfds may
-    /// have the same name, and are taken in the order in which they are mapped.
-    fn entry_for(&self, config: &Config, file: &OpenFile) -> Result<usize, Why> {
-        let mut found = None;
-        for (number, entry) in config.entries().enumerate() {
-            let Ok(entry) = entry else { continue };
-            if !file.is_named_by(entry)? {
-                continue;
-            }
-            match found {
-                Some(_) if matches!(entry, Entry::Path(_)) => return Err(Why::NamedTwice),
-                None if !self.table.has_file_of(number) => found = Some(number),
-                _ => {}
-            }
-        }
-        found.ok_or(Why::MoreOfThatName)
     }
 
     fn uffd(&mut self) -> Result<&Userfaultfd, Why> {
@@ -216,23 +220,34 @@ impl Memory {
     }
 
     /// Maps and registers it. Nobody else knows the address before this returns.
-    fn make(&mut self, call: &MapCall, admitted: Admitted) -> Result<*mut c_void, Failure<Why>> {
+    fn make(
+        &mut self,
+        purpose: Purpose,
+        call: &MapCall,
+        admitted: Admitted,
+    ) -> Result<*mut c_void, c_int> {
+        let is_served = matches!(purpose, Purpose::Serve(_));
         // Populating would fill what is to arrive with zeros.
-        let call = MapCall { flags: call.flags & !libc::MAP_POPULATE, ..*call };
+        let without = if is_served { libc::MAP_POPULATE } else { 0 };
+        let call = MapCall { flags: call.flags & !without, ..*call };
         // SAFETY: the caller's promises, which it has made to mmap.
         let address = unsafe { call.make() };
         if address == libc::MAP_FAILED {
-            return Err(Failure::Failed(last_error()));
+            return Err(last_error());
         }
-        let (Admitted::New(piece) | Admitted::InPlace(piece)) = admitted;
+        let (Admitted::New(piece) | Admitted::InPlace(piece)) = admitted else {
+            return Ok(address);
+        };
         let piece = Mapped { address: address as u64, ..piece };
-        if let Err(why) = self.register(&piece) {
+        if is_served && let Err(why) = self.register(&piece) {
             // It may have taken the place of memory that was registered.
-            system::end(&Refusal { name: Shown(b"guest memory"), why });
+            system::end(&Refusal { name: GUEST_MEMORY, why });
         }
         if let Admitted::New(_) = admitted {
             self.table.add_region(piece);
-            self.publish();
+        }
+        if is_served {
+            pinned::set(&self.table);
         }
         Ok(address)
     }
@@ -243,41 +258,37 @@ impl Memory {
         system::keep_from_children(address, length).map_err(|error| Why::Advise { error })
     }
 
-    fn forget(&mut self, region: &Mapped) {
-        self.table.forget(region);
-        self.publish();
-    }
-
-    fn publish(&self) {
-        let mut places = REGISTERED.iter();
-        for (place, region) in places.by_ref().zip(self.table.regions()) {
-            place.set(region.address, region.address + region.length);
-        }
-        places.for_each(|place| place.set(0, 0));
-    }
-
-    /// Hands it over once all that is named is mapped, and waits until it was taken.
-    fn hand_over_if_whole(&mut self, config: &Config, name: Shown) {
+    /// Hands it over once all that is named is mapped, and waits until it was taken; or lets it
+    /// be tracked.
+    fn begin_if_whole(&mut self, config: &Config, purpose: Purpose, name: Shown) {
         let entries = config.entries().count();
-        if IS_SERVED.load(Ordering::Acquire) || !self.table.is_whole(entries) {
+        if MAY_RUN.load(Ordering::Acquire) || !self.table.is_whole(entries) {
             return;
         }
         if let Err(error) = self.table.forget_unmapped() {
             system::end(&Refusal { name, why: Why::Maps { error } });
         }
-        self.publish();
         if !self.table.is_whole(entries) {
             return;
         }
-        let offer = self.offer(config).unwrap_or_else(|error| system::end(&error));
-        if let Err(line) = attachment::hand_over(offer) {
+        let begun = match purpose {
+            Purpose::Serve(socket) => {
+                let offer = self.offer(config, socket).unwrap_or_else(|error| system::end(&error));
+                attachment::hand_over(offer)
+            }
+            Purpose::Track(socket) => {
+                IS_COMPLETE.store(true, Ordering::Release);
+                tracking::begin(socket)
+            }
+        };
+        if let Err(line) = begun {
             system::end(&line);
         }
-        IS_SERVED.store(true, Ordering::Release);
+        MAY_RUN.store(true, Ordering::Release);
     }
 
-    fn offer(&self, config: &Config) -> Result<Offer, ConfigError> {
-        let (socket, guest) = (config.socket()?, config.guest()?);
+    fn offer(&self, config: &Config, socket: &'static [u8]) -> Result<Offer, ConfigError> {
+        let guest = config.guest()?;
         let regions = self.table.layout(config.hole()?);
         let uffd = self.uffd.as_ref().expect("what is mapped was registered").as_fd();
         let descriptors = std::iter::once(uffd).chain(self.table.files());
@@ -308,46 +319,10 @@ fn is_in_place(piece: &Mapped, there: &Mapped) -> bool {
         && piece.offset + piece.length <= there.offset + there.length
 }
 
-/// A range of addresses; empty if there is none.
-struct Registered {
-    start: AtomicU64,
-    end: AtomicU64,
-}
-
-impl Registered {
-    const fn none() -> Self {
-        Self { start: AtomicU64::new(0), end: AtomicU64::new(0) }
-    }
-
-    fn set(&self, start: u64, end: u64) {
-        // Empty in between, for who looks at the same time.
-        self.end.store(0, Ordering::SeqCst);
-        self.start.store(start, Ordering::SeqCst);
-        self.end.store(end, Ordering::SeqCst);
-    }
-
-    /// Where it begins, if it has a part of this range.
-    fn overlap(&self, start: u64, end: u64) -> Option<u64> {
-        let (from, to) = (self.start.load(Ordering::SeqCst), self.end.load(Ordering::SeqCst));
-        (from < end && start < to).then_some(from)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::named::FileId;
-
-    #[test]
-    fn a_range_overlaps_what_it_shares_a_byte_with() {
-        let registered = Registered::none();
-        assert_eq!(registered.overlap(0, u64::MAX), None);
-        registered.set(4096, 8192);
-        assert_eq!(registered.overlap(8191, 8192), Some(4096));
-        assert_eq!(registered.overlap(0, 4097), Some(4096));
-        assert_eq!(registered.overlap(8192, 9000), None);
-        assert_eq!(registered.overlap(0, 4096), None);
-    }
 
     #[test]
     fn a_piece_is_in_its_place_where_address_and_offset_are_the_same() {

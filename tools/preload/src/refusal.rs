@@ -10,6 +10,7 @@ pub(crate) enum ConfigError {
     Memory(Shown),
     NoSocket,
     Socket(Shown),
+    Tracking(Shown),
     NoGuest,
     Guest(Shown),
     Hole(Shown),
@@ -26,9 +27,13 @@ impl fmt::Display for ConfigError {
                  memfd:NAME, with ; between them"
             ),
             Self::NoSocket => f.write_str(
-                "AFTERIMAGE_SOCKET is not set: set it to unix:PATH, as given to page-client \
-                 --attach",
+                "neither AFTERIMAGE_SOCKET nor AFTERIMAGE_TRACKING is set: where the guest \
+                 arrives set the first to unix:PATH, as given to page-client --attach; where it \
+                 runs the second",
             ),
+            Self::Tracking(text) => {
+                write!(f, "AFTERIMAGE_TRACKING is {text}: write unix:PATH")
+            }
             Self::Socket(text) => {
                 write!(f, "AFTERIMAGE_SOCKET is {text}: write unix:PATH")
             }
@@ -72,6 +77,7 @@ pub(crate) enum Why {
     TooMuch { most: usize },
     OfAChild { parent: c_int },
     Moved { at: u64 },
+    Tracked { at: u64 },
     Uffd(UffdError),
     Register { length: u64, error: c_int },
     Advise { error: c_int },
@@ -132,8 +138,13 @@ impl fmt::Display for Refusal {
             ),
             Why::Moved { at } => write!(
                 f,
-                "is mapped at {at:#x}, and is not to be moved: pages that have not arrived would \
-                 read as zeros; move it when all have arrived"
+                "at {at:#x} is not to be moved: pages that have not arrived would read as zeros, \
+                 and writes would not be seen; move it when it is migrated"
+            ),
+            Why::Tracked { at } => write!(
+                f,
+                "at {at:#x} is being tracked for a migration: writes in a second place would not \
+                 be seen; map it when it is migrated"
             ),
             Why::Uffd(error) => write!(f, "cannot be served: {error}"),
             Why::Register { length, error } => write!(

@@ -68,6 +68,11 @@ impl MapCall {
         matches!(self.flags & libc::MAP_TYPE, libc::MAP_SHARED | libc::MAP_SHARED_VALIDATE)
     }
 
+    pub(crate) const fn is_writable(&self) -> bool {
+        let both = libc::PROT_READ | libc::PROT_WRITE;
+        self.protection & both == both
+    }
+
     /// # Safety
     /// As for mmap: with `MAP_FIXED`, whatever is at the address goes.
     pub(crate) unsafe fn make(&self) -> *mut c_void {

@@ -1,6 +1,6 @@
 //! Which named memory is mapped, and where. Of limited size, so that nothing is allocated.
 
-use crate::config::Hole;
+use crate::config::{Config, Entry, Hole};
 use crate::maps::{self, Mapped};
 use crate::named::{FileId, OpenFile};
 use crate::placing::Placing;
@@ -54,8 +54,23 @@ impl Table {
         self.files.iter().flatten().find(|file| file.id == id)
     }
 
-    pub(crate) fn has_file_of(&self, entry: usize) -> bool {
-        self.files.iter().flatten().any(|file| file.entry == entry)
+    /// Which of the names a file goes by that is mapped for the first time. Several memfds may
+    /// have the same name, and are taken in the order in which they are mapped.
+    pub(crate) fn entry_for(&self, config: &Config, file: &OpenFile) -> Result<usize, Why> {
+        let is_taken = |entry| self.files.iter().flatten().any(|file| file.entry == entry);
+        let mut found = None;
+        for (number, entry) in config.entries().enumerate() {
+            let Ok(entry) = entry else { continue };
+            if !file.is_named_by(entry)? {
+                continue;
+            }
+            match found {
+                Some(_) if matches!(entry, Entry::Path(_)) => return Err(Why::NamedTwice),
+                None if !is_taken(number) => found = Some(number),
+                _ => {}
+            }
+        }
+        found.ok_or(Why::MoreOfThatName)
     }
 
     pub(crate) fn add_file(&mut self, entry: usize, page: u64, file: &OpenFile) -> Result<(), Why> {

@@ -4,7 +4,7 @@ use crate::refusal::Failed;
 use crate::system::last_error;
 use libc::c_int;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use userfaultfd::{RegisterMode, Uffd};
 
 /// What its pages are, which decides what the kernel must have.
@@ -58,13 +58,15 @@ impl Userfaultfd {
     /// exec.
     pub(crate) fn new() -> Result<Self, UffdError> {
         // Each can be asked once, so that another is asked what there is.
-        let available = agree(&open()?, 0)?;
+        let available = agree(&open(0)?, 0)?;
         if available & EVENT_REMOVE == 0 {
             return Err(UffdError::Lacks { what: "events on removed memory", needed: "4.11" });
         }
-        let uffd = open()?;
+        let uffd = open(0)?;
         let features = available & WANTED;
         agree(&uffd, features)?;
+        // SAFETY: the descriptor is a userfaultfd of ours, and its ownership moves.
+        let uffd = unsafe { Uffd::from_raw_fd(uffd.into_raw_fd()) };
         Ok(Self { uffd, features })
     }
 
@@ -96,19 +98,35 @@ impl Userfaultfd {
     }
 }
 
+/// One whose registration finds out what is written, by asynchronous write protection. It reports
+/// no fault, so that it need not see those of the kernel, and needs no right.
+pub(crate) fn for_tracking() -> Result<OwnedFd, UffdError> {
+    let open = || match open(USER_MODE_ONLY) {
+        Err(UffdError::NotPermitted | UffdError::Unavailable) => open(0),
+        other => other,
+    };
+    if agree(&open()?, 0)? & TRACKING != TRACKING {
+        return Err(UffdError::Lacks { what: "asynchronous write protection", needed: "6.7" });
+    }
+    let uffd = open()?;
+    agree(&uffd, TRACKING)?;
+    Ok(uffd)
+}
+
 impl AsFd for Userfaultfd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.uffd.as_fd()
     }
 }
 
-fn open() -> Result<Uffd, UffdError> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+/// With flags beside those that every one has.
+fn open(flags: c_int) -> Result<OwnedFd, UffdError> {
+    let flags = flags | libc::O_CLOEXEC | libc::O_NONBLOCK;
     // SAFETY: the call takes flags only and touches no memory.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as c_int;
     if fd >= 0 {
         // SAFETY: a new descriptor, which nobody else owns.
-        return Ok(unsafe { Uffd::from_raw_fd(fd) });
+        return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
     }
     match last_error() {
         libc::EPERM => by_device(flags).ok_or(UffdError::NotPermitted),
@@ -118,7 +136,7 @@ fn open() -> Result<Uffd, UffdError> {
     }
 }
 
-fn by_device(flags: c_int) -> Option<Uffd> {
+fn by_device(flags: c_int) -> Option<OwnedFd> {
     // SAFETY: the path ends with a 0.
     let device =
         unsafe { libc::open(c"/dev/userfaultfd".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
@@ -132,11 +150,11 @@ fn by_device(flags: c_int) -> Option<Uffd> {
         fd
     };
     // SAFETY: a new descriptor, which nobody else owns.
-    (fd >= 0).then(|| unsafe { Uffd::from_raw_fd(fd) })
+    (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Agrees on features with the kernel, and returns all that it has.
-fn agree(uffd: &Uffd, features: u64) -> Result<u64, UffdError> {
+fn agree(uffd: &OwnedFd, features: u64) -> Result<u64, UffdError> {
     use std::os::fd::AsRawFd;
     let mut api = Api { version: API_VERSION, features, ioctls: 0 };
     // SAFETY: `api` has the layout of `struct uffdio_api` and lives through the call.
@@ -155,6 +173,7 @@ struct Api {
 const API_VERSION: u64 = 0xAA;
 const API: libc::c_ulong = 0xC018_AA3F;
 const NEW_FROM_DEVICE: libc::c_ulong = 0xAA00;
+const USER_MODE_ONLY: c_int = 1;
 const EVENT_REMOVE: u64 = 1 << 3;
 const MISSING_HUGETLBFS: u64 = 1 << 4;
 const MISSING_SHMEM: u64 = 1 << 5;
@@ -162,3 +181,7 @@ const MINOR_HUGETLBFS: u64 = 1 << 9;
 const MINOR_SHMEM: u64 = 1 << 10;
 const WANTED: u64 =
     EVENT_REMOVE | MISSING_HUGETLBFS | MISSING_SHMEM | MINOR_HUGETLBFS | MINOR_SHMEM;
+const WP_SHARED: u64 = 1 << 12;
+const WP_UNPOPULATED: u64 = 1 << 13;
+const WP_ASYNC: u64 = 1 << 15;
+const TRACKING: u64 = WP_SHARED | WP_UNPOPULATED | WP_ASYNC;
