@@ -59,6 +59,11 @@ impl Host {
         Daemon::start(CLIENT, &self.arguments)
     }
 
+    /// One that ends itself at a step.
+    pub(crate) fn dying_client(&self, step: &str) -> Daemon {
+        Daemon::start_with(CLIENT, &self.arguments, Some(step))
+    }
+
     /// A page-client that waits for a guest.
     pub(crate) fn open_client(&self) -> Daemon {
         let mut client = self.client();

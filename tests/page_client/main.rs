@@ -7,6 +7,7 @@ mod driven;
 mod farewell;
 mod host;
 mod network;
+mod precopy;
 mod steps;
 mod support;
 mod words;

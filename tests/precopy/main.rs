@@ -27,8 +27,9 @@ use session::{Machine, Outcome, Session};
 
 /// Guest memory: a huge page of the guest's own, and three to work in.
 const RAM: u64 = 8 << 20;
-/// Long enough for any wait on a busy machine; reached only in failure.
-const LIMIT: Duration = Duration::from_mins(1);
+/// Long enough for any wait on a busy machine, a million operations of a guest included; reached
+/// only in failure.
+const LIMIT: Duration = Duration::from_mins(5);
 /// Runs of each test, where nobody says otherwise.
 const RUNS: u64 = 100;
 /// Sessions of a run that may be taken back.

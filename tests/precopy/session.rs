@@ -1,6 +1,6 @@
 //! One session between two VMMs of this process.
 
-use std::fmt::Debug;
+use std::any::Any;
 use std::fs;
 use std::io::Write;
 use std::num::NonZeroU64;
@@ -178,6 +178,8 @@ impl<'a> Session<'a> {
     ) -> bool {
         let mut said = Said::default();
         listen(source, events, &mut said, |said| {
+            // Else it would be waited for in vain.
+            assert_eq!(guest.failure(), None, "{said:?}");
             let done = guest.operations() - since;
             said.end.is_some()
                 || match self.ending {
@@ -288,7 +290,7 @@ impl<'a> Session<'a> {
     /// never come, and could not be joined.
     fn or_end<T>(&self, place: &str, side: impl FnOnce() -> T) -> T {
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(side));
-        result.unwrap_or_else(|_| self.end(place))
+        result.unwrap_or_else(|panic| self.end(&format!("{place}: {}", said_by(&*panic))))
     }
 
     fn end(&self, what: &str) -> ! {
@@ -301,6 +303,12 @@ impl<'a> Session<'a> {
         );
         std::process::abort();
     }
+}
+
+/// What a panic said: the harness keeps it to itself, and is ended with the process.
+fn said_by(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref().copied()).unwrap_or("it says nothing")
 }
 
 /// Takes events until something is so.

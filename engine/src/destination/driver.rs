@@ -372,7 +372,9 @@ impl Driver {
     /// What is complete now. Pages that become complete from here on are acknowledged.
     fn send_received(&mut self) {
         self.arrived.forget_acks();
-        self.prepare_received();
+        if self.prepare_received().is_err() {
+            return;
+        }
         let arrived = Arc::clone(&self.arrived);
         let pages = arrived.pages.planes().pages();
         let segments = (0..pages).step_by(MAX_SEGMENT_PAGES as usize).map(move |start| {

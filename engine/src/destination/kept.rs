@@ -1,5 +1,5 @@
-//! What of a destination may outlive the process that serves it: the planes, which discards
-//! wait for a writer, and what was last read from the userfaultfd.
+//! What of a destination may outlive the process that serves it: the planes, what is known of
+//! early copies, which discards wait for a writer, and what was last read from the userfaultfd.
 //!
 //! All of it lies in one mapping, of memory that ends with the process or of a file that
 //! somebody else keeps (a memfd at a keeper). A process that is killed at any instant leaves
@@ -7,15 +7,16 @@
 //!
 //! | at byte | words | |
 //! | --- | --- | --- |
-//! | 0 | 5 | magic, version, pages, checksum of the layout, whether memory was emptied |
+//! | 0 | 7 | magic, version, pages, checksum of the layout, whether memory was emptied; of early copies: what becomes of them, and whether something may lie in pages that are not complete |
 //! | 4096 | 128 | messages |
 //! | 8192 | 8192 | pages discarded while they were being written, each plus one; 0 is free |
 //! | 73728 | a bit a page | claimed, up to a multiple of 4096 bytes |
 //! | after it | a bit a page | complete |
+//! | after it | a bit a page | early copies that count; of a file only while there may be some |
 
 use crate::sys::messages::Messages;
 use crate::sys::words::LazyWords;
-use afterimage_protocol::bitmap::{Planes, words_for};
+use afterimage_protocol::bitmap::{Bitmap, Planes, words_for};
 use afterimage_protocol::layout::GuestLayout;
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
@@ -27,7 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"AFTRPLN\n");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const BLOCK: usize = 4096;
 const MESSAGES: usize = BLOCK;
 const DISCARDS: usize = 2 * BLOCK;
@@ -36,7 +37,7 @@ const DISCARD_SLOTS: usize = 8192;
 const CLAIMED: usize = DISCARDS + DISCARD_SLOTS * 8;
 
 /// How many there are.
-const FIELDS: usize = 5;
+const FIELDS: usize = 7;
 
 /// The words of the first block.
 #[derive(Clone, Copy)]
@@ -47,6 +48,28 @@ enum Field {
     Checksum,
     /// 1 once memory has been emptied for these planes: what is there from then on counts.
     Begun,
+    /// As [`Early`](super::pages::Pages) numbers them; 0 if there are none.
+    Stage,
+    /// Not 0 once an early copy may lie in a page that is not complete.
+    HasOld,
+}
+
+/// What is known of early copies.
+#[derive(Debug)]
+pub(crate) struct KeptEarly {
+    head: LazyWords,
+    /// Those that count.
+    pub(crate) current: Bitmap<LazyWords>,
+}
+
+impl KeptEarly {
+    pub(crate) fn stage(&self) -> &AtomicU64 {
+        &self.head.as_ref()[Field::Stage as usize]
+    }
+
+    pub(crate) fn has_old(&self) -> &AtomicU64 {
+        &self.head.as_ref()[Field::HasOld as usize]
+    }
 }
 
 /// Memory for the planes of one destination.
@@ -56,7 +79,8 @@ pub(crate) struct Kept {
     /// A word for each field.
     head: LazyWords,
     pages: u64,
-    is_in_file: bool,
+    /// In which a successor finds it.
+    file: Option<File>,
 }
 
 /// An empty file for planes: memory that exists as long as anybody holds the descriptor.
@@ -70,12 +94,12 @@ impl Kept {
     pub(crate) fn for_now(layout: &GuestLayout) -> io::Result<Self> {
         let pages = layout.page_count();
         let map = MmapOptions::new().len(length_for(pages)).no_reserve_swap().map_anon()?;
-        Ok(Self::over(MmapRaw::from(map), pages, false))
+        Ok(Self::over(MmapRaw::from(map), pages, None))
     }
 
-    fn over(map: MmapRaw, pages: u64, is_in_file: bool) -> Self {
+    fn over(map: MmapRaw, pages: u64, file: Option<File>) -> Self {
         let map = Arc::new(map);
-        Self { head: LazyWords::within(&map, 0, FIELDS), map, pages, is_in_file }
+        Self { head: LazyWords::within(&map, 0, FIELDS), map, pages, file }
     }
 
     /// In a file: begun anew if it is empty, or taken over as it is.
@@ -86,8 +110,11 @@ impl Kept {
         let pages = layout.page_count();
         let (file, wanted) = (File::from(file), length_for(pages));
         match file.metadata()?.len() {
-            // Allocated, because a full file system would be SIGBUS later.
-            0 => fallocate(&file, FallocateFlags::empty(), 0, wanted as i64)?,
+            0 => {
+                file.set_len(wanted as u64)?;
+                // Allocated, because a full file system would be SIGBUS later.
+                fallocate(&file, FallocateFlags::empty(), 0, early_at(pages) as i64)?;
+            }
             found if found == wanted as u64 => {}
             found => {
                 return Err(wrong(format!("it has {found} bytes, {pages} pages need {wanted}")));
@@ -95,18 +122,13 @@ impl Kept {
         }
         keep_size(&file)?;
         let map = MmapOptions::new().len(wanted).map_raw(file.as_raw_fd())?;
-        let kept = Self::over(map, pages, true);
+        let kept = Self::over(map, pages, Some(file));
         if kept.field(Field::Magic).load(Ordering::Acquire) == 0 {
             kept.describe(layout);
         } else {
             kept.check(layout)?;
         }
         Ok(kept)
-    }
-
-    /// Whether a successor finds it.
-    pub(crate) const fn is_in_file(&self) -> bool {
-        self.is_in_file
     }
 
     fn describe(&self, layout: &GuestLayout) {
@@ -154,6 +176,32 @@ impl Kept {
         Planes::over(words(CLAIMED), words(CLAIMED + plane_bytes(self.pages)), self.pages)
     }
 
+    /// What is known of early copies. Where it is in a file, the bitmap may be written only
+    /// between [`reserve_early`](Self::reserve_early) and [`release_early`](Self::release_early).
+    pub(crate) fn early(&self) -> KeptEarly {
+        let count = words_for(self.pages).max(1);
+        let words = LazyWords::within(&self.map, early_at(self.pages), count);
+        let head = LazyWords::within(&self.map, 0, FIELDS);
+        KeptEarly { head, current: Bitmap::over(words, self.pages) }
+    }
+
+    /// Early copies may come: there is room to note them. Again and again without harm.
+    pub(crate) fn reserve_early(&self) -> io::Result<()> {
+        let Some(file) = &self.file else { return Ok(()) };
+        let (at, length) = (early_at(self.pages), plane_bytes(self.pages));
+        Ok(fallocate(file, FallocateFlags::empty(), at as i64, length as i64)?)
+    }
+
+    /// None are left, and no bit is set. The room goes back.
+    pub(crate) fn release_early(&self) {
+        let Some(file) = &self.file else { return };
+        let (at, length) = (early_at(self.pages), plane_bytes(self.pages));
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        if let Err(error) = fallocate(file, flags, at as i64, length as i64) {
+            tracing::debug!(%error, "the room for early copies is kept");
+        }
+    }
+
     pub(crate) fn messages(&self) -> Messages {
         Messages::over(LazyWords::within(&self.map, MESSAGES, Messages::WORDS))
     }
@@ -168,8 +216,13 @@ fn plane_bytes(pages: u64) -> usize {
     (words_for(pages).max(1) * 8).next_multiple_of(BLOCK)
 }
 
-fn length_for(pages: u64) -> usize {
+/// Where the bitmap of early copies is.
+fn early_at(pages: u64) -> usize {
     CLAIMED + 2 * plane_bytes(pages)
+}
+
+fn length_for(pages: u64) -> usize {
+    early_at(pages) + plane_bytes(pages)
 }
 
 /// Whoever cut the file short would end the process that has mapped it. Files other than a

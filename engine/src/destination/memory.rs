@@ -310,9 +310,7 @@ impl DestinationMemory {
                 .into_iter()
                 .any(|(region, file)| file.is_none() && (local == region.local.is_some()))
         };
-        if self.kept.is_in_file() {
-            Some("its planes are kept for a successor, who would not know of early copies")
-        } else if lacks_file(false) {
+        if lacks_file(false) {
             Some("it was handed over without a file, and cannot be emptied from outside")
         } else if self.has_events && lacks_file(true) {
             Some(

@@ -155,7 +155,7 @@ impl Pages {
         let all = Self {
             planes: kept.planes(),
             gate: RwLock::new(DiscardedInFlight::over(kept.discards())),
-            early: Early::new(pages)?,
+            early: Early::new(kept.early(), pages)?,
             messages: kept.messages(),
             remaining: AtomicU64::new(0),
             alias_written: AtomicU64::new(0),

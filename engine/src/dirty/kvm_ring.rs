@@ -121,7 +121,8 @@ impl Shared {
         for ring in &mut rings.of_vcpus {
             rings.has_overflowed |= ring.take(&mut rings.taken) == Room::Overflowed;
         }
-        let (taken, armed) = (rings.taken.len(), kvm::reset_dirty_rings(&self.vm));
+        let taken = rings.taken.len();
+        let armed = kvm::reset_dirty_rings(&self.vm, taken);
         for page in rings.taken.drain(..) {
             let record = self.records.iter().find(|record| record.slot == page.slot);
             if !record.is_some_and(|record| record.pages.mark_page(page.page)) {

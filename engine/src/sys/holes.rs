@@ -7,6 +7,7 @@ use super::pagemap_scan::{self, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PageRegion, Wa
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 
 /// A piece of memory in bytes from its start.
@@ -37,6 +38,14 @@ pub(crate) fn next_data(file: impl AsFd, from: u64, end: u64) -> io::Result<Opti
         Err(nix::errno::Errno::ENXIO) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// The same, with where it ends: for who looks once, and at all of a file.
+pub(crate) fn next_extent(file: impl AsFd, from: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+    let Some(start) = next_data(&file, from, end)? else { return Ok(None) };
+    let hole = lseek(&file, start as i64, Whence::SeekHole)? as u64;
+    // Content that was taken away in between: a page of it at least is gone over.
+    Ok(Some(start..hole.min(end).max(start + 1)))
 }
 
 /// How many pieces with content one look finds.

@@ -1,6 +1,8 @@
 //! The calls of KVM that tell which pages vCPUs wrote. They take raw descriptors, so that a
 //! VMM can make them with whatever crate it likes.
 
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -86,18 +88,34 @@ pub(crate) fn clear_dirty_log(
     Ok(())
 }
 
-/// Arms the pages again whose entries have been taken out of the rings; how many entries.
-pub(crate) fn reset_dirty_rings(vm: impl AsFd) -> io::Result<usize> {
-    loop {
+/// Arms the pages again whose entries have been taken out of the rings, `taken` in number; how
+/// many were armed. Fewer are, only if the kernel has met an entry that was not taken.
+///
+/// Since Linux 6.16 the kernel stops where the calling thread has a signal pending, and says how
+/// far it has come: a vCPU that is kicked while it empties its ring must not take that for a
+/// ring that has overflowed. So signals wait until this is over.
+pub(crate) fn reset_dirty_rings(vm: impl AsFd, taken: usize) -> io::Result<usize> {
+    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let mut armed = 0;
+    let mut in_vain = 0;
+    let result = loop {
         // SAFETY: takes nothing and touches no memory of this process.
         match unsafe { kvm_reset_dirty_rings(vm.as_fd().as_raw_fd(), 0) } {
-            Ok(entries) => return Ok(entries as usize),
-            // A kick for a vCPU was pending on this thread. It has been delivered now.
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
+            // What the kernel itself wants of the thread is seen to between two calls.
+            Ok(0) | Err(Errno::EINTR) => in_vain += 1,
+            Ok(entries) => armed += entries as usize,
+            Err(errno) => break Err(errno.into()),
         }
-    }
+        if armed >= taken || in_vain == MOST_IN_VAIN {
+            break Ok(armed);
+        }
+    };
+    mask.thread_set_mask()?;
+    result
 }
+
+/// Calls that arm nothing, before it is believed that there is nothing to arm.
+const MOST_IN_VAIN: u32 = 8;
 
 #[repr(C)]
 struct EnableCap {

@@ -9,9 +9,11 @@ use afterimage::GuestAddress;
 use afterimage::dirty::{
     DirtyBitmap, DirtyTracker, KvmDirtyLog, KvmDirtyRing, RingReaper, Trackers,
 };
+use nix::sys::pthread::{pthread_kill, pthread_self};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// 1,024 entries, of which some are reserved: less than the guest writes in a run.
 const SMALL_RING: u64 = 16 << 10;
@@ -86,6 +88,43 @@ fn a_second_tracker_finds_its_place_in_rings_that_were_used() {
         let mut tracker = ring_of(&machine);
         let reaper = tracker.reaper();
         no_write_is_lost(&mut machine, &mut tracker, Some(&reaper), &mut random);
+    }
+}
+
+/// Does nothing: its coming is what matters.
+extern "C" fn kicked(_: libc::c_int) {}
+
+#[test]
+fn a_thread_that_is_kicked_while_it_empties_rings_takes_it_for_no_overflow() {
+    prologue!("kicked");
+    let Some(mut machine) = machine(Kind::Anonymous, Some(SMALL_RING)) else { return };
+    let action = SigAction::new(SigHandler::Handler(kicked), SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handler does nothing, and nobody else uses this signal.
+    unsafe { sigaction(Signal::SIGUSR2, &action) }.expect("a handler");
+    let mut random = Random::seeded("kicked");
+    let mut tracker = ring_of(&machine);
+    let reaper = tracker.reaper();
+    let this = pthread_self();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                pthread_kill(this, Signal::SIGUSR2).expect("it lives as long as this thread");
+            }
+        });
+        // Set also if this panics: the scope waits for the other.
+        let _over = Over(&is_over);
+        for _ in 0..10 {
+            no_write_is_lost(&mut machine, &mut tracker, Some(&reaper), &mut random);
+        }
+    });
+}
+
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -11,14 +11,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 impl Driver {
-    /// What is here is about to be told to the source.
-    pub(super) fn prepare_received(&self) {
+    /// What is here is about to be told to the source. An error has ended the connection.
+    pub(super) fn prepare_received(&mut self) -> io::Result<()> {
         let pages = &self.arrived.pages;
         if self.session.is_settled() {
             pages.promote(PageRange::new(PageNumber(0), pages.planes().pages()));
-        } else {
-            pages.take_early();
+            return Ok(());
         }
+        let taking = pages.take_early();
+        if let Err(error) = &taking {
+            self.cannot_take_early(error, "early copies cannot be noted at the destination");
+        }
+        taking
     }
 
     pub(super) fn stale(&mut self, range: PageRange, segment: &Segment) {
@@ -40,8 +44,11 @@ impl Driver {
     }
 
     fn cannot_empty(&mut self, error: &io::Error) {
-        tracing::error!(%error, "early copies cannot be dropped");
-        let reason = "early copies cannot be dropped at the destination";
+        self.cannot_take_early(error, "early copies cannot be dropped at the destination");
+    }
+
+    fn cannot_take_early(&mut self, error: &io::Error, reason: &'static str) {
+        tracing::error!(%error, "{reason}");
         self.session.disconnected();
         self.hang_up(Some(Refusal::new(RefuseCode::Failed, reason)));
     }

@@ -15,17 +15,22 @@
 //!   that the page is not empty, though not complete: whoever makes it zero empties it first;
 //! - when memory is settled, every current page is complete for whoever looks: it is made so
 //!   ([`promote`](Pages::promote)) before anybody decides anything by the planes, and in the
-//!   course of time for all of them. Until then it costs nothing, however large memory is.
+//!   course of time for all of them. Until then it costs nothing, however large memory is;
+//! - that memory is settled, and what is current then, is kept where the planes are: a
+//!   successor completes it. Before that a successor begins with no early copies, but knows
+//!   that something lies in the pages of files.
 
 use super::claim::Claim;
+use super::hold::{Place, pass};
 use super::{InstallError, Pages, RegionFile, ZERO_STEP};
+use crate::destination::kept::KeptEarly;
 use crate::sys::fill::Fill;
-use crate::sys::mapping;
 use crate::sys::words::LazyWords;
+use crate::sys::{holes, mapping};
 use afterimage_protocol::bitmap::{Bitmap, Segment};
-use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
+use afterimage_protocol::layout::{GuestAddress, PageNumber, PageRange, RegionRun};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::Duration;
 
 /// How long an early copy waits before it looks again whether another receiver has given its
@@ -38,38 +43,51 @@ const MAP_STEP: u64 = 512;
 const MEANWHILE_AFTER: u32 = 4096;
 
 /// No early copies are taken, and none are left.
-const OFF: u8 = 0;
-const TAKING: u8 = 1;
+const OFF: u64 = 0;
+const TAKING: u64 = 1;
 /// None are taken; those that were current are complete, or become so when somebody looks.
-const PROMOTING: u8 = 2;
+const PROMOTING: u64 = 2;
 
 /// Which pages have early copies.
 #[derive(Debug)]
 pub(super) struct Early {
-    stage: AtomicU8,
+    /// The stage, those that count (`current`), and whether `there` was ever set.
+    kept: KeptEarly,
     /// The pass whose copies are taken, 0 for none. Changed under the gate alone.
     pass: AtomicU16,
-    current: Bitmap<LazyWords>,
     there: Bitmap<LazyWords>,
-    /// Whether `there` was ever set.
-    has_old: AtomicBool,
     is_stopping: AtomicBool,
 }
 
 impl Early {
-    pub(super) fn new(pages: u64) -> io::Result<Self> {
+    pub(super) fn new(kept: KeptEarly, pages: u64) -> io::Result<Self> {
         Ok(Self {
-            stage: AtomicU8::new(OFF),
+            kept,
             pass: AtomicU16::new(0),
-            current: Bitmap::over(LazyWords::new(pages)?, pages),
             there: Bitmap::over(LazyWords::new(pages)?, pages),
-            has_old: AtomicBool::new(false),
             is_stopping: AtomicBool::new(false),
         })
     }
 
+    fn stage(&self) -> u64 {
+        self.kept.stage().load(Ordering::Acquire)
+    }
+
+    fn enter(&self, stage: u64) {
+        self.kept.stage().store(stage, Ordering::Release);
+    }
+
+    const fn current(&self) -> &Bitmap<LazyWords> {
+        &self.kept.current
+    }
+
+    /// Whether something may lie in pages that are not complete.
+    fn has_old(&self) -> bool {
+        self.kept.has_old().load(Ordering::Acquire) != 0
+    }
+
     pub(super) fn is_taking(&self) -> bool {
-        self.stage.load(Ordering::Acquire) == TAKING
+        self.stage() == TAKING
     }
 
     /// To be asked under the gate, if the answer is to last.
@@ -79,12 +97,12 @@ impl Early {
 
     /// Something lies, or is about to, where these pages are.
     fn note_there(&self, pages: PageRange) {
-        self.has_old.store(true, Ordering::Release);
+        self.kept.has_old().store(1, Ordering::Release);
         self.there.set(pages, |_| ());
     }
 
     pub(super) fn note_empty(&self, pages: PageRange) {
-        if self.has_old.load(Ordering::Acquire) {
+        if self.has_old() {
             self.there.clear(pages, |_| ());
         }
     }
@@ -96,11 +114,20 @@ impl Pages {
         self.early.is_taking()
     }
 
-    /// Early copies may come, of a pass that is still to be told.
-    pub(crate) fn take_early(&self) {
+    /// Early copies may come, of a pass that is still to be told. What is complete already (a
+    /// successor finds it so) is here like them, and for good.
+    ///
+    /// # Errors
+    /// There is no room to note them.
+    pub(crate) fn take_early(&self) -> io::Result<()> {
         let _gate = self.discarding();
+        self.memory.kept.reserve_early()?;
         self.early.pass.store(0, Ordering::Release);
-        self.early.stage.store(TAKING, Ordering::Release);
+        self.early.enter(TAKING);
+        for run in self.planes.completed().runs() {
+            self.early.current().set(run, |_| ());
+        }
+        Ok(())
     }
 
     /// Copies of this pass are taken from now on, and of no other.
@@ -122,7 +149,7 @@ impl Pages {
         self.begin_pass(0);
         let (mut first_error, mut emptied) = (None, 0_u32);
         let decoded = segment.decode(range, |stale| {
-            self.early.current.clear(stale, |_| ());
+            self.early.current().clear(stale, |_| ());
             for run in self.layout().split(stale) {
                 // What has a file keeps its old content: the next copy is written over it.
                 if self.file_of(&run).is_some() {
@@ -146,7 +173,7 @@ impl Pages {
     pub(crate) fn settle(&self) {
         let gate = self.discarding();
         self.early.pass.store(0, Ordering::Release);
-        self.early.stage.store(PROMOTING, Ordering::Release);
+        self.early.enter(PROMOTING);
         drop(gate);
         self.memory.wake_all();
     }
@@ -155,30 +182,31 @@ impl Pages {
     pub(crate) fn forget_early(&self) -> io::Result<()> {
         let _gate = self.discarding();
         self.early.pass.store(0, Ordering::Release);
-        self.early.stage.store(OFF, Ordering::Release);
-        let all = PageRange::new(PageNumber(0), self.planes.pages());
-        self.early.current.clear(all, |_| ());
-        if self.early.has_old.load(Ordering::Acquire) { self.empty_old(all) } else { Ok(()) }
+        self.early.enter(OFF);
+        let all = self.all();
+        self.early.current().clear(all, |_| ());
+        self.memory.kept.release_early();
+        self.empty_old(all)
     }
 
     /// The pages that are here: those of which an early copy counts, or once that is settled
     /// those that are complete.
     pub(crate) fn present(&self) -> &Bitmap<LazyWords> {
-        if self.early.is_taking() { &self.early.current } else { self.planes.completed() }
+        if self.early.is_taking() { self.early.current() } else { self.planes.completed() }
     }
 
     /// Makes complete what of these pages is so already by an early copy. Comes before any
     /// decision by the planes.
     pub(crate) fn promote(&self, pages: PageRange) {
-        if self.early.stage.load(Ordering::Acquire) != PROMOTING {
+        if self.early.stage() != PROMOTING {
             return;
         }
         let end = pages.start.0 + pages.count;
         let mut rest = pages;
-        while let Some(run) = self.early.current.first_set_in(rest) {
+        while let Some(run) = self.early.current().first_set_in(rest) {
             // In this order: nobody may find a page neither current nor complete.
             self.mark_complete(run, &self.counters.early, |_| ());
-            self.early.current.clear(run, |_| ());
+            self.early.current().clear(run, |_| ());
             let next = run.start.0 + run.count;
             rest = PageRange::new(PageNumber(next), end - next);
         }
@@ -188,7 +216,7 @@ impl Pages {
     /// in files before somebody faults on it, until [`stop_mapping`](Self::stop_mapping).
     pub(crate) fn map_early(&self) {
         let mut from = PageNumber(0);
-        while let Some(run) = self.early.current.next_set(from, MAP_STEP) {
+        while let Some(run) = self.early.current().next_set(from, MAP_STEP) {
             if self.early.is_stopping.load(Ordering::Acquire) {
                 return;
             }
@@ -205,7 +233,8 @@ impl Pages {
                 rest = PageRange::new(PageNumber(next), from.0 - next);
             }
         }
-        self.early.stage.store(OFF, Ordering::Release);
+        self.early.enter(OFF);
+        self.memory.kept.release_early();
     }
 
     fn map_complete(&self, run: &RegionRun) {
@@ -219,6 +248,35 @@ impl Pages {
         self.note_alias_written(run.length);
     }
 
+    /// What a handler that was killed has left: what was settled is complete, and what was not
+    /// is forgotten, though it still lies in files.
+    pub(super) fn take_over_early(&self) -> io::Result<()> {
+        self.promote(self.all());
+        self.early.enter(OFF);
+        self.early.current().clear(self.all(), |_| ());
+        if self.early.has_old() { self.find_old() } else { Ok(()) }
+    }
+
+    /// Notes where something lies in pages of files that are not complete.
+    fn find_old(&self) -> io::Result<()> {
+        for (region, file) in self.layout().regions().iter().zip(&self.memory.files) {
+            let Some(file) = file else { continue };
+            let (mut at, end) = (file.offset, file.offset + region.length);
+            while let Some(data) = holes::next_extent(&file.file, at, end)? {
+                let start = GuestAddress(region.guest_address.0 + (data.start - file.offset));
+                for run in self.layout().pages_touching_guest(start, data.end - data.start) {
+                    self.planes.incomplete_in(run.pages, |open| self.early.note_there(open));
+                }
+                at = data.end;
+            }
+        }
+        Ok(())
+    }
+
+    const fn all(&self) -> PageRange {
+        PageRange::new(PageNumber(0), self.planes.pages())
+    }
+
     /// [`map_early`](Self::map_early) ends soon.
     pub(crate) fn stop_mapping(&self) {
         self.early.is_stopping.store(true, Ordering::Release);
@@ -227,7 +285,7 @@ impl Pages {
     /// Empties pages in which something lies that does not count: they are missing afterwards.
     /// Nobody may be writing them.
     pub(super) fn empty_old(&self, pages: PageRange) -> io::Result<()> {
-        if !self.early.has_old.load(Ordering::Acquire) {
+        if !self.early.has_old() {
             return Ok(());
         }
         let end = pages.start.0 + pages.count;
@@ -259,7 +317,7 @@ impl Pages {
     /// Discarded pages, of which nobody writes an early copy.
     pub(super) fn forget_copies(&self, pages: PageRange) {
         if self.early.is_taking() {
-            self.early.current.clear(pages, |_| ());
+            self.early.current().clear(pages, |_| ());
         }
         // Private memory is the VMM's to empty afterwards, who gives it up.
         let _ = self.empty_for_zero(pages);
@@ -316,7 +374,7 @@ impl Pages {
 
     /// Calls `found` with each run of a range that is neither complete nor current.
     fn not_current_in(&self, range: PageRange, mut found: impl FnMut(PageRange)) {
-        let current = &self.early.current;
+        let current = self.early.current();
         self.planes.incomplete_in(range, |open| {
             let end = open.start.0 + open.count;
             let mut rest = open;
@@ -350,7 +408,7 @@ impl Pages {
         &self,
         run: &RegionRun,
         file: &RegionFile,
-        pass: u16,
+        number: u16,
         told: &mut impl FnMut(PageRange),
     ) {
         let gate = self.installing();
@@ -359,14 +417,15 @@ impl Pages {
         } else {
             run.pages.iter().filter(|page| gate.contains(*page)).collect()
         };
-        if self.early.takes(pass) {
-            self.early.current.set(run.pages, |_| ());
+        if self.early.takes(number) {
+            self.early.current().set(run.pages, |_| ());
             for page in &gone {
-                self.early.current.clear_one(*page);
+                self.early.current().clear_one(*page);
             }
             told(run.pages);
         }
         drop(gate);
+        pass(Place::EarlyCounts);
         // Discarded meanwhile: they are complete and zero.
         for page in &gone {
             self.give_back_file_pages(PageRange::one(*page), file);
@@ -398,7 +457,7 @@ impl Pages {
             let from = ((part.pages.start.0 - run.pages.start.0) * page_bytes) as usize;
             let content = &content[from..from + part.length as usize];
             self.copy_early(&part, content)?;
-            self.early.current.set(part.pages, |_| ());
+            self.early.current().set(part.pages, |_| ());
             told(part.pages);
         }
         self.planes.give_back(run.pages);
@@ -484,7 +543,7 @@ impl Pages {
             return Ok(());
         }
         self.empty_old(won)?;
-        self.early.current.set(won, |_| ());
+        self.early.current().set(won, |_| ());
         told(won);
         Ok(())
     }

@@ -16,6 +16,8 @@ pub(super) enum Place {
     Completed,
     /// Pages that are given back have been emptied, and are still claimed.
     Emptied,
+    /// An early copy in a file counts, and is still claimed.
+    EarlyCounts,
     /// A page that was discarded while it was written is complete, and still noted as discarded.
     GivenBack,
     /// Events have been read, and the discards among them are not in the planes yet.

@@ -9,6 +9,8 @@
 //! - a page that was claimed where pages are copied: free; if its copy was made and not
 //!   noted, the next copy finds it there, and it is complete;
 //! - a page that is complete and was not shown: its fault is answered from the planes;
+//! - early copies: complete if memory was settled, and forgotten if not, because the source says
+//!   anew what counts; in files they stay where they are;
 //! - faults that were read: forgotten. Whoever waits in one is woken before anything is read,
 //!   and faults again.
 //!
@@ -25,6 +27,8 @@ impl Pages {
     pub(super) fn take_over(&self) -> io::Result<()> {
         self.replay()?;
         pass(Place::Replayed);
+        // First: a page may count that its writer has not given back.
+        self.take_over_early()?;
         self.forget_claims();
         // Where a writer has emptied a discarded page, made it complete, and not said so.
         let mut gate = self.discarding();

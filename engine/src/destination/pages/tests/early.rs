@@ -5,7 +5,13 @@ use afterimage_protocol::bitmap::{Bitmap, Segment};
 
 impl Guest {
     /// Brings an early piece, and returns what was acknowledged.
-    fn bring_early(&self, first: u64, count: u64, word: u64, pass: u16) -> Vec<PageRange> {
+    pub(super) fn bring_early(
+        &self,
+        first: u64,
+        count: u64,
+        word: u64,
+        pass: u16,
+    ) -> Vec<PageRange> {
         let acknowledged = std::cell::RefCell::new(Vec::new());
         let tell = |run| acknowledged.borrow_mut().push(run);
         let claim = self.pages.claim_early(range(first, count), pass, true, tell);
@@ -13,7 +19,13 @@ impl Guest {
         acknowledged.into_inner()
     }
 
-    fn finish_early(&self, claim: Claim<'_>, word: u64, count: u64, tell: impl FnMut(PageRange)) {
+    pub(super) fn finish_early(
+        &self,
+        claim: Claim<'_>,
+        word: u64,
+        count: u64,
+        tell: impl FnMut(PageRange),
+    ) {
         let mut staging = Vec::new();
         if self.has_file() {
             self.receive(&claim, word, count);
@@ -23,13 +35,13 @@ impl Guest {
         claim.finish(&staging, tell).unwrap();
     }
 
-    fn zero_early(&self, first: u64, count: u64, pass: u16) -> Vec<PageRange> {
+    pub(super) fn zero_early(&self, first: u64, count: u64, pass: u16) -> Vec<PageRange> {
         let mut acknowledged = Vec::new();
         self.pages.zero_early(range(first, count), pass, |run| acknowledged.push(run)).unwrap();
         acknowledged
     }
 
-    fn stale(&self, pages: &[u64]) {
+    pub(super) fn stale(&self, pages: &[u64]) {
         let all = self.pages.layout().page_count();
         let bitmap = Bitmap::new(all);
         for &page in pages {
@@ -39,7 +51,7 @@ impl Guest {
     }
 
     /// Ends precopy, and shows everything that counts.
-    fn settle(&self) {
+    pub(super) fn settle(&self) {
         self.pages.settle();
         self.pages.map_early();
     }
@@ -47,7 +59,7 @@ impl Guest {
     /// Guests whose memory can keep early copies, in their first pass.
     fn each_taking(pages: u64) -> impl Iterator<Item = Self> {
         Self::each(pages, DiscardNotice::Called).inspect(|guest| {
-            guest.pages.take_early();
+            guest.pages.take_early().unwrap();
             guest.pages.begin_pass(1);
         })
     }

@@ -306,3 +306,95 @@ fn planes_of_other_memory_are_refused_and_kept() {
     let source = std::error::Error::source(&error).unwrap().to_string();
     assert!(source.contains("5000 bytes"), "{source}");
 }
+
+impl Vmm {
+    /// Those whose memory can keep early copies.
+    fn each_with_file() -> impl Iterator<Item = Self> {
+        Self::each().filter(|vmm| vmm.area.file.is_some())
+    }
+
+    /// A handler in the first pass.
+    fn taking(&self) -> Guest {
+        let handler = self.handler();
+        handler.pages.take_early().unwrap();
+        handler.pages.begin_pass(1);
+        handler
+    }
+}
+
+#[test]
+fn a_successor_forgets_early_copies_and_shows_none_of_them() {
+    for vmm in Vmm::each_with_file() {
+        let kind = vmm.area.kind;
+        let before = vmm.taking();
+        assert_eq!(before.bring_early(0, 4, OLD, 1), [range(0, 4)]);
+        drop(before);
+
+        let handler = vmm.handler();
+        handler.pages.take_early().unwrap();
+        assert_eq!(handler.pages.present().count(), 0, "{kind:?}: it has none");
+        handler.pages.begin_pass(1);
+        assert_eq!(handler.bring_early(1, 1, NEW, 1), [range(1, 1)]);
+        // What lay there before must be emptied.
+        assert_eq!(handler.zero_early(2, 1, 1), [range(2, 1)]);
+        handler.settle();
+        handler.pages.zero(range(3, 1));
+        finishes(&vmm, &handler, &[(2, 0), (3, 0)]);
+    }
+}
+
+#[test]
+fn what_was_settled_is_complete_for_a_successor() {
+    for vmm in Vmm::each_with_file() {
+        let kind = vmm.area.kind;
+        let before = vmm.taking();
+        before.bring_early(0, 4, NEW, 1);
+        before.bring_early(4, 2, OLD, 1);
+        before.stale(&[4, 5]);
+        before.pages.settle();
+        // It dies before it has gone over all of them.
+        before.pages.promote(range(2, 1));
+        drop(before);
+
+        let handler = vmm.handler();
+        assert_eq!(handler.pages.remaining(), PAGES - 4, "{kind:?}");
+        handler.pages.zero(range(4, 1));
+        finishes(&vmm, &handler, &[(4, 0)]);
+    }
+}
+
+/// It was not recorded that the guest runs, so that the source goes through its last pass again.
+#[test]
+fn what_is_complete_stays_if_a_successor_takes_early_copies_again() {
+    for vmm in Vmm::each_with_file() {
+        let kind = vmm.area.kind;
+        let before = vmm.taking();
+        before.bring_early(0, 3, NEW, 1);
+        before.pages.settle();
+        drop(before);
+
+        let handler = vmm.taking();
+        assert_eq!(handler.pages.present().count(), 3, "{kind:?}: they are said to be here");
+        handler.stale(&[1]);
+        handler.pages.begin_pass(2);
+        assert_eq!(handler.bring_early(0, 4, OLD, 2), [range(0, 3), range(3, 1)]);
+        handler.stale(&[3]);
+        handler.settle();
+        finishes(&vmm, &handler, &[]);
+    }
+}
+
+#[test]
+fn a_writer_that_dies_with_a_page_that_counts_loses_nothing_of_it() {
+    for vmm in Vmm::each_with_file() {
+        let handler = vmm.taking();
+        let pages = Arc::clone(&handler.pages);
+        vmm.thread_dies_at(Place::EarlyCounts, move || drop(handler.bring_early(2, 1, NEW, 1)));
+        pages.settle();
+
+        let successor = vmm.handler();
+        assert_eq!(successor.pages.remaining(), PAGES - 1, "{:?}", vmm.area.kind);
+        assert_eq!(successor.read_answered(2), (NEW, NEW));
+        finishes(&vmm, &successor, &[]);
+    }
+}
