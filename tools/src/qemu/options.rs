@@ -8,6 +8,7 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::bandwidth::Bandwidth;
 use crate::control::ControlOptions;
+pub(crate) use crate::demo::precopy::PassesWanted;
 use crate::page_server::options::{Hole, parse_time};
 
 const ABOUT: &str = "Moves a guest between two unmodified QEMUs";
@@ -28,6 +29,8 @@ const AFTER_HELP: &str = "\
 Examples:
   afterimage-qemu send --qmp unix:/run/vm7/qmp --listen tcp:127.0.0.1:4000 \\
       --state /var/lib/vm7/source.state
+  afterimage-qemu send --qmp unix:/run/vm7/qmp --connect tcp:127.0.0.1:4000 \\
+      --passes auto --tracking unix:/run/vm7/tracking
   afterimage-qemu receive --qmp unix:/run/vm7/qmp-in --attach unix:/run/vm7/attach --guest vm7
   afterimage-qemu migrate --source-qmp unix:/run/vm7/qmp --destination-qmp unix:/run/vm7/qmp-in \\
       --listen unix:/run/vm7/pages --attach unix:/run/vm7/attach --guest vm7 --quit-source
@@ -47,19 +50,19 @@ away; then the first one only says what is missing, and a second one stops this 
 #[derive(Debug, Parser)]
 #[command(name = "afterimage-qemu", version, about = ABOUT, long_about = LONG_ABOUT)]
 #[command(after_help = AFTER_HELP, max_term_width = 100)]
-pub struct Options {
+pub(crate) struct Options {
     /// Which side this is.
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
 
     /// Print one JSON object to the standard output at the end
     #[arg(long, global = true)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// Which side.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Gives the guest of a QEMU on this host away, and serves its memory
     #[command(after_help = AFTER_HELP)]
     Send {
@@ -105,72 +108,87 @@ pub enum Command {
 
 /// The source's side.
 #[derive(Args, Clone, Debug)]
-pub struct SourceOptions {
+pub(crate) struct SourceOptions {
     /// Where page-client connects: tcp:HOST:PORT, unix:PATH or fd:N (a listening socket)
     #[arg(long, value_name = "ADDR", conflicts_with = "connect")]
     #[arg(required_unless_present = "connect")]
-    pub listen: Option<Address>,
+    pub(crate) listen: Option<Address>,
 
     /// Where page-client listens: tcp:HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
-    pub connect: Option<Address>,
+    pub(crate) connect: Option<Address>,
 
     /// Let memory travel unencrypted beyond this machine: whoever can read the network has
     /// the guest
     #[arg(long)]
-    pub insecure_plaintext: bool,
+    pub(crate) insecure_plaintext: bool,
 
     /// The file of guest RAM, if QEMU is not to be asked: once for each memory backend, in the
     /// order of their names
     #[arg(long, value_name = "PATH", action = ArgAction::Append)]
-    pub memory: Vec<PathBuf>,
+    pub(crate) memory: Vec<PathBuf>,
 
     /// Which guest addresses memory leaves out; as `AFTERIMAGE_HOLE` at the destination
     #[arg(long, value_enum, default_value_t = Hole::Pc)]
-    pub hole: Hole,
+    pub(crate) hole: Hole,
 
     /// Record here who has the guest: after its death the same command line goes on where it was
     #[arg(long, value_name = "FILE")]
-    pub state: Option<PathBuf>,
+    pub(crate) state: Option<PathBuf>,
+
+    /// Send memory in passes while the guest still runs here: after N of them it is stopped, or
+    /// (auto) when another would not help, or (converged) when hardly anything is left, and then
+    /// it runs at the destination only with all of its memory
+    #[arg(long, value_name = "N|auto|converged", default_value_t = PassesWanted::None)]
+    pub(crate) passes: PassesWanted,
+
+    /// With --passes: where the source's QEMU, started with libafterimage_preload.so, lets its
+    /// writes be tracked (its `AFTERIMAGE_TRACKING`, unix:PATH)
+    #[arg(long, value_name = "ADDR", requires = "passes")]
+    pub(crate) tracking: Option<Address>,
+
+    /// What may leave in a second during the passes [default: as --bandwidth]
+    #[arg(long, value_name = "SIZE|unlimited", requires = "passes")]
+    pub(crate) precopy_bandwidth: Option<Bandwidth>,
 
     /// How long the destination may take to restore the stopped guest; then it goes on at the
     /// source
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
-    pub ready_within: Duration,
+    pub(crate) ready_within: Duration,
 
     /// End the source's QEMU when the destination has everything
     #[arg(long)]
-    pub quit_source: bool,
+    pub(crate) quit_source: bool,
 
     /// Background streams, 1 to 16
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=16))]
-    pub streams: u16,
+    pub(crate) streams: u16,
 
     /// What may leave in a second of pages that were not asked for: a size, as 100M, unlimited,
     /// or on-request (none). Pages that are asked for go at once
     #[arg(long, value_name = "SIZE|unlimited|on-request", default_value_t)]
-    pub bandwidth: Bandwidth,
+    pub(crate) bandwidth: Bandwidth,
 
     /// Verify every frame with a CRC-32C, if page-client can do it too
     #[arg(long)]
-    pub checksums: bool,
+    pub(crate) checksums: bool,
 
     /// Where to be driven from and watched.
     #[command(flatten)]
-    pub control: ControlOptions,
+    pub(crate) control: ControlOptions,
 }
 
 /// The destination's side.
 #[derive(Args, Clone, Debug)]
-pub struct DestinationOptions {
+pub(crate) struct DestinationOptions {
     /// Where page-client lets VMMs attach (its --attach, unix:PATH)
     #[arg(long, value_name = "ADDR")]
-    pub attach: Address,
+    pub(crate) attach: Address,
 
     /// What the guest is called there (`AFTERIMAGE_GUEST` of the preload library)
     #[arg(long, value_name = "NAME")]
-    pub guest: String,
+    pub(crate) guest: String,
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::demo::precopy::{Cause, Pass};
 use crate::page_server::Failure;
 use crate::page_server::PageCounts;
 use crate::page_server::happened::{EventReport, Happened};
@@ -88,6 +89,10 @@ pub(super) struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     session: Option<String>,
     roles: Vec<Role>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    passes: Vec<Pass>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    switchover_cause: Option<Cause>,
     #[serde(flatten)]
     times: Times,
     #[serde(flatten)]
@@ -124,6 +129,9 @@ pub(super) struct Journal {
     command: &'static str,
     session: Option<String>,
     roles: Vec<Role>,
+    pub(super) passes: Vec<Pass>,
+    /// Why the guest was stopped when it was, where passes came before.
+    pub(super) cause: Option<Cause>,
     pub(super) times: Times,
     happened: Happened,
 }
@@ -135,6 +143,8 @@ impl Journal {
             command,
             session: None,
             roles: vec![own],
+            passes: Vec::new(),
+            cause: None,
             times: Times::default(),
             happened: Happened::new(),
         }
@@ -167,6 +177,8 @@ impl Journal {
             error: failure.map(ToString::to_string),
             session: self.session,
             roles: self.roles,
+            passes: self.passes,
+            switchover_cause: self.cause,
             times: self.times,
             pages,
             total_us: self.happened.elapsed_us(),

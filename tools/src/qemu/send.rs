@@ -20,8 +20,9 @@ use super::past::{Past, Record};
 use super::receive::{Ended, Heard};
 use super::report::{Journal, Outcome, Report, micros};
 use super::state::{self, Description};
-use super::{Deadline, QmpError, ram, unix_now};
+use super::{Deadline, QmpError, precopy, ram, unix_now};
 use crate::control::{Desk, GoingBack, Phase, SourceControl, Switching};
+use crate::demo::precopy::{Cause, Pass};
 use crate::page_server::failure::check_connect;
 use crate::page_server::memory::{self, Access};
 use crate::page_server::progress::Progress;
@@ -71,6 +72,13 @@ enum At {
     Gone,
 }
 
+/// When the guest is to be stopped, once everybody is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Due {
+    Now,
+    AfterPasses,
+}
+
 struct Sending {
     parts: Parts,
     source: Arc<Source>,
@@ -80,6 +88,7 @@ struct Sending {
     at: At,
     /// What they were when the guest was stopped, or are.
     vcpus: Vcpus,
+    due: Due,
     is_attached: bool,
     /// The destination's side has checked all it can; told by a companion alone.
     is_armed: bool,
@@ -110,6 +119,11 @@ pub(super) fn run(options: &SourceOptions, mut parts: Parts) -> Result<Report, F
     let pages = memory.layout().page_count();
     let bytes = memory.layout().bytes();
     let mut engine = engine_options(options);
+    // Only a guest that still runs here.
+    if matches!(past, Past::Open | Past::Over) {
+        engine.precopy = precopy::begin(options, &parts.machine, memory.layout())?;
+    }
+    let due = if engine.precopy.is_some() { Due::AfterPasses } else { Due::Now };
     parts.record.begin(memory.layout(), &mut engine)?;
     let endpoint = endpoint(options, &parts.progress)?;
     let (source, events) =
@@ -129,6 +143,7 @@ pub(super) fn run(options: &SourceOptions, mut parts: Parts) -> Result<Report, F
         pages,
         at: At::Here,
         vcpus,
+        due,
         is_attached: false,
         stopped: None,
         reason: None,
@@ -224,9 +239,9 @@ impl Sending {
         Ok(Turn { events, news: news.unwrap_or_default(), signals })
     }
 
-    /// Whether the guest is to be stopped now. Precopy passes would be waited for here.
-    const fn is_due(&self) -> bool {
-        self.is_attached && self.is_armed && self.reason.is_none()
+    /// Whether the guest is to be stopped now.
+    fn is_due(&self) -> bool {
+        self.due == Due::Now && self.is_attached && self.is_armed && self.reason.is_none()
     }
 
     fn switch_over(&mut self) {
@@ -283,6 +298,17 @@ impl Sending {
             }
             SourceEvent::Paused => {
                 self.note("paused", "paused at the control socket; recover goes on");
+            }
+            SourceEvent::PassEnded(report) => {
+                let pass = Pass::of(report);
+                self.note("pass_ended", &pass.to_string());
+                self.parts.journal.passes.push(pass);
+            }
+            SourceEvent::SwitchoverDue(cause) => {
+                let cause = Cause::of(*cause);
+                self.due = Due::Now;
+                self.parts.journal.cause = Some(cause);
+                self.note("switchover_due", &format!("passes are over: {}", cause.words()));
             }
             SourceEvent::Ready => self.parts.journal.note("ready"),
             SourceEvent::Given => {
@@ -604,6 +630,7 @@ fn engine_options(options: &SourceOptions) -> EngineOptions {
     let mut engine = EngineOptions::default();
     engine.streams = options.streams;
     engine.background = options.bandwidth.into();
+    engine.precopy_background = options.precopy_bandwidth.map(Into::into);
     engine.checksums = if options.checksums { Checksums::On } else { Checksums::Off };
     engine.plaintext = plaintext(options);
     engine
