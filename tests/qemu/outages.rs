@@ -7,8 +7,22 @@ use serde_json::Value;
 use crate::support::{Backing, Daemon, GUEST, KEEPER, Network, Qemu, Scene, Side, check_lived_on};
 
 const ROUNDS: usize = 3;
+/// Where `send` is killed, and whether it has given the guest away then.
+const DEATHS: [(&str, Gone); 5] = [
+    ("source:+SendState", Gone::No),
+    ("source:Persist+Given", Gone::No),
+    ("source:Send(Go", Gone::Yes),
+    ("source:Acknowledge#20", Gone::Yes),
+    ("source:Persist+Finished", Gone::Yes),
+];
 /// Slow enough for something to happen in the middle.
 const SLOW: &str = "25M";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gone {
+    No,
+    Yes,
+}
 
 /// A guest that runs at the destination, while its memory is on its way.
 struct Moving {
@@ -118,4 +132,48 @@ fn afterimage_qemu_killed_in_the_middle_goes_on_where_it_was() {
     moving.receive.kill();
     moving.receive = moving.scene.receive();
     moving.finish();
+}
+
+#[test]
+fn send_killed_at_any_step_lets_the_guest_live_on_exactly_one_side() {
+    if !require::qemu_system() {
+        return;
+    }
+    for (step, gone) in DEATHS {
+        println!("{step}");
+        let scene = Scene::new(2, Backing::File);
+        let mut source = Qemu::start(&scene, Side::Source);
+        source.serial.wait_rounds(scene.vcpus, ROUNDS);
+        let client = scene.client(&["--connect", &scene.unix("pages")]);
+        let mut destination = Qemu::start(&scene, Side::Destination);
+        let mut receive = scene.receive();
+        receive.line("waiting for the guest");
+        let state = scene.path("state").display().to_string();
+        let more = ["--state", &state, "--bandwidth", "100M"];
+        assert!(scene.send_until(Some(step), &more).is_killed(), "{step}");
+        assert_eq!(source.status(), "postmigrate", "{step}");
+
+        let (status, report, lines) = scene.send(&more).report();
+        let (client_status, ..) = client.report();
+        let (receive_status, ..) = receive.report();
+        match gone {
+            Gone::Yes => {
+                assert_eq!((status, client_status, receive_status), (0, 0, 0), "{step} {lines:#?}");
+                assert_eq!(report["outcome"], "finished", "{report:#}");
+                destination.serial.wait_rounds(scene.vcpus, ROUNDS);
+                assert_eq!(source.status(), "postmigrate", "{step}");
+                assert_eq!(destination.status(), "running", "{step}");
+            }
+            Gone::No => {
+                assert_eq!((status, client_status, receive_status), (3, 3, 3), "{step} {lines:#?}");
+                assert_eq!(report["outcome"], "not_moved", "{report:#}");
+                source.serial.wait_rounds(scene.vcpus, ROUNDS);
+                assert_eq!(source.status(), "running", "{step}");
+                assert_ne!(destination.status(), "running", "{step}");
+            }
+        }
+        let (before, after) = (source.last_words(), destination.last_words());
+        let more = if gone == Gone::Yes { ROUNDS as u32 } else { 0 };
+        check_lived_on(&before, &after, scene.vcpus, more);
+    }
 }

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,6 +59,11 @@ impl Daemon {
             }
         });
         Self { child, lines, seen: Vec::new() }
+    }
+
+    /// Waits for its end by a signal.
+    pub(crate) fn is_killed(&mut self) -> bool {
+        self.child.wait().unwrap().signal() == Some(Signal::SIGKILL as i32)
     }
 
     /// Waits for a line that holds `text`.
@@ -130,13 +136,21 @@ pub(crate) struct Scene {
     pub(crate) directory: tempfile::TempDir,
     pub(crate) vcpus: usize,
     pub(crate) backing: Backing,
+    pub(crate) writes: Writes,
+}
+
+/// Whether the source's QEMU runs with the library that lets its writes be tracked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Writes {
+    Untracked,
+    Tracked,
 }
 
 impl Scene {
     pub(crate) fn new(vcpus: usize, backing: Backing) -> Self {
         // On tmpfs, because guest memory is there too.
         let directory = tempfile::Builder::new().prefix("qemu-").tempdir_in("/dev/shm").unwrap();
-        let scene = Self { directory, vcpus, backing };
+        let scene = Self { directory, vcpus, backing, writes: Writes::Untracked };
         boot::write_disk(&scene.path("disk"), vcpus).unwrap();
         scene
     }
@@ -161,10 +175,20 @@ impl Scene {
 /// The commands of both sides.
 impl Scene {
     pub(crate) fn send(&self, more: &[&str]) -> Daemon {
+        self.send_until(None, more)
+    }
+
+    /// One that is killed when the engine comes to this step.
+    pub(crate) fn send_until(&self, step: Option<&str>, more: &[&str]) -> Daemon {
         let (qmp, pages) = (self.unix("source.qmp"), self.unix("pages"));
         let mut arguments = vec!["send", "--qmp", &qmp, "--listen", &pages, "--json"];
         arguments.extend(more);
-        Daemon::start(DRIVER, &arguments)
+        let mut command = Command::new(DRIVER);
+        command.args(&arguments);
+        if let Some(step) = step {
+            command.env("AFTERIMAGE_KILL_AT", step);
+        }
+        Daemon::of(command)
     }
 
     pub(crate) fn receive(&self) -> Daemon {
@@ -226,14 +250,23 @@ impl Qemu {
         let chardev = format!("socket,id=serial,path={}", path("serial").display());
         command.args(["-chardev", &chardev, "-serial", "chardev:serial"]);
         command.args(more);
-        if side == Side::Destination {
-            command.args(["-S", "-incoming", "defer"]);
-            let memory = match scene.backing {
-                Backing::Memfd => "memfd:memory-backend-memfd".into(),
-                _ => memory.display().to_string(),
-            };
+        let memory = match scene.backing {
+            Backing::Memfd => "memfd:memory-backend-memfd".into(),
+            _ => memory.display().to_string(),
+        };
+        if side == Side::Destination || scene.writes == Writes::Tracked {
             command.env("LD_PRELOAD", preload()).env("AFTERIMAGE_MEMORY", memory);
-            command.env("AFTERIMAGE_SOCKET", scene.unix("attach")).env("AFTERIMAGE_GUEST", GUEST);
+        }
+        match side {
+            Side::Source if scene.writes == Writes::Tracked => {
+                command.env("AFTERIMAGE_TRACKING", scene.unix("tracking"));
+            }
+            Side::Source => {}
+            Side::Destination => {
+                command.args(["-S", "-incoming", "defer"]);
+                let attach = scene.unix("attach");
+                command.env("AFTERIMAGE_SOCKET", attach).env("AFTERIMAGE_GUEST", GUEST);
+            }
         }
         let daemon = Daemon::of(command);
         let serial = Serial::accept(&serial);
