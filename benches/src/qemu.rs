@@ -10,11 +10,9 @@
 
 mod figures;
 mod guest;
-mod line;
 mod machine;
 mod method;
 mod place;
-mod qmp;
 mod report;
 
 use std::fmt;
@@ -23,6 +21,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
+use afterimage_tools::qemu::QmpError;
 use afterimage_tools::size::Size;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -32,7 +31,6 @@ pub use method::QemuStatistics;
 pub use report::{ModeReport, QemuReport, QemuRound, Spread, Summary};
 
 use figures::Observed;
-use line::Deadline;
 use machine::{Machine, Setup, Side};
 use method::{Method, QemuPostcopy};
 use place::Place;
@@ -122,46 +120,9 @@ pub enum QemuError {
         /// Why it failed.
         source: io::Error,
     },
-    /// A QEMU ended before its time.
-    #[error("{who} ended: {said}")]
-    Ended {
-        /// Which one.
-        who: String,
-        /// The end of what it printed.
-        said: String,
-    },
-    /// Something did not come in time.
-    #[error("{who}: no {awaited} after {} s; it printed: {said}", limit.as_secs())]
-    Late {
-        /// Who should have said it.
-        who: String,
-        /// What was waited for.
-        awaited: String,
-        /// For how long.
-        limit: Duration,
-        /// The end of what QEMU printed.
-        said: String,
-    },
-    /// QEMU refused a command.
-    #[error("{who} refused {command}: {reason}")]
-    Refused {
-        /// Which one.
-        who: String,
-        /// The command of QMP.
-        command: String,
-        /// QEMU's words.
-        reason: String,
-    },
-    /// An answer that was not understood.
-    #[error("{who} said {line:?}, which is not {expected}")]
-    Answer {
-        /// Who said it.
-        who: String,
-        /// What it said.
-        line: String,
-        /// What it should have been.
-        expected: String,
-    },
+    /// A QEMU, or its guest, did not say what it should.
+    #[error(transparent)]
+    Talk(#[from] QmpError),
 }
 
 /// Runs the rounds, one migration at a time. Takes about half a minute each.
@@ -241,9 +202,4 @@ fn round(
     destination.quit()?;
     source.quit()?;
     Ok(QemuRound::new(moved, &Observed { marked, marked_again, baseline, after, verified }))
-}
-
-/// The deadline of what a running QEMU answers by itself.
-fn soon() -> Deadline {
-    Deadline::after(Duration::from_secs(30))
 }

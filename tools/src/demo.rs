@@ -22,7 +22,7 @@ mod outages;
 mod page_client;
 mod page_server;
 mod parent;
-mod precopy;
+pub(crate) mod precopy;
 mod process;
 mod progress;
 mod proxy;

@@ -10,6 +10,7 @@
 //! - [`page_client`]: serving the memory of a guest that another process runs
 //! - [`keeper`]: holding descriptors for processes that may die
 //! - [`page_server`]: serving the memory of a stopped guest or a snapshot
+//! - [`qemu`]: moving the guest of an unmodified QEMU
 //! - [`control`]: driving a migration from a socket, and watching it
 //! - [`ctl`]: the client of that socket
 //! - [`tracking`]: what an unmodified VMM writes
@@ -36,6 +37,7 @@ pub mod page_client;
 pub mod page_server;
 mod placing;
 mod processes;
+pub mod qemu;
 pub mod ram;
 pub mod report_page;
 pub mod require;

@@ -74,6 +74,16 @@ pub fn network_namespaces() -> bool {
     or_skip("netns", ip("add").and_then(|()| ip("delete"))).is_some()
 }
 
+/// Whether the machine's own QEMU can be run. Name: `qemu-system`.
+///
+/// # Panics
+/// If it cannot and `AFTERIMAGE_REQUIRE` names `qemu-system`.
+#[must_use]
+pub fn qemu_system() -> bool {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output();
+    or_skip("qemu-system", output.map_err(|error| format!("qemu-system-x86_64: {error}"))).is_some()
+}
+
 /// Passes a success on; prints the failure as a skip, or panics if `name` is required.
 ///
 /// # Panics

@@ -5,11 +5,11 @@
 
 use std::time::Duration;
 
+use afterimage_tools::qemu::{Deadline, Lines, unix_now};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::QemuError;
-use super::line::{Deadline, Lines, unix_now};
 
 /// What the workload of `benches/qemu/guest` speaks.
 const VERSION: u32 = 1;
@@ -98,7 +98,7 @@ impl Guest {
         let filled: Option<Filled> = serde_json::from_str(&line).ok();
         filled
             .filter(|filled| filled.version == VERSION)
-            .ok_or_else(|| self.lines.misunderstood(&line, expected))
+            .ok_or_else(|| self.lines.misunderstood(&line, expected).into())
     }
 
     /// Lets the guest's figures begin anew.
@@ -125,6 +125,6 @@ impl Guest {
         self.lines.send(command)?;
         let line = self.lines.next(&format!("answer to {command:?}"), Deadline::after(ANSWER))?;
         let expected = format!("an answer to {command:?}");
-        serde_json::from_str(&line).map_err(|_| self.lines.misunderstood(&line, &expected))
+        serde_json::from_str(&line).map_err(|_| self.lines.misunderstood(&line, &expected).into())
     }
 }

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
+use afterimage_tools::qemu::{Deadline, Lines, Qmp, Speaker};
 use afterimage_tools::size::Size;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
@@ -22,9 +23,7 @@ use tempfile::TempDir;
 
 use super::QemuError;
 use super::guest::Guest;
-use super::line::{Deadline, Lines, Speaker};
 use super::place::Place;
-use super::qmp::Qmp;
 
 /// The loader has some 30 MB to bind, on a machine that may be busy.
 const START: Duration = Duration::from_mins(1);
@@ -68,7 +67,7 @@ impl Machine {
             Side::Destination => "the destination's QEMU",
         };
         let log = path.join("qemu.log");
-        let speaker = Speaker { name: name.into(), log: log.clone() };
+        let speaker = Speaker { name: name.into(), log: Some(log.clone()) };
         let qmp = UnixListener::bind(path.join(QMP)).map_err(io_error("listen for QMP"))?;
         let guest = UnixListener::bind(path.join(GUEST)).map_err(io_error("listen for a guest"))?;
 
@@ -85,9 +84,9 @@ impl Machine {
 
         let deadline = Deadline::after(START);
         let qmp = Lines::accept(&qmp, &mut process.child, speaker.clone(), deadline)?;
-        let guest_speaker = Speaker { name: "the guest".into(), log: path.join(CONSOLE) };
+        let guest_speaker = Speaker { name: "the guest".into(), log: Some(path.join(CONSOLE)) };
         let guest = Lines::accept(&guest, &mut process.child, guest_speaker, deadline)?;
-        let qmp = Qmp::greet(qmp)?;
+        let qmp = Qmp::greet(qmp, deadline)?;
         Ok(Self { qmp, guest: Guest::new(guest), process, _directory: directory })
     }
 

@@ -8,13 +8,12 @@
 
 use std::time::Duration;
 
+use afterimage_tools::qemu::{Deadline, Event, Qmp, QmpError, unix_now};
 use afterimage_tools::size::Size;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::line::{Deadline, unix_now};
 use super::machine::{Machine, Side};
-use super::qmp::{Event, Qmp};
 use super::{Mode, QemuError};
 
 /// The whole of a migration.
@@ -149,7 +148,7 @@ impl QemuPostcopy {
         side.capabilities(&names)?;
         // As fast as the machine can; 0 means so for the second, but not for the first.
         let limits = json!({ "max-bandwidth": 1_u64 << 40, "max-postcopy-bandwidth": 0 });
-        side.execute("migrate-set-parameters", &limits).map(drop)
+        Ok(side.execute("migrate-set-parameters", &limits).map(drop)?)
     }
 }
 
@@ -159,11 +158,12 @@ fn listening(qmp: &mut Qmp) -> Result<String, QemuError> {
     let address = &answer["socket-address"][0];
     match (address["host"].as_str(), address["port"].as_str()) {
         (Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
-        _ => Err(QemuError::Answer {
+        _ => Err(QmpError::Answer {
             who: qmp.name().to_owned(),
             line: answer.to_string(),
             expected: "an address that it listens at".into(),
-        }),
+        }
+        .into()),
     }
 }
 
@@ -184,11 +184,12 @@ fn reach(
     }
     let state = qmp.execute("query-migrate", &json!({}))?;
     let reason = state["error-desc"].as_str().unwrap_or("no reason given");
-    Err(QemuError::Refused {
+    Err(QmpError::Refused {
         who: qmp.name().to_owned(),
         command: format!("to go on with a migration that is {}", event.data["status"]),
         reason: reason.to_owned(),
-    })
+    }
+    .into())
 }
 
 fn is_complete(event: &Event) -> bool {

@@ -15,7 +15,7 @@ use crate::size::Size;
 /// When the guest is to be stopped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub(super) enum PassesWanted {
+pub(crate) enum PassesWanted {
     /// At once: no memory is sent before.
     #[default]
     None,
@@ -29,7 +29,7 @@ pub(super) enum PassesWanted {
 
 impl PassesWanted {
     /// In the engine's terms, if there are to be any.
-    pub(super) const fn passes(self) -> Option<Passes> {
+    pub(crate) const fn passes(self) -> Option<Passes> {
         match self {
             Self::None => None,
             Self::Count(count) => Some(Passes::Count(count.get())),
@@ -90,15 +90,15 @@ pub(super) struct PrecopySetup {
 
 /// A pass that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Pass {
-    pub(super) number: u32,
-    pub(super) bytes_sent: u64,
-    pub(super) time_us: u64,
-    pub(super) pages_written: u64,
+pub(crate) struct Pass {
+    pub(crate) number: u32,
+    pub(crate) bytes_sent: u64,
+    pub(crate) time_us: u64,
+    pub(crate) pages_written: u64,
 }
 
 impl Pass {
-    pub(super) fn of(report: &PassReport) -> Self {
+    pub(crate) fn of(report: &PassReport) -> Self {
         Self {
             number: report.number,
             bytes_sent: report.bytes_sent,
@@ -124,7 +124,7 @@ impl fmt::Display for Pass {
 /// Why the guest was stopped when it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Cause {
+pub(crate) enum Cause {
     Converged,
     NotShrinking,
     PassesDone,
@@ -135,7 +135,7 @@ pub(super) enum Cause {
 }
 
 impl Cause {
-    pub(super) const fn of(cause: SwitchoverCause) -> Self {
+    pub(crate) const fn of(cause: SwitchoverCause) -> Self {
         match cause {
             SwitchoverCause::Converged => Self::Converged,
             SwitchoverCause::NotShrinking => Self::NotShrinking,
@@ -147,7 +147,7 @@ impl Cause {
     }
 
     /// In words, after "until".
-    pub(super) const fn words(self) -> &'static str {
+    pub(crate) const fn words(self) -> &'static str {
         match self {
             Self::Converged => "what was left fitted into the downtime",
             Self::NotShrinking => "the guest wrote as fast as pages left",

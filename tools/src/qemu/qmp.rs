@@ -4,34 +4,41 @@
 //! whoever waits for it, with the time at which QEMU says that it happened.
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::QmpError;
 use super::line::{Deadline, Lines};
-use super::{QemuError, soon};
 
 /// Something that happened in QEMU.
 #[derive(Clone, Debug)]
-pub(super) struct Event {
-    pub(super) name: String,
+pub struct Event {
+    /// What: `STOP`, for instance.
+    pub name: String,
     /// By the host's wall clock, since 1970.
-    pub(super) at: Duration,
-    pub(super) data: Value,
+    pub at: Duration,
+    /// What belongs to it.
+    pub data: Value,
 }
 
+/// A connection to a monitor of QEMU.
 #[derive(Debug)]
-pub(super) struct Qmp {
+pub struct Qmp {
     lines: Lines,
     events: VecDeque<Event>,
     /// As QEMU introduces itself.
-    pub(super) version: String,
+    pub version: String,
 }
 
 impl Qmp {
     /// Takes the greeting, and leaves the state in which only capabilities are settled.
-    pub(super) fn greet(mut lines: Lines) -> Result<Self, QemuError> {
-        let line = lines.next("greeting", soon())?;
+    ///
+    /// # Errors
+    /// [`QmpError`] if what speaks is no QMP.
+    pub fn greet(mut lines: Lines, deadline: Deadline) -> Result<Self, QmpError> {
+        let line = lines.next("greeting", deadline)?;
         let greeting: Value = parse(&lines, &line)?;
         let version = &greeting["QMP"]["version"];
         let number = |part| version["qemu"][part].as_u64().unwrap_or_default();
@@ -44,9 +51,32 @@ impl Qmp {
         Ok(qmp)
     }
 
-    pub(super) fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QemuError> {
+    /// Has a command carried out, and waits for its answer.
+    ///
+    /// # Errors
+    /// [`QmpError`], also where QEMU refuses it.
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
         let message = json!({ "execute": command, "arguments": arguments });
         self.lines.send(&message.to_string())?;
+        self.answer(command)
+    }
+
+    /// The same, with a descriptor beside it.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn execute_with(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        file: BorrowedFd<'_>,
+    ) -> Result<Value, QmpError> {
+        let message = json!({ "execute": command, "arguments": arguments });
+        self.lines.send_with(&message.to_string(), file)?;
+        self.answer(command)
+    }
+
+    fn answer(&mut self, command: &str) -> Result<Value, QmpError> {
         let deadline = soon();
         loop {
             let mut message = self.message(&format!("answer to {command}"), deadline)?;
@@ -54,7 +84,7 @@ impl Qmp {
                 return Ok(answer.take());
             }
             if let Some(error) = message.get("error") {
-                return Err(QemuError::Refused {
+                return Err(QmpError::Refused {
                     who: self.lines.name().to_owned(),
                     command: command.to_owned(),
                     reason: error["desc"].as_str().unwrap_or("no reason given").to_owned(),
@@ -65,19 +95,25 @@ impl Qmp {
     }
 
     /// Switches capabilities of migration on.
-    pub(super) fn capabilities(&mut self, names: &[&str]) -> Result<(), QemuError> {
+    ///
+    /// # Errors
+    /// [`QmpError`] if QEMU does not know one.
+    pub fn capabilities(&mut self, names: &[&str]) -> Result<(), QmpError> {
         let list: Vec<_> =
             names.iter().map(|name| json!({ "capability": name, "state": true })).collect();
         self.execute("migrate-set-capabilities", &json!({ "capabilities": list })).map(drop)
     }
 
     /// The first event that `wanted` accepts; those before it are forgotten.
-    pub(super) fn event(
+    ///
+    /// # Errors
+    /// [`QmpError`] if it does not come in time.
+    pub fn event(
         &mut self,
         awaited: &str,
         deadline: Deadline,
         wanted: impl Fn(&Event) -> bool,
-    ) -> Result<Event, QemuError> {
+    ) -> Result<Event, QmpError> {
         loop {
             while let Some(event) = self.events.pop_front() {
                 tracing::debug!(who = self.lines.name(), name = event.name, data = %event.data);
@@ -90,11 +126,18 @@ impl Qmp {
         }
     }
 
-    pub(super) fn name(&self) -> &str {
+    /// Forgets events that have come so far.
+    pub fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
+    /// Which QEMU it is.
+    #[must_use]
+    pub fn name(&self) -> &str {
         self.lines.name()
     }
 
-    fn message(&mut self, awaited: &str, deadline: Deadline) -> Result<Value, QemuError> {
+    fn message(&mut self, awaited: &str, deadline: Deadline) -> Result<Value, QmpError> {
         let line = self.lines.next(awaited, deadline)?;
         parse(&self.lines, &line)
     }
@@ -110,7 +153,12 @@ impl Qmp {
     }
 }
 
-fn parse(lines: &Lines, line: &str) -> Result<Value, QemuError> {
+/// The deadline of what a running QEMU answers by itself.
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(30))
+}
+
+fn parse(lines: &Lines, line: &str) -> Result<Value, QmpError> {
     serde_json::from_str(line).map_err(|_| lines.misunderstood(line, "a message of QMP"))
 }
 
@@ -129,7 +177,7 @@ mod tests {
         let (lines, mut other) = pair();
         let event = r#"{"event":"STOP","timestamp":{"seconds":7,"microseconds":5}}"#;
         writeln!(other, "{GREETING}\n{{\"return\":{{}}}}\n{event}\n{{\"return\":3}}").unwrap();
-        let mut qmp = Qmp::greet(lines).unwrap();
+        let mut qmp = Qmp::greet(lines, soon()).unwrap();
         assert_eq!(qmp.version, "11.1.3 P");
         assert_eq!(qmp.execute("count", &json!({})).unwrap(), 3);
         let stop = qmp.event("STOP", soon(), |event| event.name == "STOP").unwrap();
@@ -141,7 +189,7 @@ mod tests {
         let (lines, mut other) = pair();
         let refusal = r#"{"error":{"class":"GenericError","desc":"not now"}}"#;
         writeln!(other, "{GREETING}\n{{\"return\":{{}}}}\n{refusal}").unwrap();
-        let error = Qmp::greet(lines).unwrap().execute("migrate", &json!({})).unwrap_err();
+        let error = Qmp::greet(lines, soon()).unwrap().execute("migrate", &json!({})).unwrap_err();
         assert_eq!(error.to_string(), "a test refused migrate: not now");
     }
 }

@@ -1,33 +1,36 @@
 //! Lines of text over a Unix socket that QEMU connects to, each wait with a limit.
 //!
-//! QEMU is the client of all its sockets: the driver listens first, so that nobody has to
-//! try again and again. That QEMU has ended is found out as the end of the stream, or,
-//! before it has connected, by asking for its exit.
+//! Whoever starts a QEMU listens first, and QEMU is the client, so that nobody has to try again
+//! and again; a QEMU that others have started listens itself. That QEMU has ended is found out
+//! as the end of the stream, or, before it has connected, by asking for its exit.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::AsFd;
+use std::io::{self, BufRead, BufReader, IoSlice, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Child;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use super::QemuError;
+use super::QmpError;
 
 /// How often a starting QEMU is asked whether it has ended.
 const STARTING: Duration = Duration::from_millis(100);
 
 /// The end of a wait, and how long it was to begin with.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Deadline {
+pub struct Deadline {
     end: Instant,
     limit: Duration,
 }
 
 impl Deadline {
-    pub(super) fn after(limit: Duration) -> Self {
+    /// So long from now.
+    #[must_use]
+    pub fn after(limit: Duration) -> Self {
         Self { end: Instant::now() + limit, limit }
     }
 
@@ -37,24 +40,27 @@ impl Deadline {
 }
 
 /// The host's wall clock, which QEMU's events carry too.
-pub(super) fn unix_now() -> Duration {
+#[must_use]
+pub fn unix_now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Who speaks, and where what it prints beside is kept.
 #[derive(Clone, Debug)]
-pub(super) struct Speaker {
-    pub(super) name: String,
-    pub(super) log: PathBuf,
+pub struct Speaker {
+    /// Its name in messages.
+    pub name: String,
+    /// What it prints goes there, if that can be seen.
+    pub log: Option<PathBuf>,
 }
 
 impl Speaker {
-    pub(super) fn ended(&self) -> QemuError {
-        QemuError::Ended { who: self.name.clone(), said: self.last_words() }
+    fn ended(&self) -> QmpError {
+        QmpError::Ended { who: self.name.clone(), said: self.last_words() }
     }
 
-    fn late(&self, awaited: &str, deadline: Deadline) -> QemuError {
-        QemuError::Late {
+    fn late(&self, awaited: &str, deadline: Deadline) -> QmpError {
+        QmpError::Late {
             who: self.name.clone(),
             awaited: awaited.to_owned(),
             limit: deadline.limit,
@@ -62,12 +68,13 @@ impl Speaker {
         }
     }
 
-    fn io(&self, operation: &str, source: io::Error) -> QemuError {
-        QemuError::Io { operation: format!("{operation} {}", self.name), source }
+    fn io(&self, operation: &str, source: io::Error) -> QmpError {
+        QmpError::Io { operation: format!("{operation} {}", self.name), source }
     }
 
     fn last_words(&self) -> String {
-        let text = fs::read(&self.log).unwrap_or_default();
+        let Some(log) = &self.log else { return "nothing that can be seen from here".into() };
+        let text = fs::read(log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let last = &lines[lines.len().saturating_sub(3)..];
@@ -77,7 +84,7 @@ impl Speaker {
 
 /// One connection, read by the line.
 #[derive(Debug)]
-pub(super) struct Lines {
+pub struct Lines {
     speaker: Speaker,
     stream: BufReader<UnixStream>,
     /// The beginning of a line whose end has not come.
@@ -86,12 +93,15 @@ pub(super) struct Lines {
 
 impl Lines {
     /// Takes the connection of a QEMU that has just been started.
-    pub(super) fn accept(
+    ///
+    /// # Errors
+    /// [`QmpError`] if it ends, or does not connect in time.
+    pub fn accept(
         listener: &UnixListener,
         child: &mut Child,
         speaker: Speaker,
         deadline: Deadline,
-    ) -> Result<Self, QemuError> {
+    ) -> Result<Self, QmpError> {
         loop {
             let Some(left) = deadline.left() else {
                 return Err(speaker.late("connection", deadline));
@@ -111,15 +121,23 @@ impl Lines {
         Ok(Self::new(stream, speaker))
     }
 
-    pub(super) fn new(stream: UnixStream, speaker: Speaker) -> Self {
+    /// A connection that is there.
+    #[must_use]
+    pub fn new(stream: UnixStream, speaker: Speaker) -> Self {
         Self { speaker, stream: BufReader::new(stream), begun: Vec::new() }
     }
 
-    pub(super) fn name(&self) -> &str {
+    /// Who speaks.
+    #[must_use]
+    pub fn name(&self) -> &str {
         &self.speaker.name
     }
 
-    pub(super) fn send(&mut self, line: &str) -> Result<(), QemuError> {
+    /// Says a line.
+    ///
+    /// # Errors
+    /// [`QmpError`] if nobody is there any more.
+    pub fn send(&mut self, line: &str) -> Result<(), QmpError> {
         let mut line = line.to_owned();
         line.push('\n');
         self.stream.get_mut().write_all(line.as_bytes()).map_err(|error| match error.kind() {
@@ -128,8 +146,27 @@ impl Lines {
         })
     }
 
+    /// Says a line, and hands a descriptor over with it.
+    ///
+    /// # Errors
+    /// [`QmpError`] if nobody is there any more.
+    pub fn send_with(&mut self, line: &str, file: BorrowedFd<'_>) -> Result<(), QmpError> {
+        let line = format!("{line}\n");
+        let raw = [file.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let socket = self.stream.get_ref().as_raw_fd();
+        let first = [IoSlice::new(line.as_bytes())];
+        let sent = sendmsg::<()>(socket, &first, &rights, MsgFlags::MSG_NOSIGNAL, None);
+        let sent = sent.map_err(|error| self.speaker.io("hand a descriptor to", error.into()))?;
+        let rest = self.stream.get_mut().write_all(&line.as_bytes()[sent..]);
+        rest.map_err(|error| self.speaker.io("write to", error))
+    }
+
     /// The next line, without its end. `awaited` is named if it does not come.
-    pub(super) fn next(&mut self, awaited: &str, deadline: Deadline) -> Result<String, QemuError> {
+    ///
+    /// # Errors
+    /// [`QmpError`] if it does not come, or the speaker ends.
+    pub fn next(&mut self, awaited: &str, deadline: Deadline) -> Result<String, QmpError> {
         loop {
             let Some(left) = deadline.left() else {
                 return Err(self.speaker.late(awaited, deadline));
@@ -155,12 +192,14 @@ impl Lines {
         }
     }
 
-    pub(super) fn misunderstood(&self, line: &str, expected: &str) -> QemuError {
+    /// The error for a line that is not what was `expected`.
+    #[must_use]
+    pub fn misunderstood(&self, line: &str, expected: &str) -> QmpError {
         let mut line = line.to_owned();
         if let Some((end, _)) = line.char_indices().nth(200) {
             line.truncate(end);
         }
-        QemuError::Answer { who: self.name().to_owned(), line, expected: expected.to_owned() }
+        QmpError::Answer { who: self.name().to_owned(), line, expected: expected.to_owned() }
     }
 }
 
@@ -169,9 +208,9 @@ pub(super) mod tests {
     use super::*;
 
     /// Lines, and the other end of their connection.
-    pub(in crate::qemu) fn pair() -> (Lines, UnixStream) {
+    pub(crate) fn pair() -> (Lines, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let speaker = Speaker { name: "a test".into(), log: PathBuf::from("/dev/null") };
+        let speaker = Speaker { name: "a test".into(), log: Some(PathBuf::from("/dev/null")) };
         (Lines::new(ours, speaker), theirs)
     }
 
@@ -182,7 +221,7 @@ pub(super) mod tests {
         let soon = || Deadline::after(Duration::from_millis(20));
         assert_eq!(lines.next("line", soon()).unwrap(), "first");
         let late = lines.next("line", soon()).unwrap_err();
-        assert!(matches!(late, QemuError::Late { .. }), "{late}");
+        assert!(matches!(late, QmpError::Late { .. }), "{late}");
         other.write_all(b"ond\n").unwrap();
         let long = Deadline::after(Duration::from_mins(1));
         assert_eq!(lines.next("line", long).unwrap(), "second");

@@ -1,0 +1,179 @@
+//! What breaks after the guest was given away costs it time, and nothing else: the link, the
+//! page-client, and afterimage-qemu itself, killed in the middle of the move.
+
+use afterimage_tools::require;
+use serde_json::Value;
+
+use crate::support::{Backing, Daemon, GUEST, KEEPER, Network, Qemu, Scene, Side, check_lived_on};
+
+const ROUNDS: usize = 3;
+/// Where `send` is killed, and whether it has given the guest away then.
+const DEATHS: [(&str, Gone); 5] = [
+    ("source:+SendState", Gone::No),
+    ("source:Persist+Given", Gone::No),
+    ("source:Send(Go", Gone::Yes),
+    ("source:Acknowledge#20", Gone::Yes),
+    ("source:Persist+Finished", Gone::Yes),
+];
+/// Slow enough for something to happen in the middle.
+const SLOW: &str = "25M";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gone {
+    No,
+    Yes,
+}
+
+/// A guest that runs at the destination, while its memory is on its way.
+struct Moving {
+    scene: Scene,
+    network: Network,
+    source: Qemu,
+    client: Daemon,
+    destination: Qemu,
+    send: Daemon,
+    receive: Daemon,
+}
+
+impl Moving {
+    fn start(vcpus: usize, backing: Backing, client: &[&str]) -> Self {
+        let scene = Scene::new(vcpus, backing);
+        let network = Network::to(scene.path("pages"));
+        let source = Qemu::start(&scene, Side::Source);
+        source.serial.wait_rounds(vcpus, ROUNDS);
+        let address = network.address.clone();
+        let client = scene.client(&[&["--connect", address.as_str()], client].concat());
+        let destination = Qemu::start(&scene, Side::Destination);
+        let mut receive = scene.receive();
+        receive.line("waiting for the guest");
+        let mut moving =
+            Self { send: send(&scene), scene, network, source, client, destination, receive };
+        moving.send.line("the guest runs at the destination");
+        moving.receive.line("the guest runs here");
+        moving
+    }
+
+    /// All of it arrives, and the guest has lived on.
+    fn finish(self) -> (Value, Value) {
+        let Self { scene, mut source, client, mut destination, send, receive, .. } = self;
+        let (status, sent, lines) = send.report();
+        assert_eq!((status, &sent["outcome"]), (0, &Value::from("finished")), "{lines:#?}");
+        let (status, _, lines) = receive.report();
+        assert_eq!(status, 0, "{lines:#?}");
+        let (status, served, _) = client.report();
+        assert_eq!((status, &served["pages_complete"]), (0, &served["pages_total"]), "{served:#}");
+        destination.serial.wait_rounds(scene.vcpus, ROUNDS);
+        assert_eq!(destination.status(), "running");
+        assert_eq!(source.status(), "postmigrate");
+        let (before, after) = (source.last_words(), destination.last_words());
+        check_lived_on(&before, &after, scene.vcpus, ROUNDS as u32);
+        (sent, served)
+    }
+}
+
+fn send(scene: &Scene) -> Daemon {
+    let state = scene.path("state").display().to_string();
+    scene.send(&["--state", &state, "--bandwidth", SLOW])
+}
+
+#[test]
+fn a_link_that_is_cut_in_the_middle_costs_nothing_but_time() {
+    if !require::qemu_system() {
+        return;
+    }
+    let mut moving = Moving::start(2, Backing::File, &[]);
+    for _ in 0..3 {
+        assert!(moving.network.cut() > 0, "there were connections");
+        moving.send.line("page-client is away");
+        moving.send.line("page-client is attached");
+    }
+    let (sent, served) = moving.finish();
+    for report in [sent, served] {
+        let events = report["events"].as_array().unwrap();
+        let lost = events.iter().filter(|it| it["event"] == "disconnected").count();
+        assert!(lost >= 3, "{report:#}");
+    }
+}
+
+#[test]
+fn a_page_client_killed_in_the_middle_goes_on_where_it_was() {
+    if !require::qemu_system() {
+        return;
+    }
+    for backing in [Backing::File, Backing::Memfd] {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name).display().to_string();
+        let place = format!("unix:{}", at("keeper"));
+        let mut keeper = Daemon::start(KEEPER, &["--listen", &place]);
+        keeper.line(&place);
+        let state = at("client.state");
+        let more = ["--state", &state, "--keeper", &place, "--guest", GUEST];
+        let mut moving = Moving::start(1, backing, &more);
+        moving.client.kill();
+        let address = moving.network.address.clone();
+        moving.client = moving.scene.client(&[&["--connect", &address], &more[..]].concat());
+        moving.receive.line("page-client is there again");
+        let (_, served) = moving.finish();
+        assert_eq!(served["taken_over"], true, "{served:#}");
+        let fetched = |what: &str| served[what].as_u64().unwrap();
+        assert!(fetched("pages_background") + fetched("pages_requested") > 0, "{served:#}");
+    }
+}
+
+#[test]
+fn afterimage_qemu_killed_in_the_middle_goes_on_where_it_was() {
+    if !require::qemu_system() {
+        return;
+    }
+    let mut moving = Moving::start(2, Backing::Memfd, &[]);
+    moving.send.kill();
+    moving.send = send(&moving.scene);
+    moving.send.line("the guest was given to the destination");
+    moving.receive.kill();
+    moving.receive = moving.scene.receive();
+    moving.finish();
+}
+
+#[test]
+fn send_killed_at_any_step_lets_the_guest_live_on_exactly_one_side() {
+    if !require::qemu_system() {
+        return;
+    }
+    for (step, gone) in DEATHS {
+        println!("{step}");
+        let scene = Scene::new(2, Backing::File);
+        let mut source = Qemu::start(&scene, Side::Source);
+        source.serial.wait_rounds(scene.vcpus, ROUNDS);
+        let client = scene.client(&["--connect", &scene.unix("pages")]);
+        let mut destination = Qemu::start(&scene, Side::Destination);
+        let mut receive = scene.receive();
+        receive.line("waiting for the guest");
+        let state = scene.path("state").display().to_string();
+        let more = ["--state", &state, "--bandwidth", "100M"];
+        assert!(scene.send_until(Some(step), &more).is_killed(), "{step}");
+        assert_eq!(source.status(), "postmigrate", "{step}");
+
+        let (status, report, lines) = scene.send(&more).report();
+        let (client_status, ..) = client.report();
+        let (receive_status, ..) = receive.report();
+        match gone {
+            Gone::Yes => {
+                assert_eq!((status, client_status, receive_status), (0, 0, 0), "{step} {lines:#?}");
+                assert_eq!(report["outcome"], "finished", "{report:#}");
+                destination.serial.wait_rounds(scene.vcpus, ROUNDS);
+                assert_eq!(source.status(), "postmigrate", "{step}");
+                assert_eq!(destination.status(), "running", "{step}");
+            }
+            Gone::No => {
+                assert_eq!((status, client_status, receive_status), (3, 3, 3), "{step} {lines:#?}");
+                assert_eq!(report["outcome"], "not_moved", "{report:#}");
+                source.serial.wait_rounds(scene.vcpus, ROUNDS);
+                assert_eq!(source.status(), "running", "{step}");
+                assert_ne!(destination.status(), "running", "{step}");
+            }
+        }
+        let (before, after) = (source.last_words(), destination.last_words());
+        let more = if gone == Gone::Yes { ROUNDS as u32 } else { 0 };
+        check_lived_on(&before, &after, scene.vcpus, more);
+    }
+}
