@@ -21,6 +21,7 @@ mod kvm_log;
 mod kvm_ring;
 mod kvm_slots;
 mod page_bits;
+mod runs;
 mod trackers;
 mod write_protect;
 
