@@ -1,9 +1,8 @@
 //! The destination's process: it gets the guest, lets it run on, and verifies.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use afterimage::{DestinationMemory, DiscardNotice, FaultScope, MemoryError, StateSection};
 
@@ -13,7 +12,8 @@ use super::options::Role;
 use super::report::hex;
 use super::served::{Happening, Served};
 use super::source::{allocate, driven};
-use crate::guest::{Guest, GuestKind, MachineState, ThreadsGuest, digest, verify};
+use super::trial::{check, corrupt_one_byte, run_a_round};
+use crate::guest::{Guest, GuestKind, ThreadsGuest, digest};
 use crate::microvm::PreparedVm;
 use crate::migrate;
 use crate::ram::GuestRam;
@@ -74,16 +74,6 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     drop(served);
     control.close("finished");
     Ok(())
-}
-
-/// Verifies every page of a stopped guest; in words, what was verified or what is wrong.
-fn check(guest: &dyn Guest, state: &MachineState) -> Result<String, String> {
-    if let Some(failure) = guest.failure() {
-        return Err(failure);
-    }
-    verify(guest.ram(), state)
-        .map(|report| report.to_string())
-        .map_err(|error| super::error::one_line(&error))
 }
 
 fn register(setup: &Setup, ram: &Arc<GuestRam>) -> Result<DestinationMemory, DemoError> {
@@ -280,25 +270,4 @@ impl Arrival<'_> {
             },
         ))
     }
-}
-
-/// Lets the guest do a round more than `since`, so that it completes one.
-fn run_a_round(guest: &mut dyn Guest, since: u64, limit: Duration) -> Result<(), DemoError> {
-    let round = guest.spec().worked_pages() * u64::from(guest.spec().vcpus());
-    if guest.wait_for_operations(since + round, limit) || guest.failure().is_some() {
-        return Ok(());
-    }
-    Err(DemoError::Failed(format!(
-        "the guest stands still at the destination: {} of {round} operations in {} s",
-        guest.operations() - since,
-        limit.as_secs()
-    )))
-}
-
-/// Changes a byte that nobody writes, or one of a tag, so that verification has something
-/// to notice.
-fn corrupt_one_byte(ram: &GuestRam, state: &MachineState) {
-    let last_page = state.spec().geometry().address(state.spec().geometry().pages - 1);
-    let last_byte = crate::ram::GuestAddress(last_page.0 + crate::ram::PAGE_BYTES - 1);
-    ram.byte(last_byte).fetch_xor(1, Ordering::Relaxed);
 }
