@@ -18,7 +18,7 @@ pub(super) fn run_a_round(
         return Ok(());
     }
     Err(DemoError::Failed(format!(
-        "the guest stands still at the destination: {} of {round} operations in {} s",
+        "the guest stands still: {} of {round} operations in {} s",
         guest.operations() - since,
         limit.as_secs()
     )))
