@@ -30,7 +30,10 @@ impl Migration {
         let mut destination = demo::manager(directory.path(), "destination");
         let mut source = demo::manager(directory.path(), "source");
         destination.ok(json!({"do": "subscribe"}));
-        source.ok(json!({"do": "subscribe"}));
+        // There is nothing to be taken back before.
+        if source.ok(json!({"do": "subscribe"}))["phase"] == "preparing" {
+            source.event("begun");
+        }
         Self { demo, source, destination, directory }
     }
 
