@@ -20,6 +20,7 @@
 //! | wait for events, in a thread or an event loop | [`Events`] |
 //! | see how it goes | [`SourceStats`], [`DestinationStats`] |
 //! | see what a machine lacks | [`probe()`], [`Probe`], [`Finding`] |
+//! | take all of it from rust-vmm's guest memory | module `vm_memory`, with the feature `vm-memory` |
 //! | pin and confine the engine's threads | [`ThreadHook`] |
 //!
 //! # A migration
@@ -119,6 +120,8 @@ mod steps;
 mod sys;
 mod threads;
 mod transport;
+#[cfg(feature = "vm-memory")]
+pub mod vm_memory;
 
 #[cfg(feature = "internals")]
 #[doc(hidden)]

@@ -9,10 +9,15 @@ use serde_json::json;
 use crate::metrics;
 use crate::support::{Daemon, LIMIT, Manager};
 
-/// A demo of plain threads whose sockets are in `directory`.
+/// A demo, of plain threads unless the arguments say otherwise, whose sockets are in `directory`.
 pub(crate) fn start(directory: &Path, arguments: &[&str]) -> Daemon {
     let mut command = Command::new(env!("CARGO_BIN_EXE_demo"));
-    command.args(["--guest", "threads", "--memory", "64M", "--json"]).args(arguments);
+    for default in [["--guest", "threads"], ["--memory", "64M"]] {
+        if !arguments.contains(&default[0]) {
+            command.args(default);
+        }
+    }
+    command.arg("--json").args(arguments);
     command.arg("--control").arg(directory).arg("--metrics").arg(directory);
     Daemon::spawn(command)
 }

@@ -1,6 +1,7 @@
 //! The control socket and the metrics of real processes, driven as a manager would.
 
 mod acting;
+mod cancel;
 mod ctl;
 mod demo;
 mod hostile;

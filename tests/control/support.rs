@@ -191,14 +191,20 @@ impl Manager {
     }
 
     /// Asks, and waits for the answer.
-    pub(crate) fn ask(&mut self, mut request: Value) -> Value {
+    pub(crate) fn ask(&mut self, request: Value) -> Value {
+        self.try_ask(request).expect("an answer")
+    }
+
+    /// The same; `None` where the process has ended.
+    pub(crate) fn try_ask(&mut self, mut request: Value) -> Option<Value> {
         self.last_id += 1;
         request["id"] = json!(self.last_id);
-        self.write(format!("{request}\n").as_bytes());
+        // What it said before its end can be read all the same.
+        let _ = self.stream.get_mut().write_all(format!("{request}\n").as_bytes());
         loop {
-            let answer = self.read().expect("an answer");
+            let answer = self.read()?;
             if answer["id"] == self.last_id {
-                return answer;
+                return Some(answer);
             }
             self.early.push(answer);
         }
@@ -229,11 +235,20 @@ impl Manager {
 
     /// Waits for an event of this name.
     pub(crate) fn event(&mut self, name: &str) -> Value {
+        self.any_event(&[name])
+    }
+
+    /// Waits for an event of any of these names; which it was.
+    pub(crate) fn first_of(&mut self, names: &[&str]) -> String {
+        self.any_event(names)["event"].as_str().unwrap_or_default().to_owned()
+    }
+
+    fn any_event(&mut self, names: &[&str]) -> Value {
         let mut seen = Vec::new();
         loop {
             let event = self.next_event();
-            let event = event.unwrap_or_else(|| panic!("no {name} after {seen:#?}"));
-            if event["event"] == name {
+            let event = event.unwrap_or_else(|| panic!("none of {names:?} after {seen:#?}"));
+            if names.iter().any(|name| event["event"] == *name) {
                 return event;
             }
             seen.push(event);

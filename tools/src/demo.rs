@@ -29,6 +29,7 @@ mod proxy;
 mod report;
 mod served;
 mod source;
+mod trial;
 mod vmm;
 mod watch;
 

@@ -7,6 +7,7 @@
 //! | [`KvmDirtyLog`] | writes of vCPUs | a copy of one bit a page of all RAM, each time |
 //! | [`KvmDirtyRing`] | writes of vCPUs | what was written; an exit whenever a ring is full |
 //! | [`DirtyBitmap`] | what it is told | one atomic operation a mark |
+//! | `BitmapTracker`, in module `vm_memory` | what is written through rust-vmm's `vm-memory` | as the last; a copy of one bit a page, each time |
 //!
 //! None sees the DMA of a device that has been assigned to the guest, nor memory that is
 //! given up (`MADV_DONTNEED`, holes punched). Writes of the VMM's own devices are seen by the
@@ -21,6 +22,7 @@ mod kvm_log;
 mod kvm_ring;
 mod kvm_slots;
 mod page_bits;
+mod runs;
 mod trackers;
 mod write_protect;
 
@@ -28,6 +30,8 @@ pub use bitmap::DirtyBitmap;
 pub use kvm_log::KvmDirtyLog;
 pub use kvm_ring::{KvmDirtyRing, RingReaper};
 pub use kvm_slots::KvmSlot;
+#[cfg(feature = "vm-memory")]
+pub(crate) use runs::each_run;
 pub use trackers::Trackers;
 pub use write_protect::{TrackedRegion, WriteProtectTracker};
 
@@ -35,7 +39,7 @@ use crate::GuestAddress;
 use std::io;
 
 /// In what all trackers count.
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// Tells which pages of a running guest were written.
 ///
@@ -70,11 +74,11 @@ pub trait DirtyTracker: Send + std::fmt::Debug {
     fn stop(&mut self) -> io::Result<()>;
 }
 
-fn not_started() -> io::Error {
+pub(crate) fn not_started() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "nothing is tracked: start was not called")
 }
 
-fn already_started() -> io::Error {
+pub(crate) fn already_started() -> io::Error {
     io::Error::new(io::ErrorKind::AlreadyExists, "writes are being tracked already")
 }
 

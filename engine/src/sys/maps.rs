@@ -30,10 +30,20 @@ pub enum MappingError {
     },
     /// A part of it is not private anonymous memory.
     #[error(
-        "what is mapped at {address:#x} is a file or shared memory, not private anonymous memory: \
-         describe it with its file"
+        "what is mapped at {address:#x} is shared memory, not private anonymous memory: describe \
+         it with its file"
     )]
     NotPrivate {
+        /// Where.
+        address: u64,
+    },
+    /// A part of it is a private mapping of a file.
+    #[error(
+        "what is mapped at {address:#x} is a private mapping of a file, or of huge pages without \
+         one: what the guest has written there is not in the file, and the rest is in the file \
+         alone; map it shared (MAP_SHARED), for huge pages from a memfd or hugetlbfs"
+    )]
+    PrivateFile {
         /// Where.
         address: u64,
     },
@@ -53,11 +63,10 @@ pub enum MappingError {
 /// Checks that a range is private anonymous memory.
 pub(crate) fn check_private(start: u64, length: u64) -> io::Result<Result<(), MappingError>> {
     let text = fs::read_to_string("/proc/self/maps")?;
-    Ok(walk(&text, start, length, |mapping, address| {
-        if mapping.is_shared || mapping.inode != 0 {
-            return Err(MappingError::NotPrivate { address });
-        }
-        Ok(())
+    Ok(walk(&text, start, length, |mapping, address| match mapping {
+        Mapping { is_shared: true, .. } => Err(MappingError::NotPrivate { address }),
+        Mapping { inode: 0, .. } => Ok(()),
+        _ => Err(MappingError::PrivateFile { address }),
     }))
 }
 
@@ -73,6 +82,9 @@ pub(crate) fn check_shared(
     Ok(walk(&text, start, length, |mapping, address| {
         let expected = offset + (address - start);
         let is_there = mapping.offset + (address - mapping.start) == expected;
+        if !mapping.is_shared && mapping.inode == inode && is_there {
+            return Err(MappingError::PrivateFile { address });
+        }
         if !mapping.is_shared || mapping.inode != inode || !is_there {
             return Err(MappingError::NotTheFile { address, offset: expected });
         }
@@ -139,6 +151,18 @@ mod tests {
         assert_eq!(error, MappingError::NotTheFile { address: start, offset: 0 });
         let other = tempfile::tempfile_in("/dev/shm").unwrap();
         assert!(check_shared(start, 8192, &other, 4096).unwrap().is_err());
+    }
+
+    #[test]
+    fn a_private_mapping_of_a_file_is_neither() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(8192).unwrap();
+        // SAFETY: nobody else has the file.
+        let copied = unsafe { MmapOptions::new().len(8192).map_copy(&file).unwrap() };
+        let start = copied.as_ptr() as u64;
+        let expected = Err(MappingError::PrivateFile { address: start });
+        assert_eq!(check_private(start, 8192).unwrap(), expected);
+        assert_eq!(check_shared(start, 8192, &file, 0).unwrap(), expected);
     }
 
     #[test]

@@ -9,4 +9,6 @@ mod copying;
 mod kvm;
 mod machine;
 mod process;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 mod write_protect;

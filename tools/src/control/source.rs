@@ -14,6 +14,8 @@ use crate::bandwidth::Bandwidth;
 pub(crate) enum GoingBack {
     /// It is where whoever has stopped it finds it.
     Possible,
+    /// Only as long as the destination agrees; and why nobody may declare that dead.
+    ByAgreement(&'static str),
     /// Why not.
     Impossible(&'static str),
 }
@@ -115,7 +117,8 @@ impl Controlled for SourceControl {
                 }
             },
             Verb::Cancel | Verb::Fence => match self.going_back {
-                GoingBack::Possible => None,
+                GoingBack::ByAgreement(why) if verb == Verb::Fence => Some(why.to_owned()),
+                GoingBack::Possible | GoingBack::ByAgreement(_) => None,
                 GoingBack::Impossible(why) => Some(why.to_owned()),
             },
             Verb::Pause | Verb::Recover | Verb::Set => None,

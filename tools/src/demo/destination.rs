@@ -1,9 +1,8 @@
 //! The destination's process: it gets the guest, lets it run on, and verifies.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use afterimage::{DestinationMemory, DiscardNotice, FaultScope, MemoryError, StateSection};
 
@@ -13,7 +12,8 @@ use super::options::Role;
 use super::report::hex;
 use super::served::{Happening, Served};
 use super::source::{allocate, driven};
-use crate::guest::{Guest, GuestKind, MachineState, ThreadsGuest, digest, verify};
+use super::trial::{check, corrupt_one_byte, run_a_round};
+use crate::guest::{Guest, GuestKind, ThreadsGuest, digest};
 use crate::microvm::PreparedVm;
 use crate::migrate;
 use crate::ram::GuestRam;
@@ -33,11 +33,20 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
                 break Served::here(memory, &address, setup, control.desk())?;
             }
             Command::Attach(path) => break Served::elsewhere(memory, &path)?,
+            Command::StaysAtSource => {
+                control.close("not_here");
+                return Ok(());
+            }
             Command::HandOver | Command::SourceExited => {}
         }
     };
     let arrival = Arrival { line, setup, served: &served };
-    let (mut guest, samples) = arrival.receive_and_sample(&mut place)?;
+    let (guest, samples) = arrival.receive_and_sample(&mut place)?;
+    let Some(mut guest) = guest else {
+        drop(served);
+        control.close("not_here");
+        return Ok(());
+    };
 
     // The process that served ends next. The guest has nobody left to ask.
     loop {
@@ -74,16 +83,6 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     drop(served);
     control.close("finished");
     Ok(())
-}
-
-/// Verifies every page of a stopped guest; in words, what was verified or what is wrong.
-fn check(guest: &dyn Guest, state: &MachineState) -> Result<String, String> {
-    if let Some(failure) = guest.failure() {
-        return Err(failure);
-    }
-    verify(guest.ram(), state)
-        .map(|report| report.to_string())
-        .map_err(|error| super::error::one_line(&error))
 }
 
 fn register(setup: &Setup, ram: &Arc<GuestRam>) -> Result<DestinationMemory, DemoError> {
@@ -140,6 +139,17 @@ impl Place {
     }
 }
 
+/// The guest, which runs; `None` if it was taken back.
+type Arrived = Option<Box<dyn Guest>>;
+
+/// How the arrival of a guest ends.
+enum Ending {
+    /// Everything is here, and the source knows it.
+    Finished,
+    /// It was taken back.
+    NotHere,
+}
+
 /// The time in which the guest arrives.
 struct Arrival<'a> {
     line: &'a Line,
@@ -152,7 +162,7 @@ impl Arrival<'_> {
     fn receive_and_sample(
         &self,
         place: &mut Place,
-    ) -> Result<(Box<dyn Guest>, Vec<ArrivalSample>), DemoError> {
+    ) -> Result<(Arrived, Vec<ArrivalSample>), DemoError> {
         let Some(destination) = self.served.destination().filter(|_| self.setup.takes_samples)
         else {
             return Ok((self.receive(place)?, Vec::new()));
@@ -172,24 +182,27 @@ impl Arrival<'_> {
         })
     }
 
-    /// Does what is said until the session is over. The guest runs then.
-    fn receive(&self, place: &mut Place) -> Result<Box<dyn Guest>, DemoError> {
+    /// Does what is said until the session is over.
+    fn receive(&self, place: &mut Place) -> Result<Arrived, DemoError> {
         let mut guest = None;
         let result = self.receive_into(&mut guest, place);
-        if result.is_err() {
+        if !matches!(result, Ok(Ending::Finished)) {
             // A vCPU that waits for a page cannot be stopped: it ends with the process.
             std::mem::forget(guest.take());
         }
-        result?;
-        guest
-            .ok_or_else(|| DemoError::Failed("the session was over before a guest came".to_owned()))
+        match result? {
+            Ending::NotHere => Ok(None),
+            Ending::Finished => guest.map(Some).ok_or_else(|| {
+                DemoError::Failed("the session was over before a guest came".to_owned())
+            }),
+        }
     }
 
     fn receive_into(
         &self,
         guest: &mut Option<Box<dyn Guest>>,
         place: &mut Place,
-    ) -> Result<(), DemoError> {
+    ) -> Result<Ending, DemoError> {
         let mut is_running = false;
         loop {
             let running = guest.as_deref().filter(|_| is_running);
@@ -211,7 +224,7 @@ impl Arrival<'_> {
                 Happening::AllArrived => {
                     self.line.say(&Message::AllArrived { at_us: now_us() });
                 }
-                Happening::Finished if is_running => return Ok(()),
+                Happening::Finished if is_running => return Ok(Ending::Finished),
                 Happening::Finished => {
                     let what = "the session was over before the guest ran";
                     return Err(DemoError::Failed(what.to_owned()));
@@ -219,6 +232,15 @@ impl Arrival<'_> {
                 Happening::Attached => {
                     self.tell(running);
                     self.line.say(&Message::Attached);
+                }
+                Happening::NotHere(reason) => {
+                    // The parent has heard it of the source, or this is a failure.
+                    while !self.line.stays_at_source() {
+                        self.line.command(self.setup.limit).map_err(|_| {
+                            DemoError::Failed(format!("the guest must not run here: {reason}"))
+                        })?;
+                    }
+                    return Ok(Ending::NotHere);
                 }
                 Happening::Other => {}
             }
@@ -250,6 +272,10 @@ impl Arrival<'_> {
             if let Some(happening) = self.served.next(self.setup.progress_pause)? {
                 return Ok(happening);
             }
+            // A link that is paused, or down, tells nothing.
+            if self.line.stays_at_source() {
+                return Ok(Happening::NotHere("the source has said so".to_owned()));
+            }
             if let Some(guest) = running {
                 self.tell(running);
                 if let Some(failure) = guest.failure() {
@@ -280,25 +306,4 @@ impl Arrival<'_> {
             },
         ))
     }
-}
-
-/// Lets the guest do a round more than `since`, so that it completes one.
-fn run_a_round(guest: &mut dyn Guest, since: u64, limit: Duration) -> Result<(), DemoError> {
-    let round = guest.spec().worked_pages() * u64::from(guest.spec().vcpus());
-    if guest.wait_for_operations(since + round, limit) || guest.failure().is_some() {
-        return Ok(());
-    }
-    Err(DemoError::Failed(format!(
-        "the guest stands still at the destination: {} of {round} operations in {} s",
-        guest.operations() - since,
-        limit.as_secs()
-    )))
-}
-
-/// Changes a byte that nobody writes, or one of a tag, so that verification has something
-/// to notice.
-fn corrupt_one_byte(ram: &GuestRam, state: &MachineState) {
-    let last_page = state.spec().geometry().address(state.spec().geometry().pages - 1);
-    let last_byte = crate::ram::GuestAddress(last_page.0 + crate::ram::PAGE_BYTES - 1);
-    ram.byte(last_byte).fetch_xor(1, Ordering::Relaxed);
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub(super) enum Status {
     /// The guest moved and every page was verified.
     Verified = 0,
-    /// The guest moved, but its memory is not what it should be.
+    /// The guest moved or stayed, but its memory is not what it should be.
     Wrong = 1,
     /// The command line is wrong. clap ends with it as well.
     Usage = 2,
@@ -19,6 +19,8 @@ pub(super) enum Status {
     Lacking = 3,
     /// The move failed or took too long, or its page could not be written.
     Failed = 4,
+    /// The guest was taken back, and every page of it was verified at the source.
+    Stayed = 5,
 }
 
 /// Why there is nothing to verify: one line that says what, where and how to mend it.

@@ -7,12 +7,25 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use afterimage::{Events, SourceEvent};
+use afterimage::{CallError, Events, SourceEvent};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::error::DemoError;
 use super::messages::{deadline, now_us};
 use crate::control::{Desk, Hold};
+
+/// Why a guest does not move.
+pub(super) enum NotMoved {
+    /// Somebody has taken it back: it is the source's again.
+    TakenBack,
+    Failed(DemoError),
+}
+
+impl From<DemoError> for NotMoved {
+    fn from(error: DemoError) -> Self {
+        Self::Failed(error)
+    }
+}
 
 /// What a source says.
 pub(super) struct Hearing(Receiver<(u64, SourceEvent)>);
@@ -44,23 +57,19 @@ impl Hearing {
         Ok(Self(heard))
     }
 
-    /// The next event and when it was heard; `None` if there is none by then. An end of the
-    /// migration is an error.
+    /// The next event and when it was heard; `None` if there is none by then. That the guest was
+    /// taken back is an error: it ends whatever is being done.
     pub(super) fn next(
         &self,
         until: Instant,
         what: &str,
-    ) -> Result<Option<(u64, SourceEvent)>, DemoError> {
+    ) -> Result<Option<(u64, SourceEvent)>, NotMoved> {
         let left = until.saturating_duration_since(Instant::now());
         match self.0.recv_timeout(left) {
-            Ok((
-                _,
-                event @ (SourceEvent::Reclaimed
-                | SourceEvent::ReclaimDenied
-                | SourceEvent::PersistFailed),
-            )) => {
+            Ok((_, SourceEvent::Reclaimed)) => Err(NotMoved::TakenBack),
+            Ok((_, event @ SourceEvent::PersistFailed)) => {
                 let what = format!("while waiting until {what}, the engine said {event:?}");
-                Err(DemoError::Failed(what))
+                Err(DemoError::Failed(what).into())
             }
             Ok(heard) => {
                 tracing::info!(event = ?heard.1, "source");
@@ -68,7 +77,8 @@ impl Hearing {
             }
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => {
-                Err(DemoError::Failed(format!("the engine ended before it happened that {what}")))
+                let what = format!("the engine ended before it happened that {what}");
+                Err(DemoError::Failed(what).into())
             }
         }
     }
@@ -79,13 +89,23 @@ impl Hearing {
         limit: Duration,
         what: &str,
         is_awaited: impl Fn(&SourceEvent) -> bool,
-    ) -> Result<u64, DemoError> {
+    ) -> Result<u64, NotMoved> {
         let until = deadline(limit);
         while let Some((at_us, event)) = self.next(until, what)? {
             if is_awaited(&event) {
                 return Ok(at_us);
             }
         }
-        Err(DemoError::Failed(format!("waited {} s until {what}", limit.as_secs())))
+        Err(DemoError::Failed(format!("waited {} s until {what}", limit.as_secs())).into())
+    }
+
+    /// Why the engine has refused to go on: somebody may have taken the guest back just before.
+    pub(super) fn refused(&self, limit: Duration, what: &str, error: &CallError) -> NotMoved {
+        let refusal = DemoError::failed(what, error);
+        let CallError::NotNow(_) = error else { return refusal.into() };
+        match self.wait(limit, "it is said why", |_| false) {
+            Err(NotMoved::TakenBack) => NotMoved::TakenBack,
+            _ => refusal.into(),
+        }
     }
 }

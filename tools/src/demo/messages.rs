@@ -6,6 +6,7 @@
 
 use std::io::{self, BufRead, Write};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -114,6 +115,8 @@ pub(super) enum Command {
     Attach(PathBuf),
     /// To the destination: the process that served has ended.
     SourceExited,
+    /// To the destination: the guest was taken back, and will not come.
+    StaysAtSource,
 }
 
 /// What a role says. Times are those of `CLOCK_MONOTONIC`, in microseconds.
@@ -145,6 +148,8 @@ pub(super) enum Message {
     AllArrived { at_us: u64 },
     /// The destination has stopped its guest and looked at every page.
     Done(Box<Done>),
+    /// The source has got its guest back, let it run on, and looked at every page.
+    Stayed(Box<Stayed>),
     /// The role cannot go on.
     Failed(DemoError),
 }
@@ -157,6 +162,8 @@ pub(super) enum Step {
     RunsGuest,
     SendsPasses,
     VerifiesMemory,
+    GoesOnAtSource,
+    VerifiesAtSource,
 }
 
 impl Step {
@@ -167,6 +174,8 @@ impl Step {
             Self::RunsGuest => "the guest runs at the source",
             Self::SendsPasses => "the guest runs at the source, and its memory is sent in passes",
             Self::VerifiesMemory => "the destination verifies every page",
+            Self::GoesOnAtSource => "the guest was taken back, and goes on at the source",
+            Self::VerifiesAtSource => "the source verifies every page",
         }
     }
 }
@@ -207,6 +216,21 @@ pub(super) struct Done {
     pub(super) stopped_at_us: u64,
     /// What had arrived when.
     pub(super) samples: Vec<ArrivalSample>,
+}
+
+/// The end of the story, where the guest was taken back.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Stayed {
+    /// What verification said, or what was wrong.
+    pub(super) verified: Result<String, String>,
+    /// When the source had it back.
+    pub(super) taken_back_at_us: u64,
+    /// From the stop of its vCPUs until they ran again, if they were stopped.
+    pub(super) blackout_us: Option<u64>,
+    pub(super) rounds_before: u64,
+    pub(super) rounds: u64,
+    /// Of the pages that no vCPU writes.
+    pub(super) sha256: String,
 }
 
 /// The engine's statistics.
@@ -325,6 +349,8 @@ impl Latency {
 #[derive(Clone, Debug)]
 pub(super) struct Line {
     commands: Receiver<Command>,
+    /// Whether it was said that the guest stays.
+    stays: Arc<AtomicBool>,
     output: Arc<Mutex<io::Stdout>>,
 }
 
@@ -335,6 +361,11 @@ impl Line {
         if let Err(error) = write_line(&mut *output, message) {
             tracing::error!(%error, "the parent cannot be told anything any more");
         }
+    }
+
+    /// Whether the parent has said that the guest stays at the source.
+    pub(super) fn stays_at_source(&self) -> bool {
+        self.stays.load(Ordering::Relaxed)
     }
 
     /// Waits for the parent's next command.
@@ -353,7 +384,9 @@ impl Line {
 /// Plays a role to its end.
 pub(super) fn run_role(role: impl FnOnce(&Line, &Setup) -> Result<(), DemoError>) -> Status {
     let (sender, commands) = crossbeam_channel::unbounded();
-    let line = Line { commands, output: Arc::new(Mutex::new(io::stdout())) };
+    let stays = Arc::<AtomicBool>::default();
+    let output = Arc::new(Mutex::new(io::stdout()));
+    let line = Line { commands, stays: Arc::clone(&stays), output };
     let setup = match start_role() {
         Ok(setup) => setup,
         // There may be no parent to tell.
@@ -365,6 +398,7 @@ pub(super) fn run_role(role: impl FnOnce(&Line, &Setup) -> Result<(), DemoError>
     thread::spawn(move || {
         for command in io::stdin().lines().map_while(Result::ok) {
             let Ok(command) = serde_json::from_str(&command) else { break };
+            stays.fetch_or(command == Command::StaysAtSource, Ordering::Relaxed);
             if sender.send(command).is_err() {
                 break;
             }

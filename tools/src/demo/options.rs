@@ -42,10 +42,12 @@ Examples:
 
 Exit status:
   0  the guest moved and every page was verified
-  1  the guest moved, but its memory is not what it should be
+  1  the guest moved (or stayed), but its memory is not what it should be
   2  the command line is wrong
   3  the machine lacks something (KVM, a right, memory); nothing was moved
-  4  the move failed or took too long, or its page could not be written";
+  4  the move failed or took too long, or its page could not be written
+  5  it was cancelled at the control socket: the guest stayed at the source, where it ran on and
+     every page was verified";
 
 /// Moves a running guest between two processes of this machine, in postcopy: its vCPUs
 /// first, its memory while it runs; or after precopy passes, while it still runs at the

@@ -18,7 +18,7 @@ use super::outages::Outages;
 use super::precopy::{PassesWanted, PrecopySetup};
 use super::progress::Bars;
 use super::proxy::Proxy;
-use super::report::{Failure, Report, SCHEMA_VERSION};
+use super::report::{Failure, Report, SCHEMA_VERSION, StayedReport};
 use super::watch::Watch;
 use crate::report_page;
 use crate::sampling::ArrivalSample;
@@ -33,7 +33,8 @@ const ANY_PORT: &str = "tcp:127.0.0.1:0";
 /// Moves a guest as the options say, and reports.
 pub(super) fn run(options: &Options) -> Status {
     let (mut report, samples) = match move_guest(options) {
-        Ok(moved) => moved,
+        Ok(Told::Moved(report, samples)) => (report, samples),
+        Ok(Told::Stayed(report)) => return tell_that_it_stayed(options, &report),
         Err(error) => return fail(options, &error),
     };
     let page = options.report.as_ref().map_or(Ok(()), |it| report.write_page(it, &samples));
@@ -48,6 +49,23 @@ pub(super) fn run(options: &Options) -> Status {
         return Status::Wrong;
     }
     page.map_or_else(|error| error.status(), |()| Status::Verified)
+}
+
+/// What there is to tell in the end.
+enum Told {
+    Moved(Box<Report>, Vec<ArrivalSample>),
+    Stayed(StayedReport),
+}
+
+fn tell_that_it_stayed(options: &Options, report: &StayedReport) -> Status {
+    let text = if options.json { json(report) } else { report.to_string() };
+    // If nobody listens, the status still says how it went.
+    let _ = io::stdout().write_all(text.as_bytes());
+    if !report.verified {
+        eprintln!("demo: the memory at the source is wrong: {}", report.verification);
+        return Status::Wrong;
+    }
+    Status::Stayed
 }
 
 fn fail(options: &Options, error: &DemoError) -> Status {
@@ -70,7 +88,7 @@ fn json(what: &impl serde::Serialize) -> String {
     serde_json::to_string(what).expect("plain data serialises") + "\n"
 }
 
-fn move_guest(options: &Options) -> Result<(Report, Vec<ArrivalSample>), DemoError> {
+fn move_guest(options: &Options) -> Result<Told, DemoError> {
     options.check()?;
     // Before any thread is started, so that it is blocked in all of them.
     let interrupts = interrupts()?;
@@ -101,8 +119,11 @@ fn move_guest(options: &Options) -> Result<(Report, Vec<ArrivalSample>), DemoErr
         .and_then(|watch| watch.until_the_end(&mut bars));
     bars.clear();
     let mut story = story?;
+    if let Some(stayed) = story.stayed.take() {
+        return Ok(Told::Stayed(StayedReport::of(&setup, stayed, story)));
+    }
     let samples = story.take_samples();
-    Ok((Report::of(&setup, options, story)?, samples))
+    Ok(Told::Moved(Box::new(Report::of(&setup, options, story)?), samples))
 }
 
 /// SIGINT and SIGTERM, which end the demo in order: its processes first, then its directory.

@@ -2,13 +2,14 @@
 
 mod outages;
 mod page;
+mod stayed;
 
 use std::fmt::{self, Write};
 
 use serde::Serialize;
 
 use super::error::DemoError;
-use super::messages::{Done, Latency, Setup, Stats, Stopped};
+use super::messages::{Done, Latency, Setup, Stats, Stayed, Stopped};
 use super::options::{Options, Role, Transport};
 use super::outages::Outage;
 use super::precopy::{Cause, Pass, PassesWanted};
@@ -18,6 +19,7 @@ use crate::ram::Backing;
 use crate::sampling::ArrivalSample;
 use crate::size::Size;
 use outages::OutageReport;
+pub(super) use stayed::StayedReport;
 
 /// Of all JSON that the demo writes. It grows when a key changes its meaning or goes.
 pub(super) const SCHEMA_VERSION: u32 = 1;
@@ -43,6 +45,8 @@ pub(super) struct Story {
     pub(super) handed_over_at_us: Option<u64>,
     pub(super) page_server_exit_at_us: Option<u64>,
     pub(super) done: Option<Done>,
+    /// The guest was taken back.
+    pub(super) stayed: Option<Stayed>,
     /// How often the side that gets the pages was connected.
     pub(super) connections: u64,
     pub(super) stats: Stats,
@@ -82,6 +86,7 @@ impl Story {
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     schema_version: u32,
+    outcome: Outcome,
     pub(super) verified: bool,
     verification: String,
     #[serde(flatten)]
@@ -122,6 +127,16 @@ pub(super) struct Report {
     /// Where the page is, if one was wanted.
     #[serde(rename = "report", skip_serializing_if = "Option::is_none")]
     page: Option<String>,
+}
+
+/// Where the guest is in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Outcome {
+    /// At the destination.
+    Moved,
+    /// At the source, which has taken it back.
+    Stayed,
 }
 
 /// When the guest changed hands at the source.
@@ -196,6 +211,7 @@ impl Report {
         let (verified, verification) = judge(done.verified, &sha256_source, &done.sha256);
         Ok(Self {
             schema_version: SCHEMA_VERSION,
+            outcome: Outcome::Moved,
             verified,
             verification,
             asked: Asked::of(setup),

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use afterimage::{
-    Destination, DestinationEvent, DestinationMemory, DestinationOptions, Endpoint, Events,
-    NoEvent, Plaintext, StateSection,
+    CallError, Destination, DestinationEvent, DestinationMemory, DestinationOptions, Endpoint,
+    Events, NoEvent, Plaintext, StateSection,
 };
 
 use super::error::DemoError;
@@ -43,6 +43,8 @@ pub(super) enum Happening {
     AllArrived,
     Finished,
     Attached,
+    /// The guest must not run here, and why.
+    NotHere(String),
     /// Nothing that concerns the guest.
     Other,
 }
@@ -101,9 +103,14 @@ impl Served {
     /// The guest could run.
     pub(super) fn ready(&self) -> Result<(), DemoError> {
         match self {
-            Self::Here { destination, .. } => {
-                destination.ready().map_err(|error| DemoError::failed("cannot get ready", &error))
-            }
+            Self::Here { destination, .. } => match destination.ready() {
+                // It was taken back meanwhile, as an event says that is on its way.
+                Err(CallError::NotNow(why)) => {
+                    tracing::info!(%why, "the guest is not wanted here");
+                    Ok(())
+                }
+                answer => answer.map_err(|error| DemoError::failed("cannot get ready", &error)),
+            },
             Self::Elsewhere { attachment, .. } => {
                 attachment.ready();
                 Ok(())
@@ -150,6 +157,10 @@ fn of_the_engine(event: DestinationEvent) -> Result<Happening, DemoError> {
         DestinationEvent::Disconnected
         | DestinationEvent::Paused
         | DestinationEvent::SourceStopped => Happening::Other,
+        DestinationEvent::Refused => {
+            Happening::NotHere("the source has taken the guest back".to_owned())
+        }
+        DestinationEvent::Ended(reason) => Happening::NotHere(reason),
         event => return Err(DemoError::Failed(format!("the engine said {event:?}"))),
     })
 }
@@ -175,9 +186,7 @@ fn of_page_client(
         event @ (AttachmentEvent::Attached | AttachmentEvent::Refused(_)) => {
             return Err(DemoError::Failed(format!("page-client says {event:?} to a VMM")));
         }
-        AttachmentEvent::NotHere(reason) => {
-            return Err(DemoError::Failed(format!("the guest must not run here: {reason}")));
-        }
+        AttachmentEvent::NotHere(reason) => Happening::NotHere(reason),
         AttachmentEvent::Failed(reason) => {
             return Err(DemoError::Failed(format!("page-client has failed: {reason}")));
         }

@@ -8,11 +8,12 @@ use afterimage::{
 };
 
 use super::error::DemoError;
-use super::hearing::Hearing;
-use super::messages::{Line, Message, Setup, Step, Stopped, deadline, now_us};
+use super::hearing::{Hearing, NotMoved};
+use super::messages::{Line, Message, Setup, Stayed, Step, Stopped, deadline, now_us};
 use super::options::{HoldPoint, Role};
 use super::precopy::{Cause, Pass, PassesWanted};
 use super::report::hex;
+use super::trial::{check, corrupt_one_byte, run_a_round};
 use crate::control::{
     Control, Desk, GoingBack, Happening, Hold, Identity, Phase, SourceControl, Switching,
 };
@@ -29,18 +30,45 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     let Running { ram, spec, mut guest, precopy } = boot(line, setup)?;
     // Ends before the memory goes, with the last handle of the source.
     let control = driven(setup, Role::Source)?;
-    let Served { source, heard, desk, hold } = serve(setup, &ram, line, precopy, &control)?;
+    let served = serve(setup, &ram, line, precopy, &control)?;
+    let mut halted_at_us = None;
+    match give_away(line, setup, &served, &mut *guest, &mut halted_at_us) {
+        Ok(()) => {}
+        Err(NotMoved::TakenBack) => {
+            go_on(line, setup, &mut *guest, halted_at_us)?;
+            control.close("reclaimed");
+            return Ok(());
+        }
+        Err(NotMoved::Failed(error)) => return Err(error),
+    }
+    // Only now: to read holes fills them, and the destination needed the processor.
+    let untouched = spec.worked_pages()..spec.geometry().pages;
+    line.say(&Message::Served { sha256: hex(&digest(&ram, &spec, untouched)) });
+    control.close("finished");
+    Ok(())
+}
+
+/// Moves a running guest. `halted_at_us` is when its vCPUs were stopped, once they were.
+fn give_away(
+    line: &Line,
+    setup: &Setup,
+    served: &Served,
+    guest: &mut dyn Guest,
+    halted_at_us: &mut Option<u64>,
+) -> Result<(), NotMoved> {
+    let Served { heard, desk, hold, .. } = served;
     if hold.is_none() {
-        run_for_a_while(&mut *guest, setup.limit)?;
+        run_for_a_while(guest, setup.limit)?;
     }
     heard.wait(setup.limit, "a destination connects", |event| {
         matches!(event, SourceEvent::Attached(_))
     })?;
-    let cause = run_until_due(line, setup, &heard)?;
+    let cause = run_until_due(line, setup, heard)?;
     if let Some(hold) = hold {
-        wait_for_leave(&hold, &heard, &desk, setup.limit)?;
+        wait_for_leave(hold, heard, desk, setup.limit)?;
     }
-    switch_over(line, setup, &source, &heard, &mut *guest, cause)?;
+    *halted_at_us = Some(now_us());
+    switch_over(line, setup, served, guest, cause)?;
     if setup.holds(HoldPoint::BeforeRun) {
         heard.wait(setup.limit, "somebody asks for continue at the control socket", |event| {
             *event == SourceEvent::Given
@@ -49,10 +77,41 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
     heard.wait(setup.limit, "the destination has everything", |event| {
         *event == SourceEvent::Finished
     })?;
-    // Only now: to read holes fills them, and the destination needed the processor.
+    Ok(())
+}
+
+/// Lets a guest that was taken back run on here, as if nothing had happened, and verifies it.
+fn go_on(
+    line: &Line,
+    setup: &Setup,
+    guest: &mut dyn Guest,
+    halted_at_us: Option<u64>,
+) -> Result<(), DemoError> {
+    let taken_back_at_us = now_us();
+    let rounds_before = guest.rounds();
+    if halted_at_us.is_some() {
+        guest.start().map_err(|error| DemoError::failed("the guest does not go on", &error))?;
+    }
+    let blackout_us = halted_at_us.map(|halted| now_us().saturating_sub(halted));
+    line.say(&Message::Step(Step::GoesOnAtSource));
+    let operations = guest.operations();
+    run_a_round(guest, operations, setup.limit)?;
+    let state =
+        guest.stop().map_err(|error| DemoError::failed("the guest did not stop", &error))?;
+    line.say(&Message::Step(Step::VerifiesAtSource));
+    if setup.corrupt_one_byte {
+        corrupt_one_byte(guest.ram(), &state);
+    }
+    let spec = state.spec();
     let untouched = spec.worked_pages()..spec.geometry().pages;
-    line.say(&Message::Served { sha256: hex(&digest(&ram, &spec, untouched)) });
-    control.close("finished");
+    line.say(&Message::Stayed(Box::new(Stayed {
+        verified: check(guest, &state),
+        taken_back_at_us,
+        blackout_us,
+        rounds_before,
+        rounds: guest.rounds(),
+        sha256: hex(&digest(guest.ram(), spec, untouched)),
+    })));
     Ok(())
 }
 
@@ -69,14 +128,15 @@ fn wait_for_leave(
     heard: &Hearing,
     desk: &Desk,
     limit: Duration,
-) -> Result<(), DemoError> {
+) -> Result<(), NotMoved> {
     let what = "somebody asks for switchover at the control socket";
     hold.begin();
     desk.note(Happening::held("before_switchover"));
     let until = deadline(limit);
     while !hold.is_over() {
         if Instant::now() >= until {
-            return Err(DemoError::Failed(format!("waited {} s until {what}", limit.as_secs())));
+            let what = format!("waited {} s until {what}", limit.as_secs());
+            return Err(DemoError::Failed(what).into());
         }
         heard.next(Instant::now() + LOOK, what)?;
     }
@@ -85,7 +145,7 @@ fn wait_for_leave(
 }
 
 /// Lets the guest run while its memory is sent, until it is time to stop it.
-fn run_until_due(line: &Line, setup: &Setup, heard: &Hearing) -> Result<Option<Cause>, DemoError> {
+fn run_until_due(line: &Line, setup: &Setup, heard: &Hearing) -> Result<Option<Cause>, NotMoved> {
     let Some(precopy) = &setup.precopy else { return Ok(None) };
     line.say(&Message::Step(Step::SendsPasses));
     let mut until = deadline(setup.limit);
@@ -108,20 +168,20 @@ fn run_until_due(line: &Line, setup: &Setup, heard: &Hearing) -> Result<Option<C
         "it was not time to stop the guest within {} s ({last}), and it still runs at the source: \
          use --passes auto, which switches over all the same, or a larger --precopy-bandwidth",
         setup.limit.as_secs()
-    )))
+    ))
+    .into())
 }
 
 /// Stops the guest, and gives it away.
 fn switch_over(
     line: &Line,
     setup: &Setup,
-    source: &Source,
-    heard: &Hearing,
+    Served { source, heard, .. }: &Served,
     guest: &mut dyn Guest,
     cause: Option<Cause>,
-) -> Result<(), DemoError> {
+) -> Result<(), NotMoved> {
     let stops = |error| DemoError::failed("the guest did not stop", &error);
-    let gives = |error| DemoError::failed("cannot switch over", &error);
+    let gives = |error| heard.refused(setup.limit, "cannot switch over", &error);
     let at_us = now_us();
     guest.halt().map_err(stops)?;
     let halted_at_us = now_us();
@@ -144,7 +204,8 @@ fn switch_over(
     match guest.failure() {
         None => Ok(()),
         Some(failure) => {
-            Err(DemoError::Failed(format!("the guest failed before it moved: {failure}")))
+            let what = format!("the guest failed before it moved: {failure}");
+            Err(DemoError::Failed(what).into())
         }
     }
 }
@@ -246,8 +307,9 @@ fn serve(
         plaintext: Plaintext::LoopbackOnly,
         streams: setup.streams,
         bandwidth: Mutex::new(setup.bandwidth),
-        going_back: GoingBack::Impossible(
-            "the demo does not run its guest at the source again: interrupt the demo instead",
+        going_back: GoingBack::ByAgreement(
+            "the demo watches its destination, which lives: a fence would let the guest run twice; \
+             use cancel",
         ),
         switching: hold.clone().map_or(Switching::Vmm, Switching::VmmWithLeave),
         before_run: before_run.clone(),

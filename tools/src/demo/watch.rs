@@ -270,6 +270,11 @@ impl Watch {
             }
             Message::Served { sha256 } => self.story.sha256_source = Some(sha256),
             Message::Done(done) => self.story.done = Some(*done),
+            Message::Stayed(stayed) => {
+                self.story.stayed = Some(*stayed);
+                self.step = "the guest is at the source; the processes end";
+                self.destination.tell(&Command::StaysAtSource)?;
+            }
             Message::Failed(error) => return Err(error.of(&format!("at the {}", role.name()))),
             // Followed already.
             Message::Progress(_) | Message::Attached | Message::Pass(_) => {}
@@ -325,6 +330,9 @@ impl Watch {
 
     /// Lets the destination have its memory served.
     fn connect(&mut self) -> Result<(), DemoError> {
+        if self.story.stayed.is_some() {
+            return Ok(());
+        }
         let command = match &self.setup.page_client {
             Some(client) => Command::Attach(client.attach.clone()),
             None => Command::Connect(self.way()),
@@ -365,20 +373,23 @@ impl Watch {
     /// A process has ended. `true` if that was the last thing to wait for.
     fn ended(&mut self, who: RoleProcess) -> Result<bool, DemoError> {
         let is_dead = self.story.source_exit_at_us.is_some();
+        let stayed = self.story.stayed.is_some();
         let (process, is_done) = match who.role {
             Role::Source if is_dead => return Ok(false),
-            Role::Source => (Some(&mut self.source), self.story.sha256_source.is_some()),
+            Role::Source => (Some(&mut self.source), stayed || self.story.sha256_source.is_some()),
             Role::PageServer => (self.page_server.as_mut(), is_dead),
             Role::PageClient => (self.page_client.as_mut(), true),
             Role::Keeper => (self.keeper.as_mut(), false),
-            Role::Destination => (Some(&mut self.destination), self.story.done.is_some()),
+            Role::Destination => (Some(&mut self.destination), stayed || self.story.done.is_some()),
         };
         // One that was killed has a successor.
         let Some(process) = process.filter(|process| process.name() == who) else {
             return Ok(false);
         };
         let status = process.collect()?;
-        if !is_done || !status.success() {
+        // Its guest did not come, which is a failure to a page-client.
+        let is_well = status.success() || (stayed && who.role == Role::PageClient);
+        if !is_done || !is_well {
             return Err(DemoError::Failed(format!(
                 "the {} (process {}) ended too early, by {status}, while {}",
                 who.role.name(),
@@ -392,7 +403,7 @@ impl Watch {
             Role::PageServer => self.story.page_server_exit_at_us = Some(now_us()),
             _ => self.story.source_exit_at_us = Some(now_us()),
         }
-        if matches!(who.role, Role::Source | Role::PageServer) {
+        if matches!(who.role, Role::Source | Role::PageServer) && !stayed {
             self.destination.tell(&Command::SourceExited)?;
             self.step = "the guest runs on, without the source";
         }
