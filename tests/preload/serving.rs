@@ -2,7 +2,6 @@
 
 use std::process::{Command, Stdio};
 
-use afterimage_tools::attachment::AttachmentEvent;
 use afterimage_tools::require;
 
 use crate::content::{self, PAGE};
@@ -33,6 +32,7 @@ fn memory_in_a_file_is_served() {
     let has = |flag| flags.split(' ').any(|it| it == flag);
     assert!(has("um") && has("ui") && has("dc"), "{flags}");
     let driving = scene.drive();
+    assert_eq!(vmm.ask("userfaultfds"), "1");
     // Faults of the kernel, of threads, and of nobody.
     does(&mut vmm, &["send m 2047 0", "send m 17 0", "start m 0 0 2048", "start m 1024 1024 1024"]);
     assert_eq!(vmm.ask("fork m f"), "the child ended with 0");
@@ -42,6 +42,7 @@ fn memory_in_a_file_is_served() {
     let flags = vmm.ask("smaps m");
     let has = |flag| flags.split(' ').any(|it| it == flag);
     assert!(!has("um") && !has("ui"), "{flags}");
+    assert_eq!(vmm.ask("userfaultfds"), "0");
     does(&mut vmm, &["check m 0 0 2048"]);
     assert_eq!(vmm.end().0, 0);
 }
@@ -71,6 +72,12 @@ fn several_memories_are_served_in_the_order_of_their_names() {
             // Not in the order of the names, and one in two mappings.
             &format!("map b2 b {} {} shared", of(64), of(64)),
             &format!("map b1 b 0 {} populate", of(64)),
+        ],
+    );
+    assert_eq!(vmm.ask("held b"), "0", "nothing is populated");
+    does(
+        &mut vmm,
+        &[
             // The VMM need not keep the file.
             "close b",
             &format!("map c c 0 {} shared", of(32)),
@@ -186,7 +193,8 @@ fn memory_that_is_mapped_anew_before_all_is_there_is_served_where_it_is() {
         return;
     }
     let mut scene = Scene::new();
-    scene.serve(&[64, 64], &[]);
+    // What is not registered would be zeros.
+    scene.serve(&[64, 64], &["--bandwidth", "on-request"]);
     scene.open_client();
     let mut vmm = scene.vmm("memfd:a;memfd:b");
     let bytes = 64 * PAGE;
@@ -292,7 +300,8 @@ const EARLY: &str = r#"
         if (ftruncate(fd, 65536)) _exit(1);
         char *memory = mmap(0, 65536, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
         if (memory == MAP_FAILED || write(1, memory + 4096, 4096) != 4096) _exit(2);
-        _exit(0);
+        /* Until it is told to end. */
+        _exit(read(0, memory, 1));
     }
 "#;
 
@@ -314,10 +323,11 @@ fn memory_that_is_mapped_before_any_constructor_has_run_is_served() {
     // The last one is initialised first.
     command.env("LD_PRELOAD", format!("{} {early}", library().display()));
     scene.name(&mut command, "memfd:ram");
-    let child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let driving = scene.drive();
+    scene.arrives(&driving);
+    // Its input ends here.
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}");
     content::check_bytes(&output.stdout, 1);
-    driving.until(&AttachmentEvent::AllArrived);
 }

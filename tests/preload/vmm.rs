@@ -45,6 +45,9 @@ impl Vmm {
             ["open", name, path, bytes] => self.open(name, path, number(bytes)),
             ["memfd", name, called, bytes] => self.memfd(name, called, number(bytes), false),
             ["huge", name, called, bytes] => self.memfd(name, called, number(bytes), true),
+            ["held", name] => {
+                return nix::sys::stat::fstat(&self.files[*name]).unwrap().st_blocks.to_string();
+            }
             ["close", name] => drop(self.files.remove(*name)),
             ["map", map, name, offset, bytes, how] => {
                 return self.map(map, name, number(offset), number(bytes), how);
@@ -78,6 +81,7 @@ impl Vmm {
             ["exec"] => return exec(),
             ["others"] => return bystanders::act().join(", "),
             ["threads"] => return thread_names(),
+            ["userfaultfds"] => return userfaultfds().to_string(),
             // SAFETY: takes numbers only.
             ["nobody"] => assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0),
             _ => panic!("not understood: {line}"),
@@ -230,6 +234,12 @@ fn exec() -> String {
     let output = command.output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     format!("{} {errors:?}", output.status)
+}
+
+fn userfaultfds() -> usize {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+    let targets = descriptors.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    targets.filter(|target| target.to_string_lossy().contains("userfaultfd")).count()
 }
 
 fn thread_names() -> String {
