@@ -47,6 +47,16 @@ fn a_vm_may_be_killed_at_each_step() {
 }
 
 #[test]
+fn a_vm_that_is_killed_at_once_is_no_failure() {
+    let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
+    for _ in 0..10 {
+        let handler = snapshot.local_handler("uffd", &["--bandwidth", "on-request"]);
+        snapshot.loaded("uffd").kill();
+        ended(handler, 0, "vm_ended");
+    }
+}
+
+#[test]
 fn a_vm_may_close_the_connection_at_each_step() {
     at_each_step(&["--bandwidth", "on-request"], |vm| vm.does("hang-up"));
 }

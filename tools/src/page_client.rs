@@ -111,19 +111,8 @@ fn serve_at(
     let door = Door::new(waiter.waker());
     let (address, listener, adapter) = entrance(options)?;
     door.open(listener, Arc::clone(&adapter)).map_err(Failure::of("start a thread"))?;
-    let kept = place.as_mut().map(fetch).transpose()?.flatten();
-    let taken = match kept {
-        Some(served) => {
-            let (memory, with) = prepare(options, &served, None, state.as_ref())?;
-            Some(Taken { served, memory, with, socket: None, driver: None })
-        }
-        None => {
-            check_no_record(state.as_ref())?;
-            progress.open(address);
-            let visitors = Visitors { adapter: &*adapter, door: &door, progress: &progress };
-            visitors.wait(options, &mut waiter, place.as_mut(), state.as_ref())?
-        }
-    };
+    let visitors = Visitors { address, adapter: &*adapter, door: &door, progress: &progress };
+    let taken = visitors.find_guest(options, &mut waiter, place.as_mut(), state.as_ref())?;
     let Some(Taken { served, memory, with, socket, driver }) = taken else {
         return Ok(journal.close(Outcome::NotHere, None));
     };
@@ -257,12 +246,30 @@ fn plaintext(options: &Options) -> Plaintext {
 
 /// Those who come before there is a guest.
 struct Visitors<'a> {
+    address: &'a Address,
     adapter: &'a dyn Adapter,
     door: &'a Door,
     progress: &'a Progress,
 }
 
 impl Visitors<'_> {
+    /// The guest of a process before this one, or one that comes; `None` if a signal came first.
+    fn find_guest(
+        &self,
+        options: &Options,
+        waiter: &mut Waiter,
+        mut place: Option<&mut Place>,
+        state: Option<&DestinationStateFile>,
+    ) -> Result<Option<Taken>, Failure> {
+        if let Some(served) = place.as_deref_mut().map(fetch).transpose()?.flatten() {
+            let (memory, with) = prepare(options, &served, None, state)?;
+            return Ok(Some(Taken { served, memory, with, socket: None, driver: None }));
+        }
+        check_no_record(state)?;
+        self.progress.open(self.address);
+        self.wait(options, waiter, place, state)
+    }
+
     /// Waits for a VMM with a guest that can be served; `None` if a signal came first. Others hear
     /// why not, and keep theirs.
     fn wait(

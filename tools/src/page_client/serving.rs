@@ -259,12 +259,7 @@ impl Serving {
         }
         self.desk.note(&event);
         match event {
-            DestinationEvent::Attached(session) => {
-                self.journal.attached(&session.to_string());
-                self.journal.note("attached");
-                self.progress.count(&self.destination.stats());
-                self.progress.attached();
-            }
+            DestinationEvent::Attached(session) => self.attached(&session.to_string()),
             DestinationEvent::Disconnected => {
                 self.note("disconnected", "the source is away; waiting for it to come back");
             }
@@ -302,13 +297,7 @@ impl Serving {
             DestinationEvent::Ended(reason) => {
                 self.not_here(&format!("the source has ended the session: {reason}"));
             }
-            DestinationEvent::TurnedAway(reason) => {
-                let line = format!("the source turns this side away: {reason}");
-                self.note("turned_away", &line);
-                if !self.journal.is_attached() {
-                    self.end_if_it_cannot_go_on(&line);
-                }
-            }
+            DestinationEvent::TurnedAway(reason) => self.turned_away(&reason),
             DestinationEvent::Unreadable { first_page, pages } => {
                 self.fail(&format!(
                     "the source cannot read {pages} pages from page {first_page} on; whoever \
@@ -320,6 +309,22 @@ impl Serving {
                 self.fail("who owns the guest could not be recorded; it is tried again");
             }
             _ => {}
+        }
+    }
+
+    fn attached(&mut self, session: &str) {
+        self.journal.attached(session);
+        self.journal.note("attached");
+        self.progress.count(&self.destination.stats());
+        self.progress.attached();
+    }
+
+    /// A source that was right once may come back; one that never was is the wrong one.
+    fn turned_away(&mut self, reason: &str) {
+        let line = format!("the source turns this side away: {reason}");
+        self.note("turned_away", &line);
+        if !self.journal.is_attached() {
+            self.end_if_it_cannot_go_on(&line);
         }
     }
 

@@ -87,7 +87,10 @@ impl Adapter for Firecracker {
     fn refuse(&self, socket: &UnixStream, _: &str, progress: &Progress) -> AfterRefusal {
         match processes::peer(socket.as_fd()) {
             Ok((_, vmm)) => self.forsake(vmm.as_fd(), progress),
-            Err(error) => tracing::info!(%error, "who has connected has gone"),
+            Err(error) => {
+                tracing::info!(%error, "who has connected has gone");
+                return AfterRefusal::WaitOn;
+            }
         }
         AfterRefusal::End
     }
