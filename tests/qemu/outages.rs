@@ -86,12 +86,12 @@ fn a_link_that_is_cut_in_the_middle_costs_nothing_but_time() {
         assert!(moving.network.cut() > 0, "there were connections");
         moving.send.line("page-client is away");
         moving.send.line("page-client is attached");
+        moving.client.line("a source is attached");
     }
     let (sent, served) = moving.finish();
     for report in [sent, served] {
-        let events = report["events"].as_array().unwrap();
-        let lost = events.iter().filter(|it| it["event"] == "disconnected").count();
-        assert!(lost >= 3, "{report:#}");
+        let recoveries = report["recoveries"].as_u64().unwrap();
+        assert!(recoveries > 0, "{report:#}");
     }
 }
 

@@ -227,13 +227,13 @@ impl Qemu {
         let mut command = Command::new(QEMU);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]);
         command.args(["-m", &format!("{}M", boot::MEMORY_MIB), "-smp", &scene.vcpus.to_string()]);
-        let size = boot::MEMORY_MIB;
+        let mib = boot::MEMORY_MIB;
         let memory = path("memory");
         let object = match scene.backing {
             Backing::Private => None,
-            Backing::Memfd => Some(format!("memory-backend-memfd,id=ram,share=on,size={size}M")),
+            Backing::Memfd => Some(format!("memory-backend-memfd,id=ram,share=on,size={mib}M")),
             Backing::File => Some(format!(
-                "memory-backend-file,id=ram,share=on,size={size}M,mem-path={}",
+                "memory-backend-file,id=ram,share=on,size={mib}M,mem-path={}",
                 memory.display()
             )),
         };

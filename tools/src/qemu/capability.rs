@@ -99,12 +99,11 @@ pub(super) fn why_not_left_out(version: Version, backend: &Backend) -> Option<St
         ));
     }
     match backend.kind {
-        Kind::File => None,
         Kind::Memfd | Kind::Other if version >= NAMED_FILES_ONLY => Some(format!(
             "{id} is no file with a name, and QEMU {version} would put all of it into the device \
              state: use memory-backend-file on /dev/shm or hugetlbfs"
         )),
-        Kind::Memfd => None,
+        Kind::File | Kind::Memfd => None,
         Kind::Other => Some(format!(
             "{id} is memory of a kind that is not known here: use memory-backend-file or \
              memory-backend-memfd"

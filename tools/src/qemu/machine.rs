@@ -100,9 +100,9 @@ impl Machine {
                 "{name} at {address} does not greet: its monitor serves one client at a time; give \
                  it another -qmp for this one"
             )),
-            error => failed(error),
+            error => Failure::from(error),
         })?;
-        let (facts, backends) = look(&mut qmp).map_err(failed)?;
+        let (facts, backends) = look(&mut qmp)?;
         let capabilities = Capabilities::probe(&mut qmp, side)?;
         let pid = pid.filter(|pid| *pid > 0);
         let mut machine = Self { qmp, pid, side, facts, backends, capabilities };
@@ -130,7 +130,7 @@ impl Machine {
                 return Err(Failure::new(format!("{name}: guest RAM {why}")));
             }
         }
-        let summary = self.qmp.execute("query-memory-size-summary", &json!({})).map_err(failed)?;
+        let summary = self.qmp.execute("query-memory-size-summary", &json!({}))?;
         let bytes = |part: &str| summary[part].as_u64().unwrap_or_default();
         let (all, here) = (bytes("base-memory") + bytes("plugged-memory"), self.facts.ram_bytes());
         if all > here {
@@ -153,7 +153,7 @@ impl Machine {
             )))
         };
         for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
-            let all = self.qmp.execute("qom-list", &json!({ "path": path })).map_err(failed)?;
+            let all = self.qmp.execute("qom-list", &json!({ "path": path }))?;
             for device in all.as_array().into_iter().flatten() {
                 let kind = device["type"].as_str().unwrap_or_default();
                 let kind = kind.trim_start_matches("child<").trim_end_matches('>');
@@ -163,7 +163,7 @@ impl Machine {
             }
         }
         let command = json!({ "command-line": "info network" });
-        let networks = self.qmp.execute("human-monitor-command", &command).map_err(failed)?;
+        let networks = self.qmp.execute("human-monitor-command", &command)?;
         let networks = networks.as_str().unwrap_or_default();
         match ["type=vhost-user", "type=vhost-vdpa"].iter().find(|it| networks.contains(**it)) {
             Some(kind) => refuse(&format!("a network of {kind}")),
@@ -174,7 +174,7 @@ impl Machine {
     /// The source's guest must be able to leave. Returns whether it runs.
     pub(super) fn check_can_leave(&mut self) -> Result<Vcpus, Failure> {
         let name = self.qmp.name().to_owned();
-        let migration = self.migration().map_err(failed)?;
+        let migration = self.migration()?;
         if let Some(reasons) = migration["blocked-reasons"].as_array().filter(|it| !it.is_empty()) {
             let reasons: Vec<_> = reasons.iter().filter_map(Value::as_str).collect();
             let reasons = reasons.join("; ");
@@ -185,7 +185,7 @@ impl Machine {
                 "{name} is migrating already: wait for its end, or say migrate_cancel there"
             )));
         }
-        match self.status().map_err(failed)?.as_str() {
+        match self.status()?.as_str() {
             "running" => Ok(Vcpus::Run),
             "paused" => Ok(Vcpus::Stopped),
             "postmigrate" => Err(Failure::new(format!(
@@ -202,8 +202,8 @@ impl Machine {
     /// The destination's QEMU must wait for a guest, or have taken it from a process before this
     /// one.
     pub(super) fn check_can_take(&mut self) -> Result<Taking, Failure> {
-        let status = self.status().map_err(failed)?;
-        let migration = self.migration().map_err(failed)?;
+        let status = self.status()?;
+        let migration = self.migration()?;
         let is_loaded = migration["status"] == "completed";
         match status.as_str() {
             "inmigrate" if is_active(&migration) => Err(Failure::new(format!(
@@ -327,6 +327,8 @@ fn get(qmp: &mut Qmp, path: &str, property: &str) -> Result<Option<String>, QmpE
 }
 
 /// A refusal or a silence of QEMU ends the command.
-pub(super) fn failed(error: QmpError) -> Failure {
-    Failure::new(chain(&error))
+impl From<QmpError> for Failure {
+    fn from(error: QmpError) -> Self {
+        Self::new(chain(&error))
+    }
 }

@@ -142,8 +142,8 @@ pub(crate) struct SourceOptions {
     #[arg(long, value_name = "N|auto|converged", default_value_t = PassesWanted::None)]
     pub(crate) passes: PassesWanted,
 
-    /// With --passes: where the source's QEMU, started with libafterimage_preload.so, lets its
-    /// writes be tracked (its `AFTERIMAGE_TRACKING`, unix:PATH)
+    /// With --passes: where the source's QEMU, started with `libafterimage_preload.so`, lets
+    /// its writes be tracked (its `AFTERIMAGE_TRACKING`, unix:PATH)
     #[arg(long, value_name = "ADDR", requires = "passes")]
     pub(crate) tracking: Option<Address>,
 

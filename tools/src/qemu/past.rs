@@ -177,7 +177,9 @@ impl Record {
         let kept = Kept { session, sections: sections_of.collect() };
         let mut bytes = serde_json::to_vec(&kept).expect("text and numbers are always JSON");
         bytes.push(b'\n');
-        sections.iter().for_each(|section| bytes.extend(&section.bytes));
+        for section in sections {
+            bytes.extend(&section.bytes);
+        }
         bytes
     }
 

@@ -26,10 +26,10 @@ pub(super) fn begin(
         None => return Err(lacks_tracking(options.passes)),
     };
     let tracker = VmmTracker::connect(path).map_err(|error| Failure::new(chain(&error)))?;
-    let tracked = tracker.process();
-    if machine.pid.is_some_and(|pid| pid as u32 != tracked) {
+    let process = tracker.process();
+    if machine.pid.is_some_and(|pid| pid as u32 != process) {
         return Err(Failure::new(format!(
-            "--tracking unix:{} is of process {tracked}, and the source's QEMU is process {}: give \
+            "--tracking unix:{} is of process {process}, and the source's QEMU is process {}: give \
              the AFTERIMAGE_TRACKING of that one",
             path.display(),
             machine.pid.unwrap_or_default()

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use afterimage::Address;
 use serde_json::json;
 
-use super::machine::{Facts, Machine, Taking, Vcpus, failed};
+use super::machine::{Facts, Machine, Taking, Vcpus};
 use super::options::DestinationOptions;
 use super::{Deadline, QmpError, state};
 use crate::attachment::{AttachmentEvent, Driver};
@@ -99,7 +99,7 @@ impl Receiving<'_> {
                     self.observer.hear(Heard::Armed(facts));
                 }
                 AttachmentEvent::State(sections) => {
-                    if let Some(ended) = self.restore(sections)? {
+                    if let Some(ended) = self.restore(&sections)? {
                         return Ok(ended);
                     }
                 }
@@ -122,10 +122,7 @@ impl Receiving<'_> {
     }
 
     /// Loads device state, unless a process before this one has.
-    fn restore(
-        &mut self,
-        sections: Vec<afterimage::StateSection>,
-    ) -> Result<Option<Ended>, Failure> {
+    fn restore(&mut self, sections: &[afterimage::StateSection]) -> Result<Option<Ended>, Failure> {
         let loaded = self.load(sections);
         match loaded {
             Ok(None) => self.driver.ready(),
@@ -135,7 +132,7 @@ impl Receiving<'_> {
         loaded
     }
 
-    fn load(&mut self, sections: Vec<afterimage::StateSection>) -> Result<Option<Ended>, Failure> {
+    fn load(&mut self, sections: &[afterimage::StateSection]) -> Result<Option<Ended>, Failure> {
         let (description, bytes) = state::unpack(sections)?;
         if let Some(why) = self.machine.facts.why_not(&description.facts) {
             return Err(Failure::new(why));
@@ -177,7 +174,7 @@ impl Receiving<'_> {
             return Ok(());
         }
         let at = self.cont().map_err(|error| {
-            let error = failed(error);
+            let error = Failure::from(error);
             Failure::new(format!(
                 "the guest is this side's and does not run yet ({error}): see to it, and start \
                  afterimage-qemu receive again"

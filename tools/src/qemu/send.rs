@@ -14,7 +14,7 @@ use afterimage::{
 use serde_json::json;
 
 use super::companion::{Companion, News};
-use super::machine::{Machine, Vcpus, failed};
+use super::machine::{Machine, Vcpus};
 use super::options::SourceOptions;
 use super::past::{Past, Record};
 use super::receive::{Ended, Heard};
@@ -107,7 +107,7 @@ pub(super) fn run(options: &SourceOptions, mut parts: Parts) -> Result<Report, F
     let past = parts.record.past();
     let vcpus = match past {
         Past::Open | Past::Over => parts.machine.check_can_leave()?,
-        Past::TakenBack(vcpus) => return resume_only(parts, vcpus),
+        Past::TakenBack(vcpus) => return Ok(resume_only(parts, vcpus)),
         Past::Interrupted(vcpus) => vcpus,
         Past::Given | Past::Complete => {
             check_stands_still(&mut parts.machine)?;
@@ -254,11 +254,11 @@ impl Sending {
         let machine = &mut self.parts.machine;
         // It may have been paused, or ended, since it was looked at.
         self.vcpus = machine.check_can_leave()?;
-        state::prepare_to_save(machine).map_err(failed)?;
+        state::prepare_to_save(machine)?;
         self.parts.record.note_stop(self.vcpus)?;
         self.at = At::Stopped(Instant::now() + self.ready_within);
         let begun = Instant::now();
-        let stopped = stop(&mut self.parts.machine, self.vcpus).map_err(failed)?;
+        let stopped = stop(&mut self.parts.machine, self.vcpus)?;
         self.stopped = Some(stopped);
         self.parts.journal.times.stop_us = Some(micros(begun.elapsed()));
         self.source.stopped().map_err(Failure::of("say that the guest is stopped"))?;
@@ -356,13 +356,13 @@ impl Sending {
                 Some(why) if self.at == At::Here => self.take_back(Failure::new(why)),
                 Some(why) => self.say(&why),
             },
-            News::Heard(Heard::State(_) | Heard::Run | Heard::AllArrived) => {}
+            News::Heard(Heard::State(_) | Heard::Run | Heard::AllArrived)
+            | News::Ended(Ok(Ended::Finished | Ended::Stopped)) => {}
             News::Heard(Heard::Loaded(time)) => {
                 self.parts.journal.times.load_us = Some(micros(time));
             }
             News::Heard(Heard::Resumed(at)) => self.measure_blackout(at.unwrap_or_else(unix_now)),
             News::Heard(Heard::Line(line)) => self.say(&line),
-            News::Ended(Ok(Ended::Finished | Ended::Stopped)) => {}
             News::Ended(Ok(Ended::NotHere(reason))) => {
                 if matches!(self.at, At::Here | At::Stopped(_)) {
                     self.take_back(Failure::new(format!("the destination gave it up: {reason}")));
@@ -524,7 +524,7 @@ fn resume(parts: &mut Parts, vcpus: Vcpus, why: &str) -> Outcome {
             Outcome::NotMoved
         }
         Err(error) => {
-            let error = failed(error);
+            let error = Failure::from(error);
             parts.progress.say(&format!(
                 "the guest was not moved, and does not go on here ({error}): it is this side's; \
                  say cont at its monitor"
@@ -543,13 +543,13 @@ fn go_on(machine: &mut Machine, vcpus: Vcpus) -> Result<(), QmpError> {
 }
 
 /// A process before this one took the guest back, and has died since.
-fn resume_only(mut parts: Parts, vcpus: Vcpus) -> Result<Report, Failure> {
+fn resume_only(mut parts: Parts, vcpus: Vcpus) -> Report {
     let why = "a process before this one had taken it back";
     let outcome = resume(&mut parts, vcpus, why);
     if let Some(session) = parts.record.session() {
         parts.journal.begin(session);
     }
-    Ok(parts.journal.close(outcome, Some(&Failure::new(why)), None))
+    parts.journal.close(outcome, Some(&Failure::new(why)), None)
 }
 
 /// A session that was over before this process was started.
@@ -581,13 +581,13 @@ fn end_source(parts: &mut Parts, options: &SourceOptions) {
         Ok(_) | Err(QmpError::Ended { .. }) => {
             parts.progress.say("the source's QEMU was told to quit");
         }
-        Err(error) => parts.progress.say(&format!("warning: {}", failed(error))),
+        Err(error) => parts.progress.say(&format!("warning: {}", Failure::from(error))),
     }
 }
 
 /// Whose guest is elsewhere must not run it.
 fn check_stands_still(machine: &mut Machine) -> Result<(), Failure> {
-    let status = machine.status().map_err(failed)?;
+    let status = machine.status()?;
     if status == "running" {
         return Err(Failure::new(format!(
             "the guest runs in {}, although it was given to the destination: somebody has said cont \

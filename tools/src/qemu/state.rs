@@ -18,7 +18,7 @@ use nix::unistd::pipe2;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::machine::{Facts, Machine, Vcpus, failed, is_active};
+use super::machine::{Facts, Machine, Vcpus, is_active};
 use super::{Deadline, QmpError};
 use crate::page_server::Failure;
 
@@ -59,7 +59,7 @@ pub(super) fn pack(description: &Description, bytes: Vec<u8>) -> Vec<StateSectio
 }
 
 /// The same, at the other side.
-pub(super) fn unpack(sections: Vec<StateSection>) -> Result<(Description, Vec<u8>), Failure> {
+pub(super) fn unpack(sections: &[StateSection]) -> Result<(Description, Vec<u8>), Failure> {
     let take = |(name, version): (&str, u32)| {
         let found = sections.iter().find(|it| it.name == name);
         match found {
@@ -101,9 +101,9 @@ pub(super) fn save(machine: &mut Machine) -> Result<Vec<u8>, Failure> {
     machine.qmp.forget_events();
     let (read, write) = pipe().map_err(Failure::of("make a pipe for device state"))?;
     let qmp = &mut machine.qmp;
-    qmp.execute_with("getfd", &json!({ "fdname": NAME }), write.as_fd()).map_err(failed)?;
+    qmp.execute_with("getfd", &json!({ "fdname": NAME }), write.as_fd())?;
     drop(write);
-    qmp.execute("migrate", &json!({ "uri": format!("fd:{NAME}") })).map_err(failed)?;
+    qmp.execute("migrate", &json!({ "uri": format!("fd:{NAME}") }))?;
     let bytes = read_all(File::from(read));
     let bytes = bytes.map_err(Failure::of("take device state from the source's QEMU"))?;
     loop {
@@ -120,7 +120,7 @@ fn ended(machine: &mut Machine, deadline: Deadline) -> Result<Option<()>, Failur
     let is_news = |name: &str| name == "MIGRATION";
     let qmp = &mut machine.qmp;
     let event = qmp.event("end of the migration", deadline, |event| is_news(&event.name));
-    match event.map_err(failed)?.data["status"].as_str() {
+    match event?.data["status"].as_str() {
         Some("completed") => Ok(Some(())),
         Some("failed" | "cancelled") => {
             // One that has ended because of it cannot be asked.
@@ -246,6 +246,6 @@ fn not_loaded(error: QmpError) -> Failure {
             "{who} ended while it was loading the device state: its standard error says why; both \
              sides must have the same devices"
         )),
-        error => failed(error),
+        error => Failure::from(error),
     }
 }
