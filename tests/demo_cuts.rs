@@ -151,6 +151,36 @@ fn a_guest_moves_over_a_network_that_is_cut() {
     assert_eq!(report["bandwidth"], (64u64 << 20).to_string(), "{report}");
 }
 
+/// Half of them while passes are sent, which go on over the next connection.
+#[test]
+fn a_guest_whose_passes_are_cut_moves_as_well() {
+    let mut guests = vec!["threads --backing anonymous", "threads --backing memfd --streams 3"];
+    if require::kvm() && require::userfaultfd() {
+        guests.push("kvm");
+    }
+    for guest in guests {
+        let output = run(&format!("--memory 64M --cuts 12 --passes 2 --guest {guest}"));
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let report = json(&output);
+        assert_eq!(report["verified"], true, "{report}");
+        assert_eq!((number(&report, "cuts"), number(&report, "cuts_wanted")), (12, 12), "{report}");
+        assert_eq!(list(&report, "passes").len(), 2, "{report}");
+        let outages = list(&report, "outages");
+        let during = |stage: &str| outages.iter().filter(|it| it["during"] == stage).count();
+        assert_eq!((during("passes"), during("postcopy")), (6, 6), "{report}");
+        for outage in outages {
+            let is_early = outage["at_us"].as_i64().unwrap() < 0;
+            assert_eq!(is_early, outage["during"] == "passes", "{report}");
+            assert!(number(outage, "recovery_us") > 0, "a page came again: {report}");
+        }
+        assert!(number(&report, "recoveries") >= 12, "{report}");
+        let of = |key| number(&report, key);
+        assert!(of("pages_precopy") > 0, "what the passes brought was of use: {report}");
+        let parts = ["pages_requested", "pages_background", "pages_precopy", "pages_zero"];
+        assert_eq!(parts.map(of).iter().sum::<u64>(), of("pages_total"), "{report}");
+    }
+}
+
 #[test]
 fn a_guest_that_has_what_it_needs_never_stops() {
     // It works in few pages, which it has when silence falls over the network.

@@ -276,11 +276,11 @@ impl Arrival<'_> {
             if self.line.stays_at_source() {
                 return Ok(Happening::NotHere("the source has said so".to_owned()));
             }
-            if let Some(guest) = running {
+            if running.is_some() || self.setup.tells_of_passes {
                 self.tell(running);
-                if let Some(failure) = guest.failure() {
-                    return Err(DemoError::Failed(format!("the guest failed: {failure}")));
-                }
+            }
+            if let Some(failure) = running.and_then(Guest::failure) {
+                return Err(DemoError::Failed(format!("the guest failed: {failure}")));
             }
             let now = done();
             let is_forward = if now.0.is_some() { now.0 > before.0 } else { now.1 > before.1 };

@@ -62,6 +62,8 @@ pub(super) struct Setup {
     pub(super) holds: Vec<HoldPoint>,
     /// How often is told how far things are.
     pub(super) progress_pause: Duration,
+    /// Whether the destination tells how far it is while passes are sent, too.
+    pub(super) tells_of_passes: bool,
     /// Whether the destination is to take samples of what arrives.
     pub(super) takes_samples: bool,
     /// How long any one step may take.

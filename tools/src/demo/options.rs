@@ -31,6 +31,7 @@ Examples:
   demo --handoff                          the source's VMM hands its guest to a page server, and
                                           is killed before a page is sent
   demo --cuts 100                         the network is cut after each percent of the pages
+  demo --cuts 20 --passes 2               before the switchover, too
   demo --cuts 100 --kill page-server,page-client,source --json
                                           and the processes around the guest are killed
   demo --json | jq .blackout_us           one object, described in docs/report.md
@@ -83,7 +84,8 @@ pub(super) struct Options {
     #[arg(long)]
     handoff: bool,
 
-    /// Cut the network so many times, each time that such a part of the pages has arrived
+    /// Cut the network so many times, each time that such a part of the pages has arrived; with
+    /// --passes half of them while passes are sent
     #[arg(long, default_value_t = 0, value_name = "N",
         value_parser = clap::value_parser!(u32).range(0..=1000))]
     pub(super) cuts: u32,
@@ -295,10 +297,11 @@ impl Options {
                  them out",
             );
         }
-        if self.has_outages() {
+        if self.kills(Victim::PageClient) {
             return refused(
-                "cannot be done with --cuts or --kill: these are spread over the pages that come \
-                 after the switchover, and passes leave few of them; leave one of them out",
+                "cannot be done with --kill page-client: memory that a page-client serves takes \
+                 no pages before the switchover, because a successor would not know of them; use \
+                 --cuts",
             );
         }
         if self.precopy_bandwidth == Some(Bandwidth::OnRequest) {

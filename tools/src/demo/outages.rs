@@ -1,12 +1,18 @@
 //! What interrupts a migration: cuts and deaths, when each is due, and when it is over.
 //!
+//! Where memory is sent in passes, half of the cuts fall into these, and the others are spread over
+//! the pages that are known to be left then.
+//!
 //! Invariant: each waits until enough pages have arrived, and until the one before is over; one
 //! is over when a page has come over a connection that was made after it.
 
 use std::collections::VecDeque;
 
-use super::messages::Progress;
+use serde::Serialize;
+
+use super::messages::{Progress, Stats};
 use super::options::{Options, Role, Victim};
+use super::precopy::PassesWanted;
 use super::proxy::Cut;
 
 /// Pages that may come beside those for which there is room, so that nothing stands still for
@@ -26,6 +32,7 @@ pub(super) enum Blow {
 #[derive(Clone, Debug)]
 pub(super) struct Outage {
     pub(super) blow: Blow,
+    pub(super) during: Stage,
     pub(super) at_us: u64,
     /// What had arrived.
     pub(super) pages_complete: u64,
@@ -35,13 +42,34 @@ pub(super) struct Outage {
     pub(super) operations: u64,
 }
 
+/// What a migration is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Stage {
+    /// Memory is sent while the guest runs at the source.
+    Passes,
+    /// The guest runs nowhere: nothing is due.
+    Blackout,
+    /// It runs at the destination, and what is left follows.
+    #[default]
+    Postcopy,
+}
+
 /// The outages of one migration.
 #[derive(Debug, Default)]
 pub(super) struct Outages {
-    /// Each with the share of the pages after which it is due.
+    stage: Stage,
+    /// Those of the passes, each with the share of the pages after which it is due.
+    early: VecDeque<(f64, Blow)>,
+    /// Those after the switchover.
     plan: VecDeque<(f64, Blow)>,
     past: Vec<Outage>,
     present: Option<Present>,
+    page_bytes: u64,
+    /// How many pages are to come in this stage, if that is not all of memory.
+    expected: Option<u64>,
+    /// How many have, in this stage.
+    arrived: u64,
     complete: u64,
     total: u64,
 }
@@ -59,11 +87,11 @@ struct Present {
 impl Outages {
     /// All that the user wants, in the order in which it is due.
     pub(super) fn planned(options: &Options) -> Self {
-        let cuts = options.cuts;
-        let cuts = (0..cuts).map(|number| {
-            let share = (f64::from(number) + 0.5) / f64::from(cuts);
-            (share, Blow::Cut(kind_of_cut(number)))
-        });
+        let has_passes = options.passes != PassesWanted::None;
+        let all: Vec<_> = (0..options.cuts).map(|number| Blow::Cut(kind_of_cut(number))).collect();
+        let (early, late) = all.split_at(if has_passes { all.len().div_ceil(2) } else { 0 });
+        let early = spread(early.iter().copied()).collect();
+        let cuts = spread(late.iter().copied());
         // Not at the same time as each other.
         let victims = [
             (Victim::PageServer, Role::PageServer, 1.0 / 3.0),
@@ -77,7 +105,38 @@ impl Outages {
         });
         let mut plan: Vec<_> = cuts.chain(kills).collect();
         plan.sort_by(|one, other| one.0.total_cmp(&other.0));
-        Self { plan: plan.into(), ..Self::default() }
+        let stage = if has_passes { Stage::Passes } else { Stage::Postcopy };
+        let page_bytes = options.backing().page_bytes();
+        // What the first pass sends: all that is not zero.
+        let content = 1.0 - options.zero_fraction * (1.0 - options.worked_fraction);
+        let expected = (options.memory.0 / page_bytes) as f64 * content;
+        let expected = has_passes.then_some(expected as u64);
+        let plan = plan.into();
+        Self { stage, early, plan, page_bytes, expected, ..Self::default() }
+    }
+
+    /// The guest was stopped after its passes.
+    pub(super) fn stopped(&mut self) {
+        if self.stage == Stage::Passes {
+            self.stage = Stage::Blackout;
+        }
+    }
+
+    /// The guest runs at the destination, and `left` pages of it at least are still to come. What
+    /// was not done in the passes is done now.
+    pub(super) fn runs(&mut self, left: u64) {
+        if self.stage == Stage::Postcopy {
+            return;
+        }
+        self.stage = Stage::Postcopy;
+        (self.expected, self.arrived) = (Some(left), 0);
+        let blows: Vec<_> = self.early.drain(..).chain(self.plan.drain(..)).collect();
+        self.plan = spread(blows.into_iter().map(|(_, blow)| blow)).collect();
+        if let Some(present) = &mut self.present
+            && let Some(with) = &mut present.attached_with
+        {
+            *with = 0;
+        }
     }
 
     /// Takes in how far things are.
@@ -86,7 +145,9 @@ impl Outages {
             // What a process that was killed has said last may come late.
             self.complete = self.complete.max(stats.pages_complete);
             self.total = stats.pages_total;
+            self.arrived = self.arrived.max(self.arrived_by(stats));
         }
+        let has_all = self.has_all();
         let Some(present) = &mut self.present else { return };
         if progress.at_us < present.outage.at_us {
             return;
@@ -95,7 +156,7 @@ impl Outages {
             let first = *present.operations.get_or_insert(operations);
             present.outage.operations = operations - first;
         }
-        let has_come = |with: u64| self.complete > with || self.complete == self.total;
+        let has_come = |with: u64| self.arrived > with || has_all;
         if progress.stats.is_some() && present.attached_with.is_some_and(has_come) {
             present.outage.over_at_us = Some(progress.at_us);
             self.past.extend(self.present.take().map(|present| present.outage));
@@ -105,35 +166,65 @@ impl Outages {
     /// A connection is there.
     pub(super) const fn attached(&mut self) {
         if let Some(present) = &mut self.present {
-            present.attached_with = Some(self.complete);
+            present.attached_with = Some(self.arrived);
         }
+    }
+
+    /// What has come in this stage, in pages.
+    fn arrived_by(&self, stats: &Stats) -> u64 {
+        match self.stage {
+            // Before the switchover nothing is complete.
+            Stage::Passes | Stage::Blackout => stats.bytes_received / self.page_bytes,
+            // What the passes have brought is found complete bit by bit, and is no page that came.
+            Stage::Postcopy if self.expected.is_some() => {
+                stats.pages_requested + stats.pages_background + stats.pages_zero
+            }
+            Stage::Postcopy => stats.pages_complete,
+        }
+    }
+
+    fn has_all(&self) -> bool {
+        self.complete == self.total
+    }
+
+    /// What is due next in this stage, and with how many pages.
+    fn next(&self) -> Option<f64> {
+        let plan = match self.stage {
+            Stage::Passes => &self.early,
+            Stage::Blackout => return None,
+            Stage::Postcopy => &self.plan,
+        };
+        let expected = self.expected.unwrap_or(self.total);
+        plan.front().map(|(share, _)| share * expected as f64)
     }
 
     /// How many pages may come before the next of them; `None` if any number may. While one is
     /// not over it takes a page to end it.
     pub(super) fn room(&self) -> Option<u64> {
-        let (share, _) = self.plan.front()?;
-        let left = (share * self.total as f64).ceil() as u64;
-        let left = left.saturating_sub(self.complete);
+        // Nobody knows where a stage ends: little may come until that was heard of, so that there
+        // is something left for the next.
+        if self.next().is_none() && !self.plan.is_empty() {
+            let share = self.expected.unwrap_or(self.total) / (4 * self.plan.len() as u64);
+            return Some(share.max(1) + SLACK);
+        }
+        let left = (self.next()?.ceil() as u64).saturating_sub(self.arrived);
         Some(left.max(1) + SLACK)
     }
 
     /// What is to be done now.
     pub(super) fn due(&mut self) -> Option<Blow> {
-        if self.present.is_some() || self.complete == self.total {
+        if self.present.is_some() || self.has_all() || (self.arrived as f64) < self.next()? {
             return None;
         }
-        let (share, _) = self.plan.front()?;
-        if (self.complete as f64) < share * self.total as f64 {
-            return None;
-        }
-        self.plan.pop_front().map(|(_, blow)| blow)
+        let plan = if self.stage == Stage::Passes { &mut self.early } else { &mut self.plan };
+        plan.pop_front().map(|(_, blow)| blow)
     }
 
     /// It was done.
     pub(super) const fn begin(&mut self, blow: Blow, at_us: u64) {
-        let pages_complete = self.complete;
-        let outage = Outage { blow, at_us, pages_complete, over_at_us: None, operations: 0 };
+        let (pages_complete, during) = (self.complete, self.stage);
+        let outage =
+            Outage { blow, during, at_us, pages_complete, over_at_us: None, operations: 0 };
         self.present = Some(Present { outage, operations: None, attached_with: None });
     }
 
@@ -142,6 +233,12 @@ impl Outages {
         self.past.extend(self.present.take().map(|present| present.outage));
         self.past
     }
+}
+
+/// Evenly over all pages.
+fn spread(blows: impl ExactSizeIterator<Item = Blow>) -> impl Iterator<Item = (f64, Blow)> {
+    let count = blows.len() as f64;
+    blows.enumerate().map(move |(index, blow)| ((index as f64 + 0.5) / count, blow))
 }
 
 /// Resets and ends by turns, and seldom silence, which takes the longest to notice.

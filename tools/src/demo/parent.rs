@@ -208,6 +208,7 @@ fn setup(options: &Options, choice: &Choice, directory: Option<&TempDir>) -> Set
         metrics: options.metrics.clone(),
         holds: options.hold.clone(),
         progress_pause: if follows { TO_BE_FOLLOWED } else { TO_BE_SHOWN },
+        tells_of_passes: follows && options.passes != PassesWanted::None,
         takes_samples: options.report.is_some(),
         limit: options.limit(),
         corrupt_one_byte: options.corrupt_one_byte,

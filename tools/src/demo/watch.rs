@@ -181,7 +181,8 @@ impl Watch {
         if let Some(stats) = progress.stats {
             self.counted.insert(who.pid, stats);
         }
-        if self.story.running_at_us.is_some()
+        // Without passes there is nothing to be held up before the guest runs.
+        if (self.story.running_at_us.is_some() || self.setup.tells_of_passes)
             && let Some(blow) = self.outages.due()
         {
             self.strike(blow)?;
@@ -255,13 +256,16 @@ impl Watch {
                 self.bury_the_source()?;
             }
             Message::Stopped(stopped) => {
+                self.outages.stopped();
                 self.story.stopped = Some(stopped);
+                self.outages_after_passes();
                 if self.story.running_at_us.is_none() {
                     self.step = "the vCPUs move";
                 }
             }
             Message::Running { at_us } => {
                 self.story.running_at_us = Some(at_us);
+                self.outages_after_passes();
                 self.step = "the guest runs at the destination, and its memory follows";
             }
             Message::AllArrived { at_us } => {
@@ -280,6 +284,15 @@ impl Watch {
             Message::Progress(_) | Message::Attached | Message::Pass(_) => {}
         }
         Ok(())
+    }
+
+    /// Plans what is left of the outages once both sides have told of the switchover, in whichever
+    /// order.
+    fn outages_after_passes(&mut self) {
+        if self.story.stopped.is_some() && self.story.running_at_us.is_some() {
+            // These were stale when it was stopped, whatever it wrote later.
+            self.outages.runs(self.story.passes.last().map_or(0, |pass| pass.pages_written));
+        }
     }
 
     /// Somebody can be connected to.

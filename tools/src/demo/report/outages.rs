@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{Story, plural, time};
 use crate::demo::options::{Options, Role};
-use crate::demo::outages::{Blow, Outage};
+use crate::demo::outages::{Blow, Outage, Stage};
 use crate::demo::proxy::Cut;
 use crate::report_page::Mark;
 
@@ -42,11 +42,13 @@ struct OneOutage {
     kind: &'static str,
     /// What kind of cut, or who was killed.
     what: &'static str,
-    /// Since the stop of the guest.
-    at_us: u64,
+    during: Stage,
+    /// Since the stop of the guest; before it in the passes.
+    at_us: i64,
     pages_complete: u64,
     recovery_us: Option<u64>,
-    guest_operations: u64,
+    /// Not told of at the source.
+    guest_operations: Option<u64>,
 }
 
 const fn kind(blow: Blow) -> &'static str {
@@ -92,7 +94,7 @@ impl OutageReport {
             kills,
             background_slowed: options.is_slowed(),
             recovery_us: Recoveries::of(recoveries),
-            operations_during_outages: outages.iter().map(|outage| outage.guest_operations).sum(),
+            operations_during_outages: outages.iter().filter_map(|it| it.guest_operations).sum(),
             outages,
         })
     }
@@ -107,6 +109,10 @@ impl OutageReport {
         };
         if self.cuts_wanted > 0 {
             let mut what = list(&self.cuts_by_kind);
+            let early = self.outages.iter().filter(|it| it.during == Stage::Passes).count();
+            if early > 0 {
+                what = format!("{what}; {early} while passes were sent");
+            }
             if self.cuts < u64::from(self.cuts_wanted) {
                 what = format!(
                     "of {}: all memory was there before the others; lower --bandwidth",
@@ -147,14 +153,21 @@ impl OutageReport {
             Mark { at_us: outage.at_us as f64, label }
         };
         let (mut marks, cuts): (Vec<_>, Vec<_>) =
-            self.outages.iter().map(mark).partition(|mark| !mark.label.is_empty());
+            self.shown().map(mark).partition(|mark| !mark.label.is_empty());
         marks.extend(cuts);
         marks
     }
 
+    /// Those on the axis of time, which begins with the stop.
+    fn shown(&self) -> impl Iterator<Item = &OneOutage> {
+        self.outages.iter().filter(|outage| outage.at_us >= 0)
+    }
+
     /// What the marks are, to be added to what is said of them.
     pub(super) fn caption(&self) -> String {
-        let (cuts, kills) = (self.cuts, self.outages.len() as u64 - self.cuts);
+        let is_cut = |outage: &&OneOutage| matches!(outage.blow, Blow::Cut(_));
+        let (cuts, all) = (self.shown().filter(is_cut).count() as u64, self.shown().count() as u64);
+        let kills = all - cuts;
         format!(
             " Lines mark the {cuts} cut{} of the network and the {kills} death{} of a process.",
             plural(cuts),
@@ -169,10 +182,11 @@ impl OneOutage {
             blow: outage.blow,
             kind: kind(outage.blow),
             what: what(outage.blow),
-            at_us: outage.at_us.saturating_sub(stopped_at_us),
+            during: outage.during,
+            at_us: outage.at_us as i64 - stopped_at_us as i64,
             pages_complete: outage.pages_complete,
             recovery_us: outage.over_at_us.map(|over| over.saturating_sub(outage.at_us)),
-            guest_operations: outage.operations,
+            guest_operations: (outage.during == Stage::Postcopy).then_some(outage.operations),
         }
     }
 }
