@@ -81,7 +81,12 @@ impl Vmm {
             ["exec"] => return exec(),
             ["others"] => return bystanders::act().join(", "),
             ["threads"] => return thread_names(),
-            ["userfaultfds"] => return userfaultfds().to_string(),
+            ["userfaultfds"] => return descriptors_of("anon_inode:[userfaultfd]").to_string(),
+            ["descriptors", name] => {
+                let own = format!("/proc/self/fd/{}", self.files[*name].as_raw_fd());
+                let file = std::fs::read_link(own).unwrap();
+                return descriptors_of(&file.to_string_lossy()).to_string();
+            }
             // SAFETY: takes numbers only.
             ["nobody"] => assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0),
             _ => panic!("not understood: {line}"),
@@ -236,10 +241,11 @@ fn exec() -> String {
     format!("{} {errors:?}", output.status)
 }
 
-fn userfaultfds() -> usize {
+/// How many descriptors this process has of something.
+fn descriptors_of(what: &str) -> usize {
     let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
     let targets = descriptors.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
-    targets.filter(|target| target.to_string_lossy().contains("userfaultfd")).count()
+    targets.filter(|target| target.to_string_lossy() == what).count()
 }
 
 fn thread_names() -> String {

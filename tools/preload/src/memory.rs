@@ -111,11 +111,15 @@ pub(crate) fn all_arrived() {
     pinned::clear();
     // Whoever has served it has unregistered it, and woken everybody.
     memory.uffd = None;
-    let socket = config::get().and_then(Config::tracking);
-    if let Some(Err(line)) =
-        socket.map(|socket| socket.map_err(|it| it.to_string()).and_then(tracking::begin))
-    {
-        system::say(&line);
+    match config::get().and_then(Config::tracking) {
+        // The files are the VMM's alone again, which may want to be rid of them.
+        None => memory.table.clear(),
+        Some(socket) => {
+            let begun = socket.map_err(|error| error.to_string()).and_then(tracking::begin);
+            if let Err(line) = begun {
+                system::say(&line);
+            }
+        }
     }
 }
 

@@ -107,6 +107,12 @@ impl Table {
         *found.expect("one of the table's") = None;
     }
 
+    /// Forgets everything, and lets go of the files.
+    pub(crate) fn clear(&mut self) {
+        self.files.fill_with(|| None);
+        self.regions.fill(None);
+    }
+
     /// Forgets a region that was unmapped.
     pub(crate) fn forget_unmapped(&mut self) -> Result<(), c_int> {
         for place in &mut self.regions {

@@ -32,6 +32,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 /// Somebody tracks the memory, or is about to. Changed and used under the lock of the table.
 static IS_TRACKED: AtomicBool = AtomicBool::new(false);
@@ -39,6 +40,8 @@ static IS_TRACKED: AtomicBool = AtomicBool::new(false);
 /// The first bytes of a connection, and the version.
 const PREFIX: &[u8] = b"AIMGTRCK\x01\0\0\0";
 const STACK: usize = 256 << 10;
+/// After somebody could not be accepted.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Listens at a path from here on. Must be called with all signals blocked.
 ///
@@ -126,6 +129,7 @@ fn serve(listener: &UnixListener) {
         let wanted = [Some(listener.as_fd()), held].into_iter().flatten();
         let mut waiting: Vec<_> = wanted.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         if poll(&mut waiting, PollTimeout::NONE).is_err() {
+            thread::sleep(PAUSE);
             continue;
         }
         let has_news = |at: usize| waiting.get(at).and_then(PollFd::any).unwrap_or(false);
@@ -135,9 +139,13 @@ fn serve(listener: &UnixListener) {
             release();
             holder = None;
         }
-        if somebody_comes && let Ok((socket, _)) = listener.accept() {
-            // Who gets nothing is told why, or has gone.
-            holder = greet(socket, holder);
+        if somebody_comes {
+            match listener.accept() {
+                // Who gets nothing is told why, or has gone.
+                Ok((socket, _)) => holder = greet(socket, holder),
+                // No descriptors, perhaps: there may be some later.
+                Err(_) => thread::sleep(PAUSE),
+            }
         }
     }
 }
