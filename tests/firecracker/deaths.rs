@@ -105,6 +105,24 @@ fn a_vm_that_is_left_waits_and_reads_no_zeros() {
 }
 
 #[test]
+fn a_vm_whose_server_was_started_again_is_killed() {
+    let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
+    let server = snapshot.server(&["--bandwidth", "on-request"]);
+    let mut handler = snapshot.handler("uffd", &["--connect", &snapshot.pages()]);
+    let mut vm = snapshot.loaded("uffd");
+    vm.does("check 0 5");
+    server.signal(Signal::SIGKILL);
+    server.end();
+    handler.line("waiting for it to come back");
+    // Whether that one has the same memory, nobody knows.
+    let _another = snapshot.server(&[]);
+    handler.line("turns this side away");
+    handler.line("the VM was killed");
+    assert_eq!(vm.end().signal(), Some(Signal::SIGKILL as i32));
+    ended(handler, 1, "failed");
+}
+
+#[test]
 fn a_vm_whose_memory_cannot_be_read_is_killed() {
     let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
     let mut handler = snapshot.local_handler("uffd", &["--bandwidth", "on-request"]);

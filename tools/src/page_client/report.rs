@@ -209,11 +209,6 @@ impl Journal {
         self.session = Some(session.to_owned());
     }
 
-    /// Whether a source has ever been attached.
-    pub(super) const fn is_attached(&self) -> bool {
-        self.session.is_some()
-    }
-
     /// What it fails of, if it does; the first counts.
     pub(super) fn failed(&mut self, reason: &str) {
         self.error.get_or_insert_with(|| reason.to_owned());

@@ -142,11 +142,16 @@ impl Serving {
 
     /// Serves to the end.
     pub(super) fn run(mut self) -> Result<Report, Failure> {
-        let outcome = self.until_the_end()?;
-        let stats = self.destination.stats();
-        if !self.has_all && matches!(outcome, Outcome::Abandoned | Outcome::Failed) {
+        let outcome = self.until_the_end();
+        let is_cared_for = match outcome {
+            Ok(Outcome::Abandoned | Outcome::Failed | Outcome::NotHere) | Err(_) => self.has_all,
+            Ok(_) => true,
+        };
+        if !is_cared_for {
             self.adapter.forsake(self.served.vmm.as_fd(), &self.progress);
         }
+        let outcome = outcome?;
+        let stats = self.destination.stats();
         let Self { journal, progress, mut place, record, desk, file_server, .. } = self;
         // Before the destination, which would turn it away.
         drop(file_server);
@@ -319,13 +324,12 @@ impl Serving {
         self.progress.attached();
     }
 
-    /// A source that was right once may come back; one that never was is the wrong one.
+    /// The wrong source, or one that was started again and may have other memory now. The right
+    /// one may be there later, for who waits for it.
     fn turned_away(&mut self, reason: &str) {
         let line = format!("the source turns this side away: {reason}");
         self.note("turned_away", &line);
-        if !self.journal.is_attached() {
-            self.end_if_it_cannot_go_on(&line);
-        }
+        self.end_if_it_cannot_go_on(&line);
     }
 
     fn note(&mut self, event: &'static str, line: &str) {
@@ -349,7 +353,9 @@ impl Serving {
 
     fn not_here(&mut self, reason: &str) {
         self.note("not_here", &format!("the guest does not run here: {reason}"));
-        self.end_if_it_cannot_go_on(reason);
+        if self.manner.failure == OnFailure::End {
+            return self.end_if_it_cannot_go_on(reason);
+        }
         self.not_here = Some(reason.to_owned());
         let word = Word::NotHere { reason: reason.to_owned() };
         if self.runs {
