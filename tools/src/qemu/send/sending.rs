@@ -225,17 +225,8 @@ impl Sending {
             SourceEvent::Paused => {
                 self.note("paused", "paused at the control socket; recover goes on");
             }
-            SourceEvent::PassEnded(report) => {
-                let pass = Pass::of(report);
-                self.note("pass_ended", &pass.to_string());
-                self.parts.journal.passes.push(pass);
-            }
-            SourceEvent::SwitchoverDue(cause) => {
-                let cause = Cause::of(*cause);
-                self.due = Due::Now;
-                self.parts.journal.cause = Some(cause);
-                self.note("switchover_due", &format!("passes are over: {}", cause.words()));
-            }
+            SourceEvent::PassEnded(report) => self.pass_ended(Pass::of(report)),
+            SourceEvent::SwitchoverDue(cause) => self.passes_over(Cause::of(*cause)),
             SourceEvent::Ready => self.parts.journal.note("ready"),
             SourceEvent::Given => {
                 (self.at, self.reason) = (At::Gone, None);
@@ -269,6 +260,17 @@ impl Sending {
             _ => {}
         }
         None
+    }
+
+    fn pass_ended(&mut self, pass: Pass) {
+        self.note("pass_ended", &pass.to_string());
+        self.parts.journal.passes.push(pass);
+    }
+
+    fn passes_over(&mut self, cause: Cause) {
+        self.due = Due::Now;
+        self.parts.journal.cause = Some(cause);
+        self.note("switchover_due", &format!("passes are over: {}", cause.words()));
     }
 
     /// The outcome, if what the destination's side says ends it.
