@@ -121,7 +121,7 @@ pub(crate) const SERVER: &str = env!("CARGO_BIN_EXE_page-server");
 pub(crate) const KEEPER: &str = env!("CARGO_BIN_EXE_afterimage-keeper");
 
 /// What word `word` of page `page` holds at the source.
-const fn word_of(page: u64, word: u64) -> u64 {
+pub(crate) const fn word_of(page: u64, word: u64) -> u64 {
     if page % 7 == 3 { 0 } else { (page << 16 | word).wrapping_mul(0x5851_f42d_4c95_7f2d) | 1 }
 }
 

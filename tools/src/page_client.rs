@@ -8,39 +8,42 @@
 //! successor needs; and it serves only what no other process can be serving, because it has
 //! claimed it there and locked the state file.
 
+mod adapter;
 mod door;
 mod drivers;
 mod ending;
 mod farewell;
 mod guest;
 pub mod options;
+mod origin;
 mod party;
 mod report;
 mod serving;
 
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use afterimage::{
-    Checksums, Destination, DestinationMemory, DestinationOptions, DestinationOwnership,
+    Address, Checksums, Destination, DestinationMemory, DestinationOptions, DestinationOwnership,
     DestinationRecord, DestinationStateFile, Endpoint, Listener, Plaintext,
 };
 use clap::Parser;
 
-use crate::attachment::{Arrival, Offer, Word};
+use crate::attachment::{Arrival, Offer};
 use crate::control::{Control, Desk, DestinationControl, Identity, Phase};
-use crate::handoff::framing;
 use crate::keeper::{Place, place_path};
 use crate::logging;
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
 use crate::page_server::{Failure, Notice, check_connect, listen_privately};
+use adapter::{Adapter, AfterRefusal, Firecracker, HangUp, Native, NoArrival, Placement};
 use door::{Door, News};
 use drivers::Waiting;
 use guest::Served;
 use options::Options;
+use origin::Origin;
 pub(crate) use report::Work;
 use report::{Journal, Outcome, Report};
 use serving::{Serving, Session};
@@ -104,34 +107,30 @@ fn serve_at(
         farewell::after_the_end(outcome, options, state.as_ref(), place, &mut waiter, &progress);
         return Ok(journal.close(outcome, None));
     }
-    let endpoint = endpoint(options, &progress)?;
+    let origin = Origin::open(options, &progress)?;
     let door = Door::new(waiter.waker());
-    let listener = listen_privately(&options.attach, "--attach")?;
-    door.open(listener).map_err(Failure::of("start a thread"))?;
-    let kept = place.as_mut().map(fetch).transpose()?.flatten();
-    let taken = match kept {
-        Some(served) => {
-            let (memory, with) = prepare(options, &served, None, state.as_ref())?;
-            Some(Taken { served, memory, with, socket: None, driver: None })
-        }
-        None => {
-            check_no_record(state.as_ref())?;
-            progress.open(&options.attach);
-            wait_for_guest(options, &door, &mut waiter, place.as_mut(), state.as_ref(), &progress)?
-        }
-    };
+    let (address, listener, adapter) = entrance(options)?;
+    door.open(listener, Arc::clone(&adapter)).map_err(Failure::of("start a thread"))?;
+    let visitors = Visitors { address, adapter: &*adapter, door: &door, progress: &progress };
+    let taken = visitors.find_guest(options, &mut waiter, place.as_mut(), state.as_ref())?;
     let Some(Taken { served, memory, with, socket, driver }) = taken else {
         return Ok(journal.close(Outcome::NotHere, None));
     };
     let runs = with.record.ownership == DestinationOwnership::Running;
     let bytes = memory.layout().bytes();
+    if adapter.manner().hang_up == HangUp::IsTheEnd {
+        // Who comes now would wait for an answer that nobody gives.
+        door.close();
+    }
     let watched = served.vmm.try_clone().and_then(|vmm| door.watch(vmm));
     let started = watched.map_err(Failure::of("watch the VMM")).and_then(|()| {
-        Destination::start(memory, endpoint, with).map_err(Failure::of("start serving"))
+        let (endpoint, file_server) = origin.endpoint(options, memory.layout())?;
+        let started = Destination::start(memory, endpoint, with);
+        started.map(|it| (it, file_server)).map_err(Failure::of("start serving"))
     });
-    let (destination, events) = started.inspect_err(|failure| {
+    let ((destination, events), file_server) = started.inspect_err(|failure| {
         if let Some(socket) = &socket {
-            turn_away(socket, failure, place.as_mut(), &progress);
+            turn_away(&*adapter, socket, failure, place.as_mut(), &progress);
         }
     })?;
     let destination = Arc::new(destination);
@@ -142,7 +141,17 @@ fn serve_at(
     journal.serves(served.pid, socket.is_none());
     let what = if socket.is_some() { "serving" } else { "taking over" };
     progress.say(&format!("{what} the guest {:?} of process {}", served.name, served.pid));
-    let session = Session { destination, events, door, waiter, progress, journal, desk };
+    let session = Session {
+        adapter,
+        destination,
+        events,
+        door,
+        waiter,
+        progress,
+        journal,
+        desk,
+        file_server,
+    };
     let mut serving = Serving::new(session, served, place, state, runs);
     if let Some(socket) = socket {
         serving.greet(socket);
@@ -151,6 +160,24 @@ fn serve_at(
         serving.greet_driver(driver);
     }
     serving.run()
+}
+
+/// Where VMMs come in, and what they speak.
+fn entrance(options: &Options) -> Result<(&Address, UnixListener, Arc<dyn Adapter>), Failure> {
+    match (&options.firecracker, &options.attach) {
+        (Some(address), _) => {
+            let placement = match options.memory {
+                Some(_) => Placement::AsInTheFile,
+                None => Placement::AsInAPc,
+            };
+            let adapter = Firecracker { on_exit: options.on_exit, placement };
+            Ok((address, listen_privately(address, "--firecracker")?, Arc::new(adapter)))
+        }
+        (None, Some(address)) => {
+            Ok((address, listen_privately(address, "--attach")?, Arc::new(Native)))
+        }
+        (None, None) => Err(Failure::usage("give --attach or --firecracker")),
+    }
 }
 
 /// A guest that is to be served, and how.
@@ -217,85 +244,123 @@ fn plaintext(options: &Options) -> Plaintext {
     if options.insecure_plaintext { Plaintext::Anywhere } else { Plaintext::LoopbackOnly }
 }
 
-/// Waits for a VMM with a guest that can be served; `None` if a signal came first. Others hear
-/// why not, and keep theirs.
-fn wait_for_guest(
-    options: &Options,
-    door: &Door,
-    waiter: &mut Waiter,
-    mut place: Option<&mut Place>,
-    state: Option<&DestinationStateFile>,
-    progress: &Progress,
-) -> Result<Option<Taken>, Failure> {
-    let mut drivers = Waiting::default();
-    loop {
-        while let Ok(news) = door.news.try_recv() {
-            match news {
-                News::Arrived(Arrival::Drive { name, socket }) => {
-                    drivers.add(name, socket, progress);
-                }
-                News::Arrived(Arrival::Offer(offer)) => {
-                    match take(options, offer, place.as_deref_mut(), state, progress) {
-                        Ok(mut taken) => {
-                            taken.driver = drivers.choose(&taken.served, progress);
-                            return Ok(Some(taken));
-                        }
-                        Err(failure) => {
-                            progress.say(&format!("a guest cannot be served: {failure}"));
-                        }
-                    }
-                }
-                News::Arrived(Arrival::Return { name, socket }) => {
-                    let reason = format!("nothing is known here of a guest {name:?}");
-                    progress.say(&format!("a VMM was turned away: {reason}"));
-                    // It may have gone.
-                    let _ = framing::send(&socket, &Word::Refused { reason });
-                }
-                News::Turned(line) => progress.say(&line),
-                News::Said(..) | News::HungUp(_) | News::Died => {}
-            }
-        }
-        let came = waiter.wait(progress.interval()).map_err(Failure::of("wait for a VMM"))?;
-        if came > 0 {
-            progress.say("stopped before any guest came");
-            return Ok(None);
-        }
-    }
+/// Those who come before there is a guest.
+struct Visitors<'a> {
+    address: &'a Address,
+    adapter: &'a dyn Adapter,
+    door: &'a Door,
+    progress: &'a Progress,
 }
 
-/// Takes an offered guest: what a successor needs is kept first. On an error its VMM has been
-/// told why, and keeps its memory.
-fn take(
-    options: &Options,
-    mut offer: Offer,
-    mut place: Option<&mut Place>,
-    state: Option<&DestinationStateFile>,
-    progress: &Progress,
-) -> Result<Taken, Failure> {
-    let taken = Served::offered(&mut offer).map_err(Failure::of("take what is offered"));
-    let taken = taken.and_then(|served| {
-        let (memory, with) = prepare(options, &served, place.as_deref_mut(), state)?;
-        Ok((served, memory, with))
-    });
-    match taken {
-        Ok((served, memory, with)) => {
-            Ok(Taken { served, memory, with, socket: Some(offer.socket), driver: None })
+impl Visitors<'_> {
+    /// The guest of a process before this one, or one that comes; `None` if a signal came first.
+    fn find_guest(
+        &self,
+        options: &Options,
+        waiter: &mut Waiter,
+        mut place: Option<&mut Place>,
+        state: Option<&DestinationStateFile>,
+    ) -> Result<Option<Taken>, Failure> {
+        if let Some(served) = place.as_deref_mut().map(fetch).transpose()?.flatten() {
+            let (memory, with) = prepare(options, &served, None, state)?;
+            return Ok(Some(Taken { served, memory, with, socket: None, driver: None }));
         }
-        Err(failure) => {
-            turn_away(&offer.socket, &failure, place, progress);
-            Err(failure)
+        check_no_record(state)?;
+        self.progress.open(self.address);
+        self.wait(options, waiter, place, state)
+    }
+
+    /// Waits for a VMM with a guest that can be served; `None` if a signal came first. Others hear
+    /// why not, and keep theirs.
+    fn wait(
+        &self,
+        options: &Options,
+        waiter: &mut Waiter,
+        mut place: Option<&mut Place>,
+        state: Option<&DestinationStateFile>,
+    ) -> Result<Option<Taken>, Failure> {
+        let mut drivers = Waiting::default();
+        loop {
+            while let Ok(news) = self.door.news.try_recv() {
+                match news {
+                    News::Arrived(Arrival::Drive { name, socket }) => {
+                        drivers.add(name, socket, self.progress);
+                    }
+                    News::Arrived(Arrival::Offer(offer)) => {
+                        let taken = self.take(options, offer, place.as_deref_mut(), state)?;
+                        if let Some(mut taken) = taken {
+                            taken.driver = drivers.choose(&taken.served, self.progress);
+                            return Ok(Some(taken));
+                        }
+                    }
+                    News::Arrived(Arrival::Return { name, socket }) => {
+                        let reason = format!("nothing is known here of a guest {name:?}");
+                        self.progress.say(&format!("a VMM was turned away: {reason}"));
+                        self.adapter.refuse(&socket, &reason, self.progress);
+                    }
+                    News::Turned(NoArrival::Stranger(line)) => self.progress.say(&line),
+                    News::Turned(NoArrival::Unservable { socket, reason }) => {
+                        match self.adapter.refuse(&socket, &reason, self.progress) {
+                            AfterRefusal::End => return Err(Failure::new(reason)),
+                            AfterRefusal::WaitOn => self.progress.say(&reason),
+                        }
+                    }
+                    News::Said(..) | News::HungUp(_) | News::Died => {}
+                }
+            }
+            let interval = self.progress.interval();
+            let came = waiter.wait(interval).map_err(Failure::of("wait for a VMM"))?;
+            if came > 0 {
+                self.progress.say("stopped before any guest came");
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Takes an offered guest: what a successor needs is kept first. `None` if it cannot be
+    /// served: its VMM has been told why, and keeps its memory.
+    fn take(
+        &self,
+        options: &Options,
+        mut offer: Offer,
+        mut place: Option<&mut Place>,
+        state: Option<&DestinationStateFile>,
+    ) -> Result<Option<Taken>, Failure> {
+        let taken = Served::offered(&mut offer).map_err(Failure::of("take what is offered"));
+        let taken = taken.and_then(|served| {
+            let (memory, with) = prepare(options, &served, place.as_deref_mut(), state)?;
+            Ok((served, memory, with))
+        });
+        match taken {
+            Ok((served, memory, with)) => {
+                let socket = Some(offer.socket);
+                Ok(Some(Taken { served, memory, with, socket, driver: None }))
+            }
+            Err(failure) => {
+                match turn_away(self.adapter, &offer.socket, &failure, place, self.progress) {
+                    AfterRefusal::End => return Err(failure),
+                    AfterRefusal::WaitOn => {}
+                }
+                self.progress.say(&format!("a guest cannot be served: {failure}"));
+                Ok(None)
+            }
         }
     }
 }
 
 /// Lets go of a guest that cannot be served, and says so to its VMM.
-fn turn_away(socket: &UnixStream, failure: &Failure, place: Option<&mut Place>, say: &Progress) {
+fn turn_away(
+    adapter: &dyn Adapter,
+    socket: &UnixStream,
+    failure: &Failure,
+    place: Option<&mut Place>,
+    progress: &Progress,
+) -> AfterRefusal {
     // First: a successor must not find what its VMM has taken back.
     if let Some(place) = place {
-        place.remove(|line| say.say(line));
+        place.remove(|line| progress.say(line));
     }
-    // It may have gone.
-    let _ = framing::send(socket, &Word::Refused { reason: failure.to_string() });
+    adapter.refuse(socket, &failure.to_string(), progress)
 }
 
 /// The guest's memory, and how it is to be served. With a place it is new, and stored there;

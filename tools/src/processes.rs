@@ -2,7 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
 /// `SO_PEERPIDFD`, since Linux 6.5.
@@ -13,6 +16,32 @@ pub(crate) fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, OwnedFd)> {
     let pid = getsockopt(&socket, sockopt::PeerCredentials)?.pid();
     let descriptor = peer_descriptor(socket).or_else(|_| open(pid))?;
     Ok((pid, descriptor))
+}
+
+/// Kills a process.
+pub(crate) fn kill(process: BorrowedFd<'_>) -> io::Result<()> {
+    let (fd, signal) = (process.as_raw_fd(), libc::SIGKILL);
+    // SAFETY: the call takes numbers, and no information about the signal.
+    let result = unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, std::ptr::null::<u8>(), 0)
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Whether a process ends within `most`.
+pub(crate) fn has_ended(process: BorrowedFd<'_>, most: Duration) -> bool {
+    let until = Instant::now() + most;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(process, PollFlags::POLLIN)], timeout) {
+            Err(Errno::EINTR) => {}
+            other => return other.is_ok_and(|ready| ready > 0),
+        }
+    }
 }
 
 fn peer_descriptor(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {

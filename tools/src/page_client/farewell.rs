@@ -17,7 +17,6 @@ use super::report::Outcome;
 use crate::attachment::{Arrival, DrivenBy, Word};
 use crate::handoff::framing;
 use crate::keeper::Place;
-use crate::page_server::listen_privately;
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
 
@@ -46,7 +45,7 @@ pub(super) fn note_end(state: Option<&DestinationStateFile>, outcome: Outcome, s
         Outcome::NotHere => "not_here",
         Outcome::VmmDied => "vmm_died",
         // A successor goes on, or begins with another.
-        Outcome::Abandoned | Outcome::Failed | Outcome::Withdrawn => return,
+        Outcome::Abandoned | Outcome::Failed | Outcome::Withdrawn | Outcome::VmEnded => return,
     };
     note(state, ENDED, how, say);
 }
@@ -143,8 +142,9 @@ impl Owed {
         progress: &Progress,
     ) {
         let door = Door::new(waiter.waker());
-        let opened = listen_privately(&options.attach, "--attach").and_then(|listener| {
-            let opened = door.open(listener).and_then(|()| door.watch(served.vmm.try_clone()?));
+        let opened = super::entrance(options).and_then(|(_, listener, adapter)| {
+            let opened =
+                door.open(listener, adapter).and_then(|()| door.watch(served.vmm.try_clone()?));
             opened.map_err(Failure::of("start a thread"))
         });
         if let Err(failure) = opened {

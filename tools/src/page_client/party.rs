@@ -4,13 +4,14 @@
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use afterimage::StateSection;
 
+use super::adapter::Adapter;
 use super::door::Door;
-use crate::attachment::{Word, send_state};
-use crate::handoff::framing;
+use crate::attachment::Word;
 use crate::page_server::progress::Progress;
 
 /// How long a process may take to take in a word.
@@ -20,14 +21,15 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Party {
     /// In what is said.
     name: &'static str,
+    adapter: Arc<dyn Adapter>,
     socket: Option<UnixStream>,
     /// Of the last connection, among all of this process, from 1.
     number: u64,
 }
 
 impl Party {
-    pub(super) const fn new(name: &'static str) -> Self {
-        Self { name, socket: None, number: 0 }
+    pub(super) const fn new(name: &'static str, adapter: Arc<dyn Adapter>) -> Self {
+        Self { name, adapter, socket: None, number: 0 }
     }
 
     /// Takes a connection, which is heard as `number`, in the place of any before.
@@ -35,7 +37,8 @@ impl Party {
         self.hang_up();
         self.number = number;
         let hearing = socket.set_write_timeout(Some(PATIENCE)).and_then(|()| socket.try_clone());
-        let heard = hearing.and_then(|hearing| door.listen(number, hearing));
+        let heard =
+            hearing.and_then(|hearing| door.listen(number, hearing, Arc::clone(&self.adapter)));
         self.socket = Some(socket);
         if let Err(error) = heard {
             self.give_up(&error, say);
@@ -49,17 +52,21 @@ impl Party {
 
     /// Says something; `false` if nobody is connected.
     pub(super) fn tell(&mut self, word: &Word, say: &Progress) -> bool {
-        self.send(say, |socket| framing::send(socket, word))
+        self.send(say, |adapter, socket| adapter.tell(socket, word))
     }
 
     /// Hands device state over; `false` if nobody is connected.
     pub(super) fn tell_state(&mut self, state: &[StateSection], say: &Progress) -> bool {
-        self.send(say, |socket| send_state(socket, state))
+        self.send(say, |adapter, socket| adapter.tell_state(socket, state))
     }
 
-    fn send(&mut self, say: &Progress, send: impl FnOnce(&UnixStream) -> io::Result<()>) -> bool {
+    fn send(
+        &mut self,
+        say: &Progress,
+        send: impl FnOnce(&dyn Adapter, &UnixStream) -> io::Result<()>,
+    ) -> bool {
         let Some(socket) = &self.socket else { return false };
-        if let Err(error) = send(socket) {
+        if let Err(error) = send(&*self.adapter, socket) {
             self.give_up(&error, say);
         }
         self.socket.is_some()

@@ -25,6 +25,8 @@ pub(super) enum Outcome {
     Abandoned,
     /// The process that ran the guest has ended.
     VmmDied,
+    /// The VM has ended, which is no failure.
+    VmEnded,
     /// Something failed.
     Failed,
 }
@@ -37,13 +39,14 @@ impl Outcome {
             Self::Withdrawn => "withdrawn",
             Self::Abandoned => "abandoned",
             Self::VmmDied => "vmm_died",
+            Self::VmEnded => "vm_ended",
             Self::Failed => "failed",
         }
     }
 
     const fn exit(self) -> u8 {
         match self {
-            Self::Finished => 0,
+            Self::Finished | Self::VmEnded => 0,
             Self::Failed => 1,
             Self::NotHere | Self::Withdrawn => 3,
             Self::Abandoned => 4,
@@ -140,7 +143,7 @@ impl Report {
             tool: "page-client",
             version: env!("CARGO_PKG_VERSION"),
             outcome,
-            error: None,
+            error: journal.error.filter(|_| outcome == Outcome::Failed),
             session: journal.session,
             roles: journal.roles,
             taken_over: journal.taken_over,
@@ -178,6 +181,7 @@ impl Report {
 #[derive(Debug)]
 pub(super) struct Journal {
     session: Option<String>,
+    error: Option<String>,
     roles: Vec<Role>,
     taken_over: bool,
     happened: Happened,
@@ -186,7 +190,13 @@ pub(super) struct Journal {
 impl Journal {
     pub(super) fn new() -> Self {
         let own = Role { role: "page_client", pid: std::process::id() as i32 };
-        Self { session: None, roles: vec![own], taken_over: false, happened: Happened::new() }
+        Self {
+            session: None,
+            error: None,
+            roles: vec![own],
+            taken_over: false,
+            happened: Happened::new(),
+        }
     }
 
     /// Whose memory is served.
@@ -197,6 +207,11 @@ impl Journal {
 
     pub(super) fn attached(&mut self, session: &str) {
         self.session = Some(session.to_owned());
+    }
+
+    /// What it fails of, if it does; the first counts.
+    pub(super) fn failed(&mut self, reason: &str) {
+        self.error.get_or_insert_with(|| reason.to_owned());
     }
 
     pub(super) fn note(&mut self, event: &'static str) {

@@ -2,16 +2,19 @@
 
 mod news;
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use afterimage::{Destination, DestinationEvent, DestinationStateFile, Events, StateSection};
 
 use super::Failure;
+use super::adapter::{Adapter, Manner, Native, OnFailure, Restoring};
 use super::door::Door;
 use super::ending::Ending;
 use super::farewell;
 use super::guest::Served;
+use super::origin::FileServer;
 use super::party::Party;
 use super::report::{Journal, Outcome, Report};
 use crate::attachment::{DrivenBy, Word};
@@ -20,11 +23,16 @@ use crate::keeper::Place;
 use crate::page_server::progress::Progress;
 use crate::page_server::wait::Waiter;
 
+/// How long a VMM that may have ended has for it to show.
+pub(super) const DEATH_SHOWS: Duration = Duration::from_secs(1);
+/// Between looks meanwhile.
+const DEATH_LOOK: Duration = Duration::from_millis(50);
 /// News of VMMs before the rest has its turn.
 const ROUND: usize = 16;
 
 /// What every session has.
 pub(super) struct Session {
+    pub(super) adapter: Arc<dyn Adapter>,
     /// Also what is driven from the control socket.
     pub(super) destination: Arc<Destination>,
     pub(super) events: Events<DestinationEvent>,
@@ -33,6 +41,8 @@ pub(super) struct Session {
     pub(super) progress: Progress,
     pub(super) journal: Journal,
     pub(super) desk: Desk,
+    /// The source, if it is in this process.
+    pub(super) file_server: Option<FileServer>,
 }
 
 /// Whether a guest that its VMM does not drive needs somebody who does.
@@ -47,6 +57,8 @@ pub(super) enum DriverNeed {
 }
 
 pub(super) struct Serving {
+    adapter: Arc<dyn Adapter>,
+    manner: Manner,
     destination: Arc<Destination>,
     events: Events<DestinationEvent>,
     door: Door,
@@ -54,6 +66,7 @@ pub(super) struct Serving {
     progress: Progress,
     journal: Journal,
     desk: Desk,
+    file_server: Option<FileServer>,
     served: Served,
     place: Option<Place>,
     record: Option<DestinationStateFile>,
@@ -70,6 +83,8 @@ pub(super) struct Serving {
     /// Why the guest does not run here, if it is so.
     not_here: Option<String>,
     ending: Option<Ending>,
+    /// It ends then, if it does not show before that its VMM has.
+    fails_at: Option<Instant>,
     signals: usize,
 }
 
@@ -82,12 +97,8 @@ impl Serving {
         record: Option<DestinationStateFile>,
         runs: bool,
     ) -> Self {
-        let Session { destination, events, door, waiter, progress, journal, desk } = session;
-        let need = match &record {
-            Some(record) if runs && farewell::was_started(record) => DriverNeed::Over,
-            _ => DriverNeed::Unsaid,
-        };
-        Self {
+        let Session {
+            adapter,
             destination,
             events,
             door,
@@ -95,11 +106,28 @@ impl Serving {
             progress,
             journal,
             desk,
+            file_server,
+        } = session;
+        let need = match &record {
+            Some(record) if runs && farewell::was_started(record) => DriverNeed::Over,
+            _ => DriverNeed::Unsaid,
+        };
+        Self {
+            manner: adapter.manner(),
+            destination,
+            events,
+            door,
+            waiter,
+            progress,
+            journal,
+            desk,
+            file_server,
             served,
             place,
             record,
-            vmm: Party::new("the VMM"),
-            driver: Party::new("the driver"),
+            vmm: Party::new("the VMM", Arc::clone(&adapter)),
+            driver: Party::new("the driver", Arc::new(Native)),
+            adapter,
             connections: 0,
             need,
             state: None,
@@ -107,15 +135,26 @@ impl Serving {
             has_all: false,
             not_here: None,
             ending: None,
+            fails_at: None,
             signals: 0,
         }
     }
 
     /// Serves to the end.
     pub(super) fn run(mut self) -> Result<Report, Failure> {
-        let outcome = self.until_the_end()?;
+        let outcome = self.until_the_end();
+        let is_cared_for = match outcome {
+            Ok(Outcome::Abandoned | Outcome::Failed | Outcome::NotHere) | Err(_) => self.has_all,
+            Ok(_) => true,
+        };
+        if !is_cared_for {
+            self.adapter.forsake(self.served.vmm.as_fd(), &self.progress);
+        }
+        let outcome = outcome?;
         let stats = self.destination.stats();
-        let Self { journal, progress, mut place, record, desk, .. } = self;
+        let Self { journal, progress, mut place, record, desk, file_server, .. } = self;
+        // Before the destination, which would turn it away.
+        drop(file_server);
         // Whoever it was taken apart for by now is gone; it ends with the last handle.
         desk.detach();
         if !matches!(outcome, Outcome::Abandoned | Outcome::Failed) {
@@ -140,6 +179,9 @@ impl Serving {
             if let Some(outcome) = self.ended() {
                 return Ok(outcome);
             }
+            if self.fails_at.is_some_and(|at| Instant::now() >= at) {
+                return Ok(Outcome::Failed);
+            }
             if let Some(place) = &mut self.place {
                 place.look(|line| self.progress.say(line));
             }
@@ -147,7 +189,11 @@ impl Serving {
             self.progress.update(stats.pages_complete, stats.pages_total);
             self.progress.count(&stats);
             let is_busy = !self.door.news.is_empty();
-            let interval = if is_busy { Duration::ZERO } else { self.progress.interval() };
+            let interval = match self.fails_at {
+                _ if is_busy => Duration::ZERO,
+                Some(_) => DEATH_LOOK,
+                None => self.progress.interval(),
+            };
             let came = self.waiter.wait(interval).map_err(Failure::of("wait for the session"))?;
             if came > 0
                 && let Some(outcome) = self.signalled(came)
@@ -218,17 +264,15 @@ impl Serving {
         }
         self.desk.note(&event);
         match event {
-            DestinationEvent::Attached(session) => {
-                self.journal.attached(&session.to_string());
-                self.journal.note("attached");
-                self.progress.count(&self.destination.stats());
-                self.progress.attached();
-            }
+            DestinationEvent::Attached(session) => self.attached(&session.to_string()),
             DestinationEvent::Disconnected => {
                 self.note("disconnected", "the source is away; waiting for it to come back");
             }
             DestinationEvent::Paused => {
                 self.note("paused", "paused at the control socket; recover goes on");
+            }
+            DestinationEvent::State(_) if self.manner.restoring == Restoring::IsNotOurs => {
+                self.take_ready("ready");
             }
             DestinationEvent::State(state) => {
                 self.note("state", "the device state has arrived");
@@ -236,7 +280,11 @@ impl Serving {
                 self.tell_state();
             }
             DestinationEvent::Run => {
-                self.note("run", "the guest runs here");
+                let line = match self.manner.restoring {
+                    Restoring::IsSaid => "the guest runs here",
+                    Restoring::IsNotOurs => "missing pages are brought from here on",
+                };
+                self.note("run", line);
                 (self.runs, self.state) = (true, None);
                 self.tell(&Word::Run);
             }
@@ -254,9 +302,7 @@ impl Serving {
             DestinationEvent::Ended(reason) => {
                 self.not_here(&format!("the source has ended the session: {reason}"));
             }
-            DestinationEvent::TurnedAway(reason) => {
-                self.note("turned_away", &format!("the source turns this side away: {reason}"));
-            }
+            DestinationEvent::TurnedAway(reason) => self.turned_away(&reason),
             DestinationEvent::Unreadable { first_page, pages } => {
                 self.fail(&format!(
                     "the source cannot read {pages} pages from page {first_page} on; whoever \
@@ -271,6 +317,21 @@ impl Serving {
         }
     }
 
+    fn attached(&mut self, session: &str) {
+        self.journal.attached(session);
+        self.journal.note("attached");
+        self.progress.count(&self.destination.stats());
+        self.progress.attached();
+    }
+
+    /// The wrong source, or one that was started again and may have other memory now. The right
+    /// one may be there later, for who waits for it.
+    fn turned_away(&mut self, reason: &str) {
+        let line = format!("the source turns this side away: {reason}");
+        self.note("turned_away", &line);
+        self.end_if_it_cannot_go_on(&line);
+    }
+
     fn note(&mut self, event: &'static str, line: &str) {
         self.journal.note(event);
         self.progress.say(line);
@@ -279,10 +340,22 @@ impl Serving {
     fn fail(&mut self, reason: &str) {
         self.note("failed", reason);
         self.tell(&Word::Failed { reason: reason.to_owned() });
+        self.end_if_it_cannot_go_on(reason);
+    }
+
+    /// Pages may fail to be placed because the VMM has just ended, which is no failure.
+    fn end_if_it_cannot_go_on(&mut self, reason: &str) {
+        if self.manner.failure == OnFailure::End {
+            self.journal.failed(reason);
+            self.fails_at.get_or_insert_with(|| Instant::now() + DEATH_SHOWS);
+        }
     }
 
     fn not_here(&mut self, reason: &str) {
         self.note("not_here", &format!("the guest does not run here: {reason}"));
+        if self.manner.failure == OnFailure::End {
+            return self.end_if_it_cannot_go_on(reason);
+        }
         self.not_here = Some(reason.to_owned());
         let word = Word::NotHere { reason: reason.to_owned() };
         if self.runs {
@@ -306,15 +379,18 @@ impl Serving {
             return Some(Outcome::Abandoned);
         }
         if self.signals > 1 {
-            self.note("signal", "a second signal: whoever touches a missing page waits");
+            let line = format!(
+                "a second signal, and {missing} of {} pages are missing: {}",
+                stats.pages_total, self.manner.after_the_end
+            );
+            self.note("signal", &line);
             return Some(Outcome::Abandoned);
         }
         self.note(
             "signal",
             &format!(
-                "not stopping: {missing} of {} pages are missing; after a second signal whoever \
-                 touches one waits until page-client is started again",
-                stats.pages_total
+                "not stopping: {missing} of {} pages are missing; after a second signal {}",
+                stats.pages_total, self.manner.after_the_end
             ),
         );
         None

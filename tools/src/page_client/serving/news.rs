@@ -1,14 +1,16 @@
 //! What comes from the VMM and from a driver, and what they hear when they connect.
 
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use super::super::adapter::{HangUp, NoArrival};
 use super::super::door::News;
 use super::super::drivers;
 use super::super::report::Outcome;
-use super::{DriverNeed, Serving};
+use super::{DEATH_SHOWS, DriverNeed, Serving};
 use crate::attachment::{Arrival, Word};
 use crate::control::Happening;
-use crate::handoff::framing;
+use crate::processes;
 
 impl Serving {
     pub(super) fn take_news(&mut self, news: News) -> Option<Outcome> {
@@ -31,12 +33,19 @@ impl Serving {
                 self.greet(offer.socket);
             }
             News::Arrived(Arrival::Offer(offer)) => self.refuse(&offer.socket, &offer.name),
-            News::Turned(line) => self.progress.say(&line),
+            News::Turned(NoArrival::Stranger(line)) => self.progress.say(&line),
+            News::Turned(NoArrival::Unservable { socket, reason }) => {
+                self.progress.say(&reason);
+                self.adapter.refuse(&socket, &reason, &self.progress);
+            }
             News::Said(number, word) if self.vmm.is(number) => return self.hear_vmm(&word),
             News::Said(number, word) if self.driver.is(number) => return self.hear_driver(&word),
             News::HungUp(number) if self.vmm.is(number) => {
                 self.vmm.hang_up();
                 self.mark("vmm_hung_up");
+                if self.manner.hang_up == HangUp::IsTheEnd {
+                    return Some(self.hung_up_for_good());
+                }
             }
             News::HungUp(number) if self.driver.is(number) => {
                 self.driver.hang_up();
@@ -50,6 +59,9 @@ impl Serving {
                 );
                 return self.ending.take().map(|ending| ending.outcome);
             }
+            News::Died if self.manner.hang_up == HangUp::IsTheEnd => {
+                return Some(self.died("the VM has ended"));
+            }
             News::Died => {
                 let line = if self.runs {
                     "the process that ran the guest has ended; without release the source can be \
@@ -57,12 +69,27 @@ impl Serving {
                 } else {
                     "the process that was to run the guest has ended before it did"
                 };
-                self.note("vmm_died", line);
-                self.desk.note(Happening::new("vmm_died"));
-                return Some(Outcome::VmmDied);
+                return Some(self.died(line));
             }
         }
         None
+    }
+
+    fn died(&mut self, line: &str) -> Outcome {
+        self.note("vmm_died", line);
+        self.desk.note(Happening::new("vmm_died"));
+        self.manner.death
+    }
+
+    /// A VMM that keeps its connection as long as it lives has ended it.
+    fn hung_up_for_good(&mut self) -> Outcome {
+        if self.has_all || processes::has_ended(self.served.vmm.as_fd(), DEATH_SHOWS) {
+            return self.died("the VM has ended");
+        }
+        self.died(
+            "the VM has hung up, which it does only when it ends, and lives: whoever touches a \
+             missing page there waits for ever",
+        )
     }
 
     fn refuse(&self, socket: &UnixStream, name: &str) {
@@ -71,8 +98,7 @@ impl Serving {
             self.served.name
         );
         self.progress.say(&format!("a VMM was turned away: {reason}"));
-        // It may have gone.
-        let _ = framing::send(socket, &Word::Refused { reason });
+        self.adapter.refuse(socket, &reason, &self.progress);
     }
 
     fn mark(&mut self, event: &'static str) {
@@ -148,7 +174,7 @@ impl Serving {
     }
 
     /// The guest is restored. Said before the state has come again, it is said again with it.
-    fn take_ready(&mut self, event: &'static str) {
+    pub(super) fn take_ready(&mut self, event: &'static str) {
         if let Err(error) = self.destination.ready() {
             tracing::info!(%error, event, "ready too early");
         } else {
