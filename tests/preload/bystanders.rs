@@ -18,7 +18,6 @@ const BOTH: c_int = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Maps, remaps, forks and runs threads, and says what it finds.
 pub(crate) fn act() -> Vec<String> {
-    let before = descriptors();
     let mut lines = Vec::new();
     lines.extend(mappings());
     lines.push(failures());
@@ -27,11 +26,11 @@ pub(crate) fn act() -> Vec<String> {
     lines.push(threads());
     let blocked: Vec<_> = SigSet::thread_get_mask().unwrap().iter().collect();
     lines.push(format!("blocked {blocked:?}"));
-    assert_eq!(descriptors(), before, "descriptors");
     lines
 }
 
-fn descriptors() -> usize {
+/// How many descriptors this process has.
+pub(crate) fn descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 

@@ -91,8 +91,10 @@ fn vmm() {
 #[test]
 fn bystander() {
     let Some(_) = arguments("bystander") else { return };
+    let before = bystanders::descriptors();
     for line in bystanders::act() {
         say(&line);
     }
+    assert_eq!(bystanders::descriptors(), before, "none is left open, and no socket made");
     std::process::exit(0);
 }

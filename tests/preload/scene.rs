@@ -95,10 +95,16 @@ impl Scene {
 
     pub(crate) fn vmm_with(&self, memory: &str, change: impl FnOnce(&mut Command)) -> Process {
         let mut command = role("vmm", &[]);
-        command.env("LD_PRELOAD", library()).env("AFTERIMAGE_MEMORY", memory);
-        command.env("AFTERIMAGE_SOCKET", self.unix("attach")).env("AFTERIMAGE_GUEST", "guest");
+        command.env("LD_PRELOAD", library());
+        self.name(&mut command, memory);
         change(&mut command);
         Process::start(command)
+    }
+
+    /// Names the memory of a program, and where it is to be handed over.
+    pub(crate) fn name(&self, command: &mut Command, memory: &str) {
+        command.env("AFTERIMAGE_MEMORY", memory).env("AFTERIMAGE_GUEST", "guest");
+        command.env("AFTERIMAGE_SOCKET", self.unix("attach"));
     }
 
     /// Who restores the guest, and lets it run.

@@ -1,9 +1,11 @@
 //! Named memory is served, and every byte of it is that of the source.
 
+use std::process::{Command, Stdio};
+
 use afterimage_tools::require;
 
 use crate::content::{self, PAGE};
-use crate::process::Process;
+use crate::process::{Process, library};
 use crate::scene::Scene;
 
 /// Asks, and takes no other answer than `ok`.
@@ -30,6 +32,7 @@ fn memory_in_a_file_is_served() {
     let has = |flag| flags.split(' ').any(|it| it == flag);
     assert!(has("um") && has("ui") && has("dc"), "{flags}");
     let driving = scene.drive();
+    assert_eq!(vmm.ask("userfaultfds"), "1");
     // Faults of the kernel, of threads, and of nobody.
     does(&mut vmm, &["send m 2047 0", "send m 17 0", "start m 0 0 2048", "start m 1024 1024 1024"]);
     assert_eq!(vmm.ask("fork m f"), "the child ended with 0");
@@ -39,6 +42,7 @@ fn memory_in_a_file_is_served() {
     let flags = vmm.ask("smaps m");
     let has = |flag| flags.split(' ').any(|it| it == flag);
     assert!(!has("um") && !has("ui"), "{flags}");
+    assert_eq!(vmm.ask("userfaultfds"), "0");
     does(&mut vmm, &["check m 0 0 2048"]);
     assert_eq!(vmm.end().0, 0);
 }
@@ -68,6 +72,12 @@ fn several_memories_are_served_in_the_order_of_their_names() {
             // Not in the order of the names, and one in two mappings.
             &format!("map b2 b {} {} shared", of(64), of(64)),
             &format!("map b1 b 0 {} populate", of(64)),
+        ],
+    );
+    assert_eq!(vmm.ask("held b"), "0", "nothing is populated");
+    does(
+        &mut vmm,
+        &[
             // The VMM need not keep the file.
             "close b",
             &format!("map c c 0 {} shared", of(32)),
@@ -183,7 +193,8 @@ fn memory_that_is_mapped_anew_before_all_is_there_is_served_where_it_is() {
         return;
     }
     let mut scene = Scene::new();
-    scene.serve(&[64, 64], &[]);
+    // What is not registered would be zeros.
+    scene.serve(&[64, 64], &["--bandwidth", "on-request"]);
     scene.open_client();
     let mut vmm = scene.vmm("memfd:a;memfd:b");
     let bytes = 64 * PAGE;
@@ -255,4 +266,68 @@ fn other_memory_of_a_vmm_is_as_without_the_library() {
     scene.ends(&driving, &mut vmm);
     assert_eq!(vmm.ask("others"), before);
     assert_eq!(vmm.end().0, 0);
+}
+
+#[test]
+fn memory_that_threads_map_together_is_served() {
+    if !require::userfaultfd() {
+        return;
+    }
+    let mut scene = Scene::new();
+    scene.serve(&[32, 32, 32, 32], &[]);
+    scene.open_client();
+    let mut vmm = scene.vmm("memfd:a;memfd:b;memfd:c;memfd:d");
+    let names = ["a", "b", "c", "d"];
+    let bytes = 32 * PAGE;
+    let made = names.map(|name| format!("memfd {name} {name} {bytes}"));
+    does(&mut vmm, &made.each_ref().map(String::as_str));
+    does(&mut vmm, &["together d b a c"]);
+    let driving = scene.drive();
+    let checks = ["check d 0 96 32", "check a 0 0 32", "check c 0 64 32", "check b 0 32 32"];
+    does(&mut vmm, &checks);
+    scene.ends(&driving, &mut vmm);
+    does(&mut vmm, &checks);
+    assert_eq!(vmm.end().0, 0);
+}
+
+/// A library whose constructor runs before those of this one.
+const EARLY: &str = r#"
+    #define _GNU_SOURCE
+    #include <sys/mman.h>
+    #include <unistd.h>
+    __attribute__((constructor)) static void early(void) {
+        int fd = memfd_create("ram", 0);
+        if (ftruncate(fd, 65536)) _exit(1);
+        char *memory = mmap(0, 65536, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (memory == MAP_FAILED || write(1, memory + 4096, 4096) != 4096) _exit(2);
+        /* Until it is told to end. */
+        _exit(read(0, memory, 1));
+    }
+"#;
+
+#[test]
+fn memory_that_is_mapped_before_any_constructor_has_run_is_served() {
+    let compiler = Command::new("cc").arg("--version").output();
+    if require::or_skip("cc", compiler).is_none() || !require::userfaultfd() {
+        return;
+    }
+    let mut scene = Scene::new();
+    let (source, early) = (scene.path("early.c"), scene.path("early.so"));
+    std::fs::write(&source, EARLY).unwrap();
+    let mut compiler = Command::new("cc");
+    let made = compiler.args(["-shared", "-fPIC", "-o", &early, &source]).status().unwrap();
+    assert!(made.success());
+    scene.serve(&[16], &[]);
+    scene.open_client();
+    let mut command = Command::new("true");
+    // The last one is initialised first.
+    command.env("LD_PRELOAD", format!("{} {early}", library().display()));
+    scene.name(&mut command, "memfd:ram");
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let driving = scene.drive();
+    scene.arrives(&driving);
+    // Its input ends here.
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    content::check_bytes(&output.stdout, 1);
 }

@@ -101,6 +101,23 @@ fn what_is_written_is_found_pass_by_pass() {
 }
 
 #[test]
+fn what_is_written_to_huge_pages_is_found() {
+    let Some(_pages) = require::hugetlb(4) else { return };
+    if !is_possible() {
+        return;
+    }
+    let scene = Scene::new();
+    let mut vmm = vmm(&scene, "memfd:ram");
+    let bytes = PAGES * PAGE;
+    does(&mut vmm, &[&format!("huge f ram {bytes}"), &format!("map m f 0 {bytes} shared")]);
+    does(&mut vmm, &["write m 3", "write m 600"]);
+    let mut tracker = tracker(&scene);
+    written(&mut tracker);
+    does(&mut vmm, &["write m 700"]);
+    assert_eq!(written(&mut tracker), (512..1024).collect::<Vec<_>>());
+}
+
+#[test]
 fn one_process_at_a_time_tracks_and_its_death_frees_the_vmm() {
     if !is_possible() {
         return;

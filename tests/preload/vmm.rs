@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Error;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
+use std::sync::Barrier;
 use std::thread::{self, JoinHandle};
 
 use libc::c_int;
@@ -44,10 +45,14 @@ impl Vmm {
             ["open", name, path, bytes] => self.open(name, path, number(bytes)),
             ["memfd", name, called, bytes] => self.memfd(name, called, number(bytes), false),
             ["huge", name, called, bytes] => self.memfd(name, called, number(bytes), true),
+            ["held", name] => {
+                return nix::sys::stat::fstat(&self.files[*name]).unwrap().st_blocks.to_string();
+            }
             ["close", name] => drop(self.files.remove(*name)),
             ["map", map, name, offset, bytes, how] => {
                 return self.map(map, name, number(offset), number(bytes), how);
             }
+            ["together", names @ ..] => self.map_together(names),
             ["unmap", map] => self.unmap(map),
             ["move", map] => return self.remap(map, self.maps[*map].length),
             ["copy", map] => return self.remap(map, 0),
@@ -76,6 +81,7 @@ impl Vmm {
             ["exec"] => return exec(),
             ["others"] => return bystanders::act().join(", "),
             ["threads"] => return thread_names(),
+            ["userfaultfds"] => return userfaultfds().to_string(),
             // SAFETY: takes numbers only.
             ["nobody"] => assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0),
             _ => panic!("not understood: {line}"),
@@ -133,6 +139,28 @@ impl Vmm {
             self.maps.insert(map.to_owned(), mapped);
         }
         "ok".to_owned()
+    }
+
+    /// Maps whole files, each from a thread of its own.
+    fn map_together(&mut self, names: &[&str]) {
+        let start = Barrier::new(names.len());
+        let mapped = thread::scope(|scope| {
+            let threads = names.iter().map(|&name| {
+                let (file, start) = (&self.files[name], &start);
+                scope.spawn(move || {
+                    let length = nix::sys::stat::fstat(file).unwrap().st_size as usize;
+                    start.wait();
+                    let map = memmap2::MmapOptions::new().len(length).map_raw(file).unwrap();
+                    let start = map.as_mut_ptr() as usize;
+                    // As long as this process lives.
+                    std::mem::forget(map);
+                    (name.to_owned(), Map { start, length })
+                })
+            });
+            let threads: Vec<_> = threads.collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        self.maps.extend(mapped);
     }
 
     fn unmap(&mut self, map: &str) {
@@ -208,10 +236,18 @@ fn exec() -> String {
     format!("{} {errors:?}", output.status)
 }
 
+fn userfaultfds() -> usize {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+    let targets = descriptors.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    targets.filter(|target| target.to_string_lossy().contains("userfaultfd")).count()
+}
+
 fn thread_names() -> String {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    let names = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
-    let mut names: Vec<_> = names.map(|name| name.unwrap().trim().to_owned()).collect();
+    // Threads may end meanwhile.
+    let names =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    let mut names: Vec<_> = names.map(|name| name.trim().to_owned()).collect();
     names.sort();
     names.join(" ")
 }
