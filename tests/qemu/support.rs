@@ -1,7 +1,7 @@
 //! Processes to talk to: the commands, two QEMUs with their guest's serial ports, and a network
 //! between the hosts.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -159,6 +159,10 @@ impl Scene {
         self.directory.path().join(name)
     }
 
+    fn memory(&self, side: Side) -> PathBuf {
+        self.path(&format!("{}.memory", side.name()))
+    }
+
     pub(crate) fn unix(&self, name: &str) -> String {
         format!("unix:{}", self.path(name).display())
     }
@@ -221,27 +225,10 @@ impl Qemu {
 
     /// With more arguments.
     pub(crate) fn start_with(scene: &Scene, side: Side, more: &[&str]) -> Self {
-        let name = if side == Side::Source { "source" } else { "destination" };
-        let path = |what: &str| scene.path(&format!("{name}.{what}"));
+        let path = |what: &str| scene.path(&format!("{}.{what}", side.name()));
         let serial = UnixListener::bind(path("serial")).unwrap();
         let mut command = Command::new(QEMU);
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]);
-        command.args(["-m", &format!("{}M", boot::MEMORY_MIB), "-smp", &scene.vcpus.to_string()]);
-        let mib = boot::MEMORY_MIB;
-        let memory = path("memory");
-        let object = match scene.backing {
-            Backing::Private => None,
-            Backing::Memfd => Some(format!("memory-backend-memfd,id=ram,share=on,size={mib}M")),
-            Backing::File => Some(format!(
-                "memory-backend-file,id=ram,share=on,size={mib}M,mem-path={}",
-                memory.display()
-            )),
-        };
-        match object {
-            None => command.args(["-machine", "pc"]),
-            Some(object) => command.args(["-machine", "pc,memory-backend=ram", "-object", &object]),
-        };
-        command.args(["-drive", &format!("file={},format=raw", scene.path("disk").display())]);
+        command.args(machine(scene, side)).args(more);
         for monitor in ["qmp", "test"] {
             let address = format!("unix:{},server=on,wait=off", path(monitor).display());
             command.args(["-qmp", &address]);
@@ -249,28 +236,10 @@ impl Qemu {
         // The last, so that everything else is there when it has connected.
         let chardev = format!("socket,id=serial,path={}", path("serial").display());
         command.args(["-chardev", &chardev, "-serial", "chardev:serial"]);
-        command.args(more);
-        let memory = match scene.backing {
-            Backing::Memfd => "memfd:memory-backend-memfd".into(),
-            _ => memory.display().to_string(),
-        };
-        if side == Side::Destination || scene.writes == Writes::Tracked {
-            command.env("LD_PRELOAD", preload()).env("AFTERIMAGE_MEMORY", memory);
-        }
-        match side {
-            Side::Source if scene.writes == Writes::Tracked => {
-                command.env("AFTERIMAGE_TRACKING", scene.unix("tracking"));
-            }
-            Side::Source => {}
-            Side::Destination => {
-                command.args(["-S", "-incoming", "defer"]);
-                let attach = scene.unix("attach");
-                command.env("AFTERIMAGE_SOCKET", attach).env("AFTERIMAGE_GUEST", GUEST);
-            }
-        }
+        command.envs(library(scene, side));
         let daemon = Daemon::of(command);
         let serial = Serial::accept(&serial);
-        let speaker = Speaker { name: format!("the {name}'s QEMU"), log: None };
+        let speaker = Speaker { name: format!("the {}'s QEMU", side.name()), log: None };
         let stream = UnixStream::connect(path("test")).unwrap();
         let qmp = Qmp::greet(Lines::new(stream, speaker), Deadline::after(LIMIT)).unwrap();
         Self { daemon, qmp, serial }
@@ -287,6 +256,56 @@ impl Qemu {
         daemon.kill();
         serial.all()
     }
+}
+
+impl Side {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+/// The same on both sides, but for whose the memory is and what waits for a guest.
+fn machine(scene: &Scene, side: Side) -> Vec<String> {
+    let mib = boot::MEMORY_MIB;
+    let disk = scene.path("disk").display().to_string();
+    let memory = scene.memory(side).display().to_string();
+    let object = match scene.backing {
+        Backing::Private => None,
+        Backing::Memfd => Some(format!("memory-backend-memfd,id=ram,share=on,size={mib}M")),
+        Backing::File => {
+            Some(format!("memory-backend-file,id=ram,share=on,size={mib}M,mem-path={memory}"))
+        }
+    };
+    let mut all = "-nodefaults -no-user-config -display none -accel tcg".to_owned();
+    all += &format!(" -m {mib}M -smp {} -drive file={disk},format=raw", scene.vcpus);
+    match object {
+        None => all += " -machine pc",
+        Some(object) => all += &format!(" -machine pc,memory-backend=ram -object {object}"),
+    }
+    if side == Side::Destination {
+        all += " -S -incoming defer";
+    }
+    all.split(' ').map(str::to_owned).collect()
+}
+
+/// The environment of the preload library, where it is wanted.
+fn library(scene: &Scene, side: Side) -> Vec<(&'static str, OsString)> {
+    let work = match side {
+        Side::Source if scene.writes == Writes::Untracked => return Vec::new(),
+        Side::Source => vec![("AFTERIMAGE_TRACKING", scene.unix("tracking").into())],
+        Side::Destination => vec![
+            ("AFTERIMAGE_SOCKET", scene.unix("attach").into()),
+            ("AFTERIMAGE_GUEST", GUEST.into()),
+        ],
+    };
+    let memory = match scene.backing {
+        Backing::Memfd => "memfd:memory-backend-memfd".into(),
+        _ => scene.memory(side).into(),
+    };
+    [work, vec![("LD_PRELOAD", preload().into()), ("AFTERIMAGE_MEMORY", memory)]].concat()
 }
 
 /// What a guest says.
