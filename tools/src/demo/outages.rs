@@ -253,7 +253,6 @@ const fn kind_of_cut(number: u32) -> Cut {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::demo::messages::Stats;
     use clap::Parser;
 
     fn outages(arguments: &str) -> Outages {
@@ -286,6 +285,55 @@ mod tests {
         assert_eq!(of(Blow::Cut(Cut::Silent)), [250]);
         assert_eq!(of(Blow::Cut(Cut::Reset)), [50, 450, 650, 850]);
         assert_eq!(of(Blow::Cut(Cut::Closed)), [150, 350, 550, 750, 950]);
+    }
+
+    /// 1,024 pages, none of which is zero.
+    const IN_PASSES: &str = "--memory 4M --passes 1 --zero-fraction 0 --cuts";
+
+    fn received(pages: u64, complete: u64, requested: u64) -> Progress {
+        let (pages_total, bytes_received) = (1024, pages * 4096);
+        let stats =
+            Stats { pages_total, bytes_received, pages_complete: complete, ..Stats::default() };
+        let stats = Stats { pages_requested: requested, ..stats };
+        Progress { at_us: pages, operations: None, stats: Some(stats) }
+    }
+
+    /// At what count each is due.
+    fn due(outages: &mut Outages, counts: impl Iterator<Item = Progress>) -> Vec<u64> {
+        let mut seen = Vec::new();
+        for count in counts {
+            outages.take(&count);
+            while outages.due().is_some() {
+                seen.push(count.at_us);
+            }
+        }
+        seen
+    }
+
+    #[test]
+    fn half_are_spread_over_the_passes_and_the_others_over_what_is_left() {
+        let mut outages = outages(&format!("{IN_PASSES} 4"));
+        let in_passes = due(&mut outages, (0..=2000).map(|pages| received(pages, 0, 0)));
+        assert_eq!(in_passes, [256, 768]);
+        assert!(outages.room().is_some(), "the switchover is not run past");
+        outages.stopped();
+        assert_eq!(outages.due(), None);
+        outages.runs(100);
+        // What the passes brought is complete, and is no page that has come since.
+        let afterwards = (0..=100).map(|pages| received(pages, 924 + pages, pages));
+        assert_eq!(due(&mut outages, afterwards), [25, 75]);
+        assert_eq!(outages.room(), None);
+    }
+
+    #[test]
+    fn what_the_passes_were_too_short_for_comes_afterwards() {
+        let mut outages = outages(&format!("{IN_PASSES} 4"));
+        assert_eq!(due(&mut outages, (0..=300).map(|pages| received(pages, 0, 0))), [256]);
+        // It may be heard first that it runs, and then that it was stopped.
+        outages.runs(600);
+        outages.stopped();
+        let afterwards = (0..=600).map(|pages| received(pages, 424 + pages, pages));
+        assert_eq!(due(&mut outages, afterwards), [100, 300, 500]);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::ram::Backing;
 use crate::sampling::ArrivalSample;
 use crate::size::Size;
 use outages::OutageReport;
+use stayed::Outcome;
 pub(super) use stayed::StayedReport;
 
 /// Of all JSON that the demo writes. It grows when a key changes its meaning or goes.
@@ -127,16 +128,6 @@ pub(super) struct Report {
     /// Where the page is, if one was wanted.
     #[serde(rename = "report", skip_serializing_if = "Option::is_none")]
     page: Option<String>,
-}
-
-/// Where the guest is in the end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Outcome {
-    /// At the destination.
-    Moved,
-    /// At the source, which has taken it back.
-    Stayed,
 }
 
 /// When the guest changed hands at the source.

@@ -5,10 +5,20 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{Asked, Outcome, RoleProcess, SCHEMA_VERSION, Story, time};
+use super::{Asked, RoleProcess, SCHEMA_VERSION, Story, time};
 use crate::demo::messages::{Setup, Stayed};
 use crate::demo::precopy::Pass;
 use crate::size::Size;
+
+/// Where the guest is in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Outcome {
+    /// At the destination.
+    Moved,
+    /// At the source, which has taken it back.
+    Stayed,
+}
 
 /// The JSON object.
 #[derive(Debug, Serialize)]
