@@ -25,10 +25,10 @@ use super::hold::{Place, pass};
 use super::{InstallError, Pages, RegionFile, ZERO_STEP};
 use crate::destination::kept::KeptEarly;
 use crate::sys::fill::Fill;
+use crate::sys::mapping;
 use crate::sys::words::LazyWords;
-use crate::sys::{holes, mapping};
 use afterimage_protocol::bitmap::{Bitmap, Segment};
-use afterimage_protocol::layout::{GuestAddress, PageNumber, PageRange, RegionRun};
+use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::Duration;
@@ -82,7 +82,7 @@ impl Early {
     }
 
     /// Whether something may lie in pages that are not complete.
-    fn has_old(&self) -> bool {
+    pub(super) fn has_old(&self) -> bool {
         self.kept.has_old().load(Ordering::Acquire) != 0
     }
 
@@ -96,7 +96,7 @@ impl Early {
     }
 
     /// Something lies, or is about to, where these pages are.
-    fn note_there(&self, pages: PageRange) {
+    pub(super) fn note_there(&self, pages: PageRange) {
         self.kept.has_old().store(1, Ordering::Release);
         self.there.set(pages, |_| ());
     }
@@ -182,11 +182,19 @@ impl Pages {
     pub(crate) fn forget_early(&self) -> io::Result<()> {
         let _gate = self.discarding();
         self.early.pass.store(0, Ordering::Release);
-        self.early.enter(OFF);
-        let all = self.all();
-        self.early.current().clear(all, |_| ());
-        self.memory.kept.release_early();
-        self.empty_old(all)
+        self.leave_early();
+        self.empty_old(self.all())
+    }
+
+    /// No early copies are taken or count any more. Their bitmap is not even read where there
+    /// were none: in a file that would take up room.
+    pub(super) fn leave_early(&self) {
+        if self.early.stage() != OFF {
+            // First: whoever takes over in between must find none that counts.
+            self.early.current().clear(self.all(), |_| ());
+            self.early.enter(OFF);
+            self.memory.kept.release_early();
+        }
     }
 
     /// The pages that are here: those of which an early copy counts, or once that is settled
@@ -248,32 +256,7 @@ impl Pages {
         self.note_alias_written(run.length);
     }
 
-    /// What a handler that was killed has left: what was settled is complete, and what was not
-    /// is forgotten, though it still lies in files.
-    pub(super) fn take_over_early(&self) -> io::Result<()> {
-        self.promote(self.all());
-        self.early.enter(OFF);
-        self.early.current().clear(self.all(), |_| ());
-        if self.early.has_old() { self.find_old() } else { Ok(()) }
-    }
-
-    /// Notes where something lies in pages of files that are not complete.
-    fn find_old(&self) -> io::Result<()> {
-        for (region, file) in self.layout().regions().iter().zip(&self.memory.files) {
-            let Some(file) = file else { continue };
-            let (mut at, end) = (file.offset, file.offset + region.length);
-            while let Some(data) = holes::next_extent(&file.file, at, end)? {
-                let start = GuestAddress(region.guest_address.0 + (data.start - file.offset));
-                for run in self.layout().pages_touching_guest(start, data.end - data.start) {
-                    self.planes.incomplete_in(run.pages, |open| self.early.note_there(open));
-                }
-                at = data.end;
-            }
-        }
-        Ok(())
-    }
-
-    const fn all(&self) -> PageRange {
+    pub(super) const fn all(&self) -> PageRange {
         PageRange::new(PageNumber(0), self.planes.pages())
     }
 
