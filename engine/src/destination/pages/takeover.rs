@@ -16,10 +16,12 @@
 //!
 //! Each step can be done again, so that a successor may be killed in the middle too.
 
+use super::Pages;
 use super::fault::moved;
 use super::hold::{Place, pass};
-use super::{PageNumber, PageRange, Pages};
+use crate::sys::holes;
 use crate::sys::messages::Message;
+use afterimage_protocol::layout::GuestAddress;
 use std::io;
 
 impl Pages {
@@ -54,10 +56,33 @@ impl Pages {
         Ok(())
     }
 
+    /// What a handler that was killed has left: what was settled is complete, and what was not
+    /// is forgotten, though it still lies in files.
+    fn take_over_early(&self) -> io::Result<()> {
+        self.promote(self.all());
+        self.leave_early();
+        if self.early.has_old() { self.find_old() } else { Ok(()) }
+    }
+
+    /// Notes where something lies in pages of files that are not complete.
+    fn find_old(&self) -> io::Result<()> {
+        for (region, file) in self.layout().regions().iter().zip(&self.memory.files) {
+            let Some(file) = file else { continue };
+            let (mut at, end) = (file.offset, file.offset + region.length);
+            while let Some(data) = holes::next_extent(&file.file, at, end)? {
+                let start = GuestAddress(region.guest_address.0 + (data.start - file.offset));
+                for run in self.layout().pages_touching_guest(start, data.end - data.start) {
+                    self.planes.incomplete_in(run.pages, |open| self.early.note_there(open));
+                }
+                at = data.end;
+            }
+        }
+        Ok(())
+    }
+
     fn forget_claims(&self) {
-        let all = PageRange::new(PageNumber(0), self.planes.pages());
         let mut claimed = Vec::new();
-        self.planes.claimed_in(all, |run| claimed.push(run));
+        self.planes.claimed_in(self.all(), |run| claimed.push(run));
         for run in claimed.into_iter().flat_map(|run| self.layout().split(run)) {
             match self.file_of(&run) {
                 Some(file) => self.give_back_file_pages(run.pages, file),
