@@ -134,6 +134,11 @@ impl Scene {
     pub(crate) fn arrives(&mut self, driving: &Driving) {
         driving.until(&AttachmentEvent::AllArrived);
         driving.until(&AttachmentEvent::Finished);
+        self.both_end();
+    }
+
+    /// The same, whether or not the driver has come back to hear of it: it is not waited for.
+    pub(crate) fn both_end(&mut self) {
         for side in [self.client.take(), self.server.take()] {
             let (status, said, complaints) = side.unwrap().end();
             assert_eq!(status, 0, "{complaints:#?}");

@@ -168,7 +168,7 @@ fn a_guest_goes_on_when_page_client_was_killed() {
     let mut vmm = scene.vmm(&ram);
     let bytes = 4096 * PAGE;
     does(&mut vmm, &[&format!("open f {ram} {bytes}"), &format!("map m f 0 {bytes} shared")]);
-    let driving = scene.drive();
+    let _driving = scene.drive();
     for death in 0..4_u64 {
         let first = death * 512;
         does(&mut vmm, &[&format!("check m {first} {first} 128")]);
@@ -182,7 +182,7 @@ fn a_guest_goes_on_when_page_client_was_killed() {
         does(&mut vmm, &["wait"]);
     }
     does(&mut vmm, &["check m 0 0 4096"]);
-    scene.ends(&driving, &mut vmm);
+    scene.both_end();
     does(&mut vmm, &["check m 0 0 4096"]);
     assert_eq!(vmm.end().0, 0);
 }

@@ -5,6 +5,7 @@
 //! [`WriteProtectTracker`].
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -77,7 +78,18 @@ pub struct VmmTracker {
     tracker: WriteProtectTracker,
     regions: Vec<(GuestAddress, u64)>,
     process: u32,
-    _lease: UnixStream,
+    _lease: Lease,
+}
+
+/// The VMM's memory, for as long as this is connected.
+#[derive(Debug)]
+struct Lease(UnixStream);
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // At once, even if a child that is about to exec has the descriptor too. It may be over.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
 }
 
 #[derive(Deserialize)]
@@ -111,7 +123,7 @@ impl VmmTracker {
         let process = process as u32;
         let tracker = WriteProtectTracker::of_process(process, uffd, memory)
             .map_err(io_error("look at the VMM's page map (is this its user, or root?)"))?;
-        Ok(Self { tracker, regions: places, process, _lease: socket })
+        Ok(Self { tracker, regions: places, process, _lease: Lease(socket) })
     }
 
     /// The regions that are tracked: where each begins for the guest, and its bytes.
