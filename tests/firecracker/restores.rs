@@ -4,7 +4,7 @@ use afterimage_tools::require;
 
 use crate::memory::{HUGE, Kind};
 use crate::support::PAGE;
-use crate::vm::{MIB, OF_1_GIB, OF_4_GIB, Snapshot, ended};
+use crate::vm::{GIB, MIB, OF_1_GIB, OF_4_GIB, Snapshot, ended};
 
 #[test]
 fn both_layouts_are_restored_from_a_file() {
@@ -20,6 +20,23 @@ fn both_layouts_are_restored_from_a_file() {
             vm.check();
         }
     }
+}
+
+/// Of 4 GiB, as it was captured; its second region lies behind the hole of a PC.
+#[test]
+fn a_large_vm_finds_its_pages_at_a_server_that_was_told_the_file_alone() {
+    let (border, end) = (3 * GIB / PAGE, 4 * GIB / PAGE);
+    let some = [0..20, border - 20..border + 20, end - 20..end];
+    let snapshot = Snapshot::sparse(&[3 * GIB, GIB], &some);
+    let _server = snapshot.server_of_the_file();
+    let handler = snapshot.handler("uffd", &["--connect", &snapshot.pages()]);
+    let mut vm = snapshot.loaded("uffd");
+    for pages in some {
+        vm.does(&format!("check {} {}", pages.start, pages.end));
+    }
+    vm.does(&format!("check-zero {} {}", border - 100, border - 20));
+    let report = ended(handler, 0, "finished");
+    assert_eq!(report["pages_total"], end, "{report}");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The test's side: a snapshot, a VMM to command, and the page-client that serves it.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -9,7 +11,7 @@ use std::thread;
 use nix::sys::signal::Signal;
 
 use crate::memory::{Kind, Layout};
-use crate::support::{CLIENT, Daemon, LIMIT, PAGE, SERVER, write_image};
+use crate::support::{CLIENT, Daemon, LIMIT, PAGE, SERVER, word_of, write_image};
 use crate::vmm::{ANSWER, LAYOUT};
 
 /// A snapshot on this machine.
@@ -23,6 +25,19 @@ impl Snapshot {
         let layout = Layout { kind, lengths: lengths.to_vec() };
         let directory = tempfile::tempdir().unwrap();
         write_image(&directory.path().join("memory"), layout.pages());
+        Self { directory, layout }
+    }
+
+    /// One of which only these pages hold something.
+    pub(crate) fn sparse(lengths: &[u64], pages: &[std::ops::Range<u64>]) -> Self {
+        let layout = Layout { kind: Kind::Private, lengths: lengths.to_vec() };
+        let directory = tempfile::tempdir().unwrap();
+        let file = File::create(directory.path().join("memory")).unwrap();
+        file.set_len(layout.bytes()).unwrap();
+        for page in pages.iter().cloned().flatten() {
+            let words = (0..PAGE / 8).flat_map(|word| word_of(page, word).to_le_bytes());
+            file.write_all_at(&words.collect::<Vec<_>>(), page * PAGE).unwrap();
+        }
         Self { directory, layout }
     }
 
@@ -52,15 +67,26 @@ impl Snapshot {
 
     /// A page-server with the snapshot, at the socket `pages`.
     pub(crate) fn server(&self, more: &[&str]) -> Daemon {
-        let mut arguments = vec!["--snapshot".to_owned(), "--listen".to_owned(), self.pages()];
         let mut offset = 0;
-        for length in &self.layout.lengths {
+        let pieces = self.layout.lengths.iter().map(|length| {
             let piece = format!("{},{offset},{length}", self.text("memory"));
-            arguments.extend(["--memory".to_owned(), piece]);
             offset += length;
-        }
-        arguments.extend(more.iter().map(|it| (*it).to_owned()));
-        let mut server = Daemon::start(SERVER, &arguments);
+            ["--memory".to_owned(), piece]
+        });
+        let pieces: Vec<String> = pieces.flatten().collect();
+        let pieces = pieces.iter().map(String::as_str);
+        self.server_of(&pieces.chain(more.iter().copied()).collect::<Vec<_>>())
+    }
+
+    /// The same, where page-server is told no more than the file.
+    pub(crate) fn server_of_the_file(&self) -> Daemon {
+        self.server_of(&["--memory", &self.text("memory")])
+    }
+
+    fn server_of(&self, more: &[&str]) -> Daemon {
+        let pages = self.pages();
+        let mut server =
+            Daemon::start(SERVER, &[&["--snapshot", "--listen", pages.as_str()], more].concat());
         server.line("listening on");
         server
     }
@@ -181,6 +207,7 @@ pub(crate) fn give_up(handler: &mut Daemon) {
 }
 
 pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) const GIB: u64 = 1 << 30;
 /// The captured layouts, a thousand times smaller.
 pub(crate) const OF_4_GIB: &[u64] = &[3 * MIB, MIB];
 pub(crate) const OF_1_GIB: &[u64] = &[MIB];
