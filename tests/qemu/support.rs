@@ -279,16 +279,18 @@ fn machine(scene: &Scene, side: Side) -> Vec<String> {
             Some(format!("memory-backend-file,id=ram,share=on,size={mib}M,mem-path={memory}"))
         }
     };
-    let mut all = "-nodefaults -no-user-config -display none -accel tcg".to_owned();
-    all += &format!(" -m {mib}M -smp {} -drive file={disk},format=raw", scene.vcpus);
-    match object {
-        None => all += " -machine pc",
-        Some(object) => all += &format!(" -machine pc,memory-backend=ram -object {object}"),
-    }
-    if side == Side::Destination {
-        all += " -S -incoming defer";
-    }
-    all.split(' ').map(str::to_owned).collect()
+    let common = format!(
+        "-nodefaults -no-user-config -display none -accel tcg -m {mib}M -smp {} \
+         -drive file={disk},format=raw",
+        scene.vcpus
+    );
+    let backed = match object {
+        None => "-machine pc".to_owned(),
+        Some(object) => format!("-machine pc,memory-backend=ram -object {object}"),
+    };
+    let waits = if side == Side::Destination { "-S -incoming defer" } else { "" };
+    let all = [&common, &backed, waits].join(" ");
+    all.split_whitespace().map(str::to_owned).collect()
 }
 
 /// The environment of the preload library, where it is wanted.
