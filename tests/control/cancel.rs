@@ -136,7 +136,9 @@ fn a_destination_that_cannot_be_told_ends_all_the_same() {
 
 #[test]
 fn past_the_point_of_no_return_it_is_refused_and_the_guest_moves_on() {
-    let mut migration = Migration::start(&["--bandwidth", "1M"]);
+    let mut migration = Migration::start(&["--hold", "--bandwidth", "1M"]);
+    migration.wait_until_held("before_switchover");
+    migration.source.ok(json!({"do": "switchover"}));
     migration.source.event("running");
     let (code, why) = migration.source.refused(json!({"do": "cancel"}));
     assert!(code == "not_now" && why.contains("point of no return"), "{code}: {why}");
