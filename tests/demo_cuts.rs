@@ -213,6 +213,19 @@ fn a_page_client_that_is_killed_has_a_successor() {
 }
 
 #[test]
+fn a_page_client_that_is_killed_after_passes_has_a_successor() {
+    let output =
+        run("--memory 64M --guest threads --passes 2 --kill page-client --kills 1 --backing \
+                      memfd");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let report = json(&output);
+    assert_eq!(report["verified"], true, "{report}");
+    assert_eq!(number(&report["kills"], "page-client"), 1, "{report}");
+    assert_eq!(list(&report, "passes").len(), 2, "{report}");
+    assert!(number(&report, "pages_precopy") > 0, "what the passes brought was of use: {report}");
+}
+
+#[test]
 fn a_source_is_killed_when_it_has_handed_its_guest_over() {
     let wanted = Wanted { source: 1, ..NOTHING };
     let report = moves("--memory 64M --guest threads --kill source", &wanted);

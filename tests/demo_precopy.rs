@@ -130,7 +130,7 @@ fn what_cannot_be_is_refused_with_what_can() {
         ("--passes 1 --handoff", "handed over when it is stopped"),
         ("--passes 1 --kill source", "handed over when it is stopped"),
         ("--passes 1 --kill page-server --cuts 3", "handed over when it is stopped"),
-        ("--passes 1 --kill page-client", "use --cuts"),
+        ("--passes 1 --kill page-client --backing anonymous", "use --backing memfd or hugetlb"),
         ("--passes 1 --precopy-bandwidth on-request", "would never end"),
         ("--passes many", "auto or converged"),
         ("--dirty-tracker pagemap", "--passes"),

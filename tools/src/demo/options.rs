@@ -297,11 +297,11 @@ impl Options {
                  them out",
             );
         }
-        if self.kills(Victim::PageClient) {
+        if self.kills(Victim::PageClient) && self.backing() == Backing::Anonymous {
             return refused(
-                "cannot be done with --kill page-client: memory that a page-client serves takes \
-                 no pages before the switchover, because a successor would not know of them; use \
-                 --cuts",
+                "cannot be done with --kill page-client and anonymous memory: a page-client cannot \
+                 empty pages that are out of date in memory without a file; use --backing memfd or \
+                 hugetlb",
             );
         }
         if self.precopy_bandwidth == Some(Bandwidth::OnRequest) {
