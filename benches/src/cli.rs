@@ -35,8 +35,8 @@ Examples:
   postcopy-bench --only fault_idle_p99,cpu_per_gib  some rows
   postcopy-bench --network veth --json > today.json between two network namespaces
   postcopy-bench --quick --report pictures          the same, and a page to look at
-  postcopy-bench qemu                               QEMU's own postcopy; bring it by
-                                                    benches/qemu/get
+  postcopy-bench qemu                               QEMU's own postcopy and the engine, with
+                                                    one guest; bring it by benches/qemu/get
   postcopy-bench --list                             the rows, and what they say
 
 Figures are ratios to floors of the same run. docs/benchmarking.md says what each means.
@@ -86,7 +86,7 @@ struct Options {
     corrupt_one_byte: bool,
 
     /// Write a page with pictures into this directory: one file, index.html
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", global = true)]
     report: Option<PathBuf>,
 
     /// List the rows and what they say, and measure nothing
@@ -99,7 +99,7 @@ struct Options {
 
 #[derive(Clone, Debug, Subcommand)]
 enum Command {
-    /// Runs QEMU's own postcopy, with a Linux guest that dirties memory
+    /// Runs QEMU's own postcopy and the engine, with a Linux guest that dirties memory
     Qemu(QemuOptions),
     /// Measures a unit as another process says
     #[command(name = WORKER, hide = true)]
@@ -247,21 +247,34 @@ fn fail(options: &Options, error: &BenchError, status: u8) -> ExitCode {
 }
 
 fn qemu(options: &Options, peer: &QemuOptions) -> ExitCode {
+    if let Some(directory) = &options.report
+        && let Err(error) = report_page::prepare(directory)
+    {
+        eprintln!("postcopy-bench: {}", BenchError::failed("--report", &error));
+        return ExitCode::from(2);
+    }
     let bar = run::spinner(!options.json, peer.to_string());
     let report = qemu::run(peer);
     bar.finish_and_clear();
-    let report = match report {
+    let mut report = match report {
         Ok(report) => report,
         Err(error) => {
             let status = match error {
                 QemuError::Options(_) => 2,
-                QemuError::Missing { .. } => 3,
+                QemuError::Missing { .. } | QemuError::Unbuilt { .. } | QemuError::Room { .. } => 3,
                 _ => 4,
             };
-            let error = BenchError::failed("QEMU's own postcopy", &error);
+            let error = BenchError::failed("a guest under QEMU", &error);
             return fail(options, &error, status);
         }
     };
+    let mut page_error = None;
+    if let Some(directory) = &options.report {
+        match qemu::page::write(directory, &report) {
+            Ok(path) => report.report = Some(path),
+            Err(error) => page_error = Some(BenchError::failed("--report", &error)),
+        }
+    }
     if options.json {
         let report = Versioned { schema_version: SCHEMA_VERSION, report: &report };
         // Numbers, strings and lists of them: this cannot fail.
@@ -269,7 +282,14 @@ fn qemu(options: &Options, peer: &QemuOptions) -> ExitCode {
     } else {
         print(&format!("{report}\n"));
     }
-    ExitCode::from(u8::from(!report.verified))
+    if !report.verified {
+        return ExitCode::from(1);
+    }
+    if let Some(error) = page_error {
+        eprintln!("postcopy-bench: {error}");
+        return ExitCode::from(4);
+    }
+    ExitCode::SUCCESS
 }
 
 /// A report with the version of its keys.

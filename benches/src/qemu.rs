@@ -1,19 +1,26 @@
-//! The peer: QEMU's own postcopy, with a Linux guest that dirties memory under TCG.
+//! The peer: QEMU's own postcopy, with a Linux guest that dirties memory under TCG; and the
+//! engine, with the same guest under the same QEMU.
 //!
-//! This module runs the rounds; what it needs of the machine is in `place`, one QEMU
-//! process in `machine`, the guest and its clock in `guest`. How the memory is moved
-//! is one part by itself, `method`: boot, workload, figures and report are the same for
-//! whatever moves it. docs/benchmarking.md says what each figure means.
+//! This module runs the rounds; what it needs of the machine is in `place` and `scene`, one
+//! QEMU process in `machine`, the guest and its clock in `guest`. How the memory is moved
+//! is one part by itself, `method` (QEMU's own ways) with `engine` and `tool` (the engine's):
+//! boot, workload, figures, `rows` and report are the same for whatever moves it.
+//! docs/benchmarking.md says what each figure means.
 //!
 //! Invariants: every wait has a limit, QEMU processes end with the value that started
 //! them, and a round whose guest read one wrong word is reported as not verified.
 
+mod engine;
 mod figures;
 mod guest;
 mod machine;
 mod method;
+pub mod page;
 mod place;
 mod report;
+mod rows;
+mod scene;
+mod tool;
 
 use std::fmt;
 use std::io;
@@ -26,14 +33,16 @@ use afterimage_tools::size::Size;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+pub use engine::EngineStatistics;
 pub use figures::{Baseline, GuestFigures, Latency, Work};
 pub use method::QemuStatistics;
 pub use report::{ModeReport, QemuReport, QemuRound, Spread, Summary};
+pub use rows::Ratio;
 
 use figures::Observed;
 use machine::{Machine, Setup, Side};
-use method::{Method, QemuPostcopy};
 use place::Place;
+use scene::{Loopback, Scene};
 
 /// How long the guest's noise is measured before anything moves.
 const BASELINE: Duration = Duration::from_secs(2);
@@ -51,9 +60,12 @@ pub struct QemuOptions {
     /// How much of it the guest dirties, at random.
     #[arg(long, default_value = "512M", value_name = "SIZE")]
     pub working_set: Size,
-    /// Which of QEMU's ways.
-    #[arg(long, value_enum, default_value_t = ModeChoice::Both)]
+    /// What moves the guest.
+    #[arg(long, value_enum, default_value_t = ModeChoice::All)]
     pub mode: ModeChoice,
+    /// What is behind the guest's RAM where QEMU itself moves it. The engine's is shared.
+    #[arg(long, value_enum, default_value_t = PeerRam::Shared)]
+    pub peer_ram: PeerRam,
     /// Migrations in each mode; the modes take turns.
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub rounds: u32,
@@ -65,25 +77,50 @@ pub struct QemuOptions {
 
 impl fmt::Display for QemuOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let modes = if self.mode == ModeChoice::Both { 2 } else { 1 };
+        let modes = u64::from(self.rounds) * self.mode.modes().len() as u64;
         write!(
             f,
             "QEMU boots and moves a guest of {}, {} times; each takes ten to twenty seconds",
-            self.memory,
-            modes * self.rounds
+            self.memory, modes
         )
     }
 }
 
-/// Which of QEMU's ways to run.
+/// What to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ModeChoice {
-    /// `postcopy-ram` alone.
+    /// QEMU's `postcopy-ram` alone
     Plain,
-    /// `postcopy-ram` with `postcopy-preempt`.
+    /// QEMU's `postcopy-ram` with `postcopy-preempt`
     Preempt,
-    /// Both, round by round in turn.
+    /// Both of QEMU's, round by round in turn
     Both,
+    /// The engine: page-client and afterimage-qemu
+    Afterimage,
+    /// All three, round by round in turn, compared in rows
+    All,
+}
+
+impl ModeChoice {
+    const fn modes(self) -> &'static [Mode] {
+        match self {
+            Self::Plain => &[Mode::Plain],
+            Self::Preempt => &[Mode::Preempt],
+            Self::Both => &[Mode::Plain, Mode::Preempt],
+            Self::Afterimage => &[Mode::Afterimage],
+            Self::All => &[Mode::Plain, Mode::Preempt, Mode::Afterimage],
+        }
+    }
+}
+
+/// What is behind the guest's RAM where QEMU itself moves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum PeerRam {
+    /// A file on tmpfs, shared, as for the engine
+    Shared,
+    /// Private memory, as QEMU makes it by itself
+    Private,
 }
 
 /// What moved the memory.
@@ -95,6 +132,20 @@ pub enum Mode {
     Plain,
     /// QEMU's postcopy with `postcopy-preempt`: requested pages have their own socket.
     Preempt,
+    /// The engine, by page-client and afterimage-qemu.
+    Afterimage,
+}
+
+impl Mode {
+    /// As JSON and tables have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Preempt => "preempt",
+            Self::Afterimage => "afterimage",
+        }
+    }
 }
 
 /// Why there are no figures.
@@ -108,6 +159,28 @@ pub enum QemuError {
         what: String,
         /// Where it was looked for.
         directory: PathBuf,
+    },
+    /// The engine's commands are not there.
+    #[error(
+        "no {what} in {}: build it there by `cargo build --workspace`, with --release if this \
+         program is", directory.display()
+    )]
+    Unbuilt {
+        /// The thing.
+        what: String,
+        /// Where this program is.
+        directory: PathBuf,
+    },
+    /// The guest's RAM would not fit.
+    #[error(
+        "{available} are free in /dev/shm, and both sides' RAM may take {needed}: free some, or \
+         give --memory"
+    )]
+    Room {
+        /// What can be had.
+        available: Size,
+        /// What may be used.
+        needed: Size,
     },
     /// The options fit no guest.
     #[error("{0}")]
@@ -133,14 +206,22 @@ pub enum QemuError {
 pub fn run(options: &QemuOptions) -> Result<QemuReport, QemuError> {
     check(options)?;
     let place = Place::open(options.directory.clone())?;
-    let methods = methods(options.mode);
-    let mut report = QemuReport::new(options, &place);
+    // A thread of its own, because its network is not the caller's.
+    thread::scope(|scope| {
+        let rounds = scope.spawn(|| rounds(options, &place));
+        rounds.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn rounds(options: &QemuOptions, place: &Place) -> Result<QemuReport, QemuError> {
+    let loopback = Loopback::enter()?;
+    let mut report = QemuReport::new(options, place);
     for number in 1..=options.rounds {
-        for method in &methods {
-            tracing::info!(round = number, mode = ?method.mode(), "starting");
-            let round = round(&place, options, method, &mut report)?;
+        for &mode in options.mode.modes() {
+            tracing::info!(round = number, mode = mode.name(), "starting");
+            let round = round(place, options, mode, loopback.as_ref(), &mut report)?;
             tracing::info!(blackout_us = round.blackout_us, total_us = round.total_us, "done");
-            report.add(method.mode(), round);
+            report.add(mode, round);
         }
     }
     report.summarise();
@@ -162,26 +243,22 @@ fn check(options: &QemuOptions) -> Result<(), QemuError> {
     Ok(())
 }
 
-fn methods(choice: ModeChoice) -> Vec<QemuPostcopy> {
-    match choice {
-        ModeChoice::Plain => vec![QemuPostcopy::Plain],
-        ModeChoice::Preempt => vec![QemuPostcopy::Preempt],
-        ModeChoice::Both => vec![QemuPostcopy::Plain, QemuPostcopy::Preempt],
-    }
-}
-
 /// One guest, from its boot on one side to the check of its memory on the other.
 fn round(
     place: &Place,
     options: &QemuOptions,
-    method: &dyn Method,
+    mode: Mode,
+    loopback: Option<&Loopback>,
     report: &mut QemuReport,
 ) -> Result<QemuRound, QemuError> {
+    let scene = Scene::new(options)?;
+    let method = method::prepare(mode, &scene)?;
     let setup = |side| Setup {
         side,
         memory: options.memory,
         working_set: options.working_set,
-        ram: method.ram(side, options.memory),
+        ram: method.ram(&scene, side),
+        preload: method.preload(&scene, side),
     };
     let mut source = Machine::start(place, &setup(Side::Source))?;
     let mut destination = Machine::start(place, &setup(Side::Destination))?;
@@ -194,12 +271,16 @@ fn round(
 
     let marked = source.guest.mark()?;
     thread::sleep(MARGIN);
+    let before = loopback.map(Loopback::bytes).transpose()?;
     let moved = method.carry(&mut source, &mut destination)?;
+    let wire_bytes = loopback.map(Loopback::bytes).transpose()?.zip(before);
+    let wire_bytes = wire_bytes.map(|(after, before)| after - before);
     thread::sleep(MARGIN);
     let after = destination.guest.report()?;
     let marked_again = destination.guest.mark()?;
     let verified = destination.guest.verify()?;
     destination.quit()?;
     source.quit()?;
-    Ok(QemuRound::new(moved, &Observed { marked, marked_again, baseline, after, verified }))
+    let observed = Observed { marked, marked_again, baseline, after, verified };
+    Ok(QemuRound::new(moved, wire_bytes, &observed))
 }

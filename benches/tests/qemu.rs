@@ -1,6 +1,7 @@
-//! The peer: that its rounds run, and that the guest's memory is checked.
+//! QEMU's own postcopy and the engine under QEMU: that rounds run, and that the guest's memory
+//! is checked.
 
-use afterimage_bench::qemu::{self, QemuError, QemuOptions};
+use afterimage_bench::qemu::{self, QemuError, QemuOptions, QemuReport};
 use afterimage_tools::require;
 use clap::Parser;
 
@@ -14,26 +15,55 @@ fn options(line: &[&str]) -> QemuOptions {
     Line::parse_from([&["test"], line].concat()).options
 }
 
-#[test]
-fn no_word_is_wrong_after_either_of_qemus_postcopies() {
-    let small = options(&["--memory=256M", "--working-set=64M", "--rounds=1"]);
-    let result = match qemu::run(&small) {
-        Err(error @ QemuError::Missing { .. }) => Err(error),
+/// The report of one small round of each of these modes.
+fn small_round(mode: &str) -> Option<QemuReport> {
+    let line = ["--memory=256M", "--working-set=64M", "--rounds=1", mode];
+    let result = match qemu::run(&options(&line)) {
+        Err(error @ (QemuError::Missing { .. } | QemuError::Unbuilt { .. })) => Err(error),
         result => Ok(result.unwrap()),
     };
-    let Some(report) = require::or_skip("qemu", result) else { return };
+    require::or_skip("qemu", result)
+}
 
+fn check(report: &QemuReport) {
     println!("{report}");
     assert!(report.verified);
-    assert_eq!(report.modes.len(), 2);
     for round in report.modes.iter().flat_map(|mode| &mode.rounds) {
         assert_eq!((round.pages_wrong, round.pages_compared), (0, 64 << 8));
         assert!(round.blackout_us > 0 && round.total_us > round.blackout_us);
         // Content does not compress: what the guest dirties has been sent, and once.
-        assert!((64 << 20..256 << 20).contains(&round.bytes), "{} bytes", round.bytes);
+        let once = 64 << 20..256 << 20;
+        assert!(once.contains(&round.bytes), "{} bytes", round.bytes);
+        if let Some(bytes) = round.wire_bytes {
+            assert!(bytes >= round.bytes && once.contains(&bytes), "{bytes} bytes");
+        }
         assert!(round.guest.fault_latency_us.count > 0, "the guest saw no fault");
         assert!(round.guest.work.operations.len() > 100, "the guest did not work on");
     }
+}
+
+#[test]
+fn no_word_is_wrong_after_either_of_qemus_postcopies() {
+    let Some(report) = small_round("--mode=both") else { return };
+    check(&report);
+    assert_eq!(report.modes.len(), 2);
+    assert!(report.modes.iter().all(|mode| mode.rounds[0].qemu.is_some()));
+    assert!(report.rows.is_empty(), "there is nothing to compare with");
+}
+
+#[test]
+fn no_word_is_wrong_after_the_engine_has_moved_the_guest_and_a_page_shows_its_work() {
+    let Some(mut report) = small_round("--mode=afterimage") else { return };
+    check(&report);
+    let own = report.modes[0].rounds[0].engine.as_ref().unwrap();
+    assert_eq!(own.source["outcome"], "finished");
+    assert_eq!(own.destination["pages_complete"], own.destination["pages_total"]);
+    assert!(own.requests.unwrap() > 0, "the guest waited for pages, and none was asked for");
+    let directory = tempfile::tempdir().unwrap();
+    let path = qemu::page::write(directory.path(), &report).unwrap();
+    assert!(std::fs::read_to_string(&path).unwrap().contains("<svg id=\"work\""));
+    report.report = Some(path);
+    assert!(report.to_string().contains("pictures: "));
 }
 
 #[test]

@@ -205,6 +205,7 @@ pub(super) fn micros(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qemu::method::{Own, QemuStatistics};
 
     #[test]
     fn percentiles_are_values_that_occurred() {
@@ -262,7 +263,7 @@ mod tests {
             finished: at(950),
             bytes: 0,
             postcopy_bytes: 0,
-            own: crate::qemu::method::QemuStatistics::default(),
+            own: Own::Qemu(QemuStatistics::default()),
         };
         let figures = GuestFigures::new(&moved, &observed);
         assert_eq!(figures.fault_latency_us.count, 2);

@@ -10,8 +10,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use afterimage_tools::qemu::{Deadline, Lines, Qmp, Speaker};
@@ -43,6 +43,15 @@ pub(super) struct Setup {
     pub(super) working_set: Size,
     /// The value of `-object` for the guest's RAM; its id is `ram`.
     pub(super) ram: String,
+    /// Who is told of the RAM as it is mapped; the QEMU then waits to be told to run.
+    pub(super) preload: Option<Preload>,
+}
+
+/// A library that is loaded into QEMU, and what it is told.
+#[derive(Clone, Debug)]
+pub(super) struct Preload {
+    pub(super) library: PathBuf,
+    pub(super) environment: Vec<(&'static str, OsString)>,
 }
 
 #[derive(Debug)]
@@ -52,7 +61,7 @@ pub(super) struct Machine {
     pub(super) guest: Guest,
     process: Process,
     /// Sockets and logs; removed with the machine.
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl Machine {
@@ -73,21 +82,23 @@ impl Machine {
 
         let print = File::create(&log).map_err(io_error("make a log for QEMU"))?;
         let print_too = print.try_clone().map_err(io_error("share the log"))?;
-        let mut command = place.qemu();
+        let mut command = place.qemu(setup.preload.as_ref().map(|it| it.library.as_path()));
         command.args(arguments(place, setup, path));
+        command.envs(setup.preload.iter().flat_map(|it| it.environment.clone()));
         command.stdin(Stdio::null()).stdout(print).stderr(print_too);
-        // SAFETY: between fork and exec only this one system call is made, which is
-        // async-signal-safe and allocates nothing.
-        unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
-        let child = command.spawn().map_err(io_error(&format!("start {name}")))?;
-        let mut process = Process { child };
+        let mut process = Process::start(command, name)?;
 
         let deadline = Deadline::after(START);
         let qmp = Lines::accept(&qmp, &mut process.child, speaker.clone(), deadline)?;
         let guest_speaker = Speaker { name: "the guest".into(), log: Some(path.join(CONSOLE)) };
         let guest = Lines::accept(&guest, &mut process.child, guest_speaker, deadline)?;
         let qmp = Qmp::greet(qmp, deadline)?;
-        Ok(Self { qmp, guest: Guest::new(guest), process, _directory: directory })
+        Ok(Self { qmp, guest: Guest::new(guest), process, directory })
+    }
+
+    /// Where QEMU listens for another client of QMP.
+    pub(super) fn monitor(&self) -> PathBuf {
+        self.directory.path().join(MONITOR)
     }
 
     /// Ends QEMU as it wants to be ended.
@@ -107,7 +118,15 @@ fn arguments(place: &Place, setup: &Setup, directory: &Path) -> Vec<OsString> {
     if setup.side == Side::Destination {
         add("-incoming defer");
     }
+    if setup.preload.is_some() {
+        add("-S");
+    }
     let mut pair = |name: &str, value: OsString| all.extend([name.into(), value]);
+    // Before the one at which QEMU greets: whoever has heard that can connect here.
+    let mut monitor = with_path("socket,id=monitor,path=", &directory.join(MONITOR));
+    monitor.push(",server=on,wait=off");
+    pair("-chardev", monitor);
+    pair("-mon", "chardev=monitor,mode=control".into());
     pair("-chardev", with_path("socket,id=qmp,path=", &directory.join(QMP)));
     pair("-mon", "chardev=qmp,mode=control".into());
     pair("-serial", with_path("file:", &directory.join(CONSOLE)));
@@ -133,9 +152,20 @@ pub(super) fn io_error(operation: &str) -> impl Fn(io::Error) -> QemuError {
     move |source| QemuError::Io { operation: operation.to_owned(), source }
 }
 
+/// A child that ends with its value, or with the driver.
 #[derive(Debug)]
-struct Process {
-    child: Child,
+pub(super) struct Process {
+    pub(super) child: Child,
+}
+
+impl Process {
+    pub(super) fn start(mut command: Command, name: &str) -> Result<Self, QemuError> {
+        // SAFETY: between fork and exec only this one system call is made, which is
+        // async-signal-safe and allocates nothing.
+        unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
+        let child = command.spawn().map_err(io_error(&format!("start {name}")))?;
+        Ok(Self { child })
+    }
 }
 
 impl Drop for Process {
@@ -147,5 +177,6 @@ impl Drop for Process {
 }
 
 const QMP: &str = "qmp";
+const MONITOR: &str = "monitor";
 const GUEST: &str = "guest";
 const CONSOLE: &str = "console.log";

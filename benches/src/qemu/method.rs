@@ -4,29 +4,44 @@
 //! A [`Method`] says what backs the guest's RAM and carries a running guest from one QEMU
 //! to another, and returns when all of it has arrived. Everything that is compared is
 //! measured outside of it, in the same way for each: the blackout by QEMU's events, the
-//! rest in the guest.
+//! bytes at the network, the rest in the guest.
 
 use std::time::Duration;
 
 use afterimage_tools::qemu::{Deadline, Event, Qmp, QmpError, unix_now};
-use afterimage_tools::size::Size;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::machine::{Machine, Side};
-use super::{Mode, QemuError};
+use super::engine::{Engine, EngineStatistics};
+use super::machine::{Machine, Preload, Side};
+use super::scene::Scene;
+use super::{Mode, PeerRam, QemuError};
 
 /// The whole of a migration.
-const MIGRATION: Duration = Duration::from_mins(5);
+pub(super) const MIGRATION: Duration = Duration::from_mins(5);
 
 pub(super) trait Method {
-    fn mode(&self) -> Mode;
-
     /// The value of `-object` for one side's RAM of the guest, with the id `ram`.
-    fn ram(&self, side: Side, size: Size) -> String;
+    fn ram(&self, scene: &Scene, side: Side) -> String;
+
+    /// What is loaded into one side's QEMU.
+    fn preload(&self, scene: &Scene, side: Side) -> Option<Preload>;
 
     /// Moves the guest, and waits until its memory has arrived.
-    fn carry(&self, source: &mut Machine, destination: &mut Machine) -> Result<Moved, QemuError>;
+    fn carry(
+        self: Box<Self>,
+        source: &mut Machine,
+        destination: &mut Machine,
+    ) -> Result<Moved, QemuError>;
+}
+
+/// The method of a mode, with what it needs before both QEMUs are started.
+pub(super) fn prepare(mode: Mode, scene: &Scene) -> Result<Box<dyn Method>, QemuError> {
+    Ok(match mode {
+        Mode::Plain => Box::new(QemuPostcopy::Plain),
+        Mode::Preempt => Box::new(QemuPostcopy::Preempt),
+        Mode::Afterimage => Box::new(Engine::start(scene)?),
+    })
 }
 
 /// What a migration took. Instants by the host's wall clock, since 1970.
@@ -43,7 +58,14 @@ pub(super) struct Moved {
     pub(super) bytes: u64,
     /// What of it was sent after the switch.
     pub(super) postcopy_bytes: u64,
-    pub(super) own: QemuStatistics,
+    pub(super) own: Own,
+}
+
+/// What the one that moved the guest says of it.
+#[derive(Clone, Debug)]
+pub(super) enum Own {
+    Qemu(QemuStatistics),
+    Engine(EngineStatistics),
 }
 
 /// What QEMU itself says of a migration. What its version does not have is absent.
@@ -93,18 +115,22 @@ pub(super) enum QemuPostcopy {
 }
 
 impl Method for QemuPostcopy {
-    fn mode(&self) -> Mode {
-        match self {
-            Self::Plain => Mode::Plain,
-            Self::Preempt => Mode::Preempt,
+    fn ram(&self, scene: &Scene, side: Side) -> String {
+        match scene.peer_ram {
+            PeerRam::Shared => scene.shared_ram(side),
+            PeerRam::Private => scene.private_ram(),
         }
     }
 
-    fn ram(&self, _: Side, size: Size) -> String {
-        format!("memory-backend-ram,id=ram,size={}M", size.0 >> 20)
+    fn preload(&self, _: &Scene, _: Side) -> Option<Preload> {
+        None
     }
 
-    fn carry(&self, source: &mut Machine, destination: &mut Machine) -> Result<Moved, QemuError> {
+    fn carry(
+        self: Box<Self>,
+        source: &mut Machine,
+        destination: &mut Machine,
+    ) -> Result<Moved, QemuError> {
         let (from, to) = (&mut source.qmp, &mut destination.qmp);
         for side in [&mut *from, &mut *to] {
             self.configure(side)?;
@@ -134,7 +160,7 @@ impl Method for QemuPostcopy {
             finished: arrived.max(sent),
             bytes,
             postcopy_bytes: bytes.saturating_sub(before),
-            own: QemuStatistics::new(at_source, at_destination),
+            own: Own::Qemu(QemuStatistics::new(at_source, at_destination)),
         })
     }
 }
@@ -168,7 +194,7 @@ fn listening(qmp: &mut Qmp) -> Result<String, QemuError> {
 }
 
 /// When the event happened, or why the migration ended before it.
-fn reach(
+pub(super) fn reach(
     qmp: &mut Qmp,
     deadline: Deadline,
     awaited: &str,

@@ -49,9 +49,13 @@ impl Place {
         Ok(Self { directory, versions })
     }
 
-    /// QEMU, with its own libraries and firmware, and no arguments yet.
-    pub(super) fn qemu(&self) -> Command {
+    /// QEMU, with its own libraries and firmware, and no arguments yet; perhaps with one more
+    /// library, which the loader is given: `LD_PRELOAD` would be the loader's own.
+    pub(super) fn qemu(&self, preload: Option<&Path>) -> Command {
         let mut command = Command::new(self.directory.join(LOADER));
+        if let Some(library) = preload {
+            command.arg("--preload").arg(library);
+        }
         command
             .arg("--library-path")
             .arg(self.directory.join(LIBRARIES))
