@@ -27,8 +27,9 @@ pub(super) const NO_HINT: u64 = u64::MAX;
 /// How often a thread that has nothing to send looks whether its connection is there.
 pub(super) const LOOK_AFTER: Duration = Duration::from_millis(50);
 
-/// How long whoever stands back for requests does so at most.
-const STAND_BACK_FOR: Duration = Duration::from_millis(5);
+/// How long whoever stands back for requests does so at most: some answers long. A guest that
+/// asks all the time would keep the background away otherwise, which brings what it asks for next.
+const STAND_BACK_FOR: Duration = Duration::from_micros(100);
 
 /// How often is looked whether a channel has taken its pages.
 const LOOK_AT_HANDS_AFTER: Duration = Duration::from_millis(1);
