@@ -139,7 +139,7 @@ pub use destination::{
 };
 pub use events::{Events, NoEvent, Stamped};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
-pub use reconnect::Reconnect;
+pub use reconnect::{FirstConnection, Reconnect};
 pub use source::{
     Background, CallError, Checksums, Endpoint, Incarnation, MemoryLifetime, PassReport, Passes,
     Precopy, Release, ReleaseError, ReleaseLedger, SessionId, SnapshotServer, SnapshotStats,

@@ -15,7 +15,18 @@ pub enum Reconnect {
     ByHand,
 }
 
+/// When a session makes or takes its first connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FirstConnection {
+    /// As soon as it can.
+    #[default]
+    AtOnce,
+    /// Not before `recover` is called; until then the session is paused.
+    OnRecover,
+}
+
 /// What a paused side says to whoever connects. The code makes it try again.
 pub(crate) fn is_paused_here() -> Refusal {
-    Refusal::new(RefuseCode::Failed, "the session is paused here by its operator: try later")
+    Refusal::new(RefuseCode::Failed, "the session is paused on this side: try later")
 }

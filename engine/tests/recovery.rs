@@ -4,8 +4,8 @@
 mod common;
 
 use afterimage::{
-    Address, Background, CallError, DestinationEvent, Endpoint, Incarnation, Listener, Plaintext,
-    Reconnect, SourceEvent,
+    Address, Background, CallError, DestinationEvent, Endpoint, FirstConnection, Incarnation,
+    Listener, Plaintext, Reconnect, SourceEvent,
 };
 use afterimage_protocol::wire::{Channel, RefuseCode, Role};
 use common::counters::Counters;
@@ -208,6 +208,33 @@ fn a_link_lost_by_hand_stays_lost_until_it_is_recovered() {
             recover_at(&pair, listener, &address);
             waiting.finish("a page after the recovery", || pair.dump());
             finish(&pair, 1);
+        }
+    }
+}
+
+#[test]
+fn a_destination_connects_to_nobody_before_it_is_told_to() {
+    prologue!("a_destination_connects_to_nobody");
+    for listening in [Listening::Source, Listening::Destination] {
+        let setup = Setup { listening, ..Setup::default() };
+        let mut proxy = None;
+        let pair = Pair::start_with(
+            &setup,
+            |_, destination| destination.first_connection = FirstConnection::OnRecover,
+            |address| proxy.insert(Proxy::start(&address)).address(),
+        );
+        let (pair, proxy) = (pair.expect("no huge pages"), proxy.expect("a detour"));
+        let tried = || proxy.seen(|channel| channel == Channel::Control);
+        if listening == Listening::Destination {
+            common::wait_until("two refusals", || pair.dump(), || tried() > 2);
+        }
+        let listener = common::session::listen();
+        let address = listener.address().clone();
+        recover_at(&pair, listener, &address);
+        pair.switch(&[]);
+        finish(&pair, 0);
+        if listening == Listening::Source {
+            assert_eq!(tried(), 0, "it connects to where it is told to, and not before");
         }
     }
 }

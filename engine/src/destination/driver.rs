@@ -143,7 +143,8 @@ impl Driver {
 
     /// Runs until it is stopped.
     pub(super) fn run(mut self) {
-        if self.link.dials() {
+        self.pause_if_to_wait();
+        if self.link.dials() && !self.link.is_paused() {
             let hello = self.session.open();
             self.link.dial(hello);
         }

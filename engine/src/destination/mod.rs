@@ -20,7 +20,7 @@ use crate::agreed::Agreed;
 use crate::events::{self, Events};
 use crate::inbox::{Inbox, Outlet};
 use crate::ledger::Record;
-use crate::reconnect::Reconnect;
+use crate::reconnect::{FirstConnection, Reconnect};
 use crate::session_link::{INBOX, SessionLink};
 use crate::source::{
     CallError, Checksums, Endpoint, Incarnation, SessionId, StartError, StateSection,
@@ -105,6 +105,9 @@ pub struct DestinationOptions {
     pub silence: Duration,
     /// What happens when the link is lost.
     pub reconnect: Reconnect,
+    /// When the first connection is made or taken. A source may stop its guest as soon as it is
+    /// connected: who cannot restore it yet lets it wait.
+    pub first_connection: FirstConnection,
     /// Whether frames carry checksums, if the source can do it too.
     pub checksums: Checksums,
     /// Whether memory may travel unencrypted beyond this machine.
@@ -131,6 +134,7 @@ impl Default for DestinationOptions {
             polling: Duration::from_micros(50),
             silence: Duration::from_millis(800),
             reconnect: Reconnect::Automatic,
+            first_connection: FirstConnection::AtOnce,
             checksums: Checksums::Off,
             plaintext: Plaintext::LoopbackOnly,
             record: DestinationRecord {
@@ -167,7 +171,8 @@ pub enum DestinationEvent {
     /// made again, unless [`Paused`](Self::Paused) follows.
     Disconnected,
     /// There is no connection, and none is made or taken until [`Destination::recover`]: by
-    /// [`Destination::pause`], or because the link was lost under [`Reconnect::ByHand`].
+    /// [`Destination::pause`], or because the link was lost under [`Reconnect::ByHand`]. Not told
+    /// of a session that was started so.
     Paused,
     /// The guest's vCPUs have been stopped at the source; device state follows. Not told where
     /// one side cannot do precopy.

@@ -4,7 +4,7 @@
 
 use super::super::DestinationEvent;
 use super::{Driver, Input};
-use crate::reconnect::{Reconnect, is_paused_here};
+use crate::reconnect::{FirstConnection, Reconnect, is_paused_here};
 use crate::source::{CallError, Endpoint};
 use afterimage_protocol::session::NotNow;
 use afterimage_protocol::wire::ControlFrame;
@@ -29,6 +29,13 @@ impl Driver {
         if self.options.reconnect == Reconnect::ByHand && !self.link.is_paused() {
             self.link.pause();
             self.events.send(DestinationEvent::Paused);
+        }
+    }
+
+    /// Nothing has been connected yet.
+    pub(super) fn pause_if_to_wait(&mut self) {
+        if self.options.first_connection == FirstConnection::OnRecover {
+            self.link.pause();
         }
     }
 
