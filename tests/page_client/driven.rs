@@ -70,13 +70,21 @@ fn a_driver_may_come_before_the_memory() {
 }
 
 #[test]
-fn a_driver_may_come_when_the_state_has_been_there_for_long() {
+fn the_source_is_connected_to_when_a_driver_is_there_and_another_may_go_on() {
     let origin = Origin::start(PAGES);
     let host = Host::alone(&origin.address);
     let mut client = host.open_client();
     let vmm = Vmm::attach_driven(&host.attach_path(), PAGES);
     origin.source.switch_over(state()).unwrap();
+    // A source may stop its guest once it is attached to.
     client.line("waiting for the process that drives");
+    let first = Driver::connect(&host.attach_path(), "guest").unwrap();
+    expect(&first, &[AttachmentEvent::Attached, AttachmentEvent::State(state())]);
+    let said = client.lines_so_far();
+    let [waits, attached] = ["waiting for the process", "a source is attached"]
+        .map(|text| said.iter().position(|line| line.contains(text)));
+    assert!(waits < attached && attached.is_some(), "{said:#?}");
+    drop(first);
     // Out of turn: the one that has the memory does not say when it is restored.
     vmm.attachment.ready();
     let driver = Driver::connect(&host.attach_path(), "guest").unwrap();

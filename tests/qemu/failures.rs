@@ -46,6 +46,32 @@ fn a_destination_that_dies_before_the_guest_runs_there_lets_it_go_on_at_the_sour
 }
 
 #[test]
+fn a_guest_runs_on_until_whoever_restores_it_is_there() {
+    if !require::qemu_system() {
+        return;
+    }
+    let scene = Scene::new(1, Backing::File);
+    let mut source = Qemu::start(&scene, Side::Source);
+    let mut client = scene.client(&["--connect", &scene.unix("pages")]);
+    let destination = Qemu::start(&scene, Side::Destination);
+    let mut send = scene.send(&[]);
+    send.line("waiting for the destination");
+    client.line("waiting for the process that drives");
+    source.serial.wait_rounds(scene.vcpus, ROUNDS);
+    assert_eq!(source.status(), "running");
+
+    let receive = scene.receive();
+    client.line("a source is attached");
+    for command in [send, receive, client] {
+        let (status, report, lines) = command.report();
+        assert_eq!((status, &report["outcome"]), (0, &Value::from("finished")), "{lines:#?}");
+    }
+    destination.serial.wait_rounds(scene.vcpus, ROUNDS);
+    let (before, after) = (source.last_words(), destination.last_words());
+    check_lived_on(&before, &after, scene.vcpus, ROUNDS as u32);
+}
+
+#[test]
 fn a_state_that_does_not_load_lets_the_guest_go_on_at_the_source() {
     if !require::qemu_system() {
         return;

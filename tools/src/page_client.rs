@@ -27,11 +27,11 @@ use std::time::Duration;
 
 use afterimage::{
     Address, Checksums, Destination, DestinationMemory, DestinationOptions, DestinationOwnership,
-    DestinationRecord, DestinationStateFile, Endpoint, Listener, Plaintext,
+    DestinationRecord, DestinationStateFile, Endpoint, FirstConnection, Listener, Plaintext,
 };
 use clap::Parser;
 
-use crate::attachment::{Arrival, Offer};
+use crate::attachment::{Arrival, DrivenBy, Offer};
 use crate::control::{Control, Desk, DestinationControl, Identity, Phase};
 use crate::keeper::{Place, place_path};
 use crate::logging;
@@ -117,6 +117,7 @@ fn serve_at(
         return Ok(journal.close(Outcome::NotHere, None));
     };
     let runs = with.record.ownership == DestinationOwnership::Running;
+    let is_held = with.first_connection == FirstConnection::OnRecover;
     let bytes = memory.layout().bytes();
     if adapter.manner().hang_up == HangUp::IsTheEnd {
         // Who comes now would wait for an answer that nobody gives.
@@ -151,6 +152,7 @@ fn serve_at(
         journal,
         desk,
         file_server,
+        is_held,
     };
     let mut serving = Serving::new(session, served, place, state, runs);
     if let Some(socket) = socket {
@@ -376,16 +378,22 @@ fn prepare(
     with.checksums = if options.checksums { Checksums::On } else { Checksums::Off };
     with.plaintext = plaintext(options);
     with.record.incarnation = served.incarnation;
-    let Some(state) = state else { return Ok((served.attach()?, with)) };
-    if let Some(place) = place {
-        let set = served.set().map_err(Failure::of("describe the guest"))?;
-        // Said where it is looked at next.
-        let stored = place.store(set, &[], |line| tracing::warn!("{line}"));
-        stored.map_err(|why| Failure::new(format!("could not store the guest: {why}")))?;
+    if let Some(state) = state {
+        if let Some(place) = place {
+            let set = served.set().map_err(Failure::of("describe the guest"))?;
+            // Said where it is looked at next.
+            let stored = place.store(set, &[], |line| tracing::warn!("{line}"));
+            stored.map_err(|why| Failure::new(format!("could not store the guest: {why}")))?;
+        }
+        // Before anybody begins to serve the memory: what has begun has its record.
+        with.record = record_of(served, state, with.record)?;
+        with.ledger = state.ledger();
     }
-    // Before anybody begins to serve the memory: what has begun has its record.
-    with.record = record_of(served, state, with.record)?;
-    with.ledger = state.ledger();
+    let is_here = with.record.ownership != DestinationOwnership::Waiting;
+    if served.driven_by == DrivenBy::Driver && !is_here {
+        // The source may stop its guest for us, and nobody is there yet to restore it.
+        with.first_connection = FirstConnection::OnRecover;
+    }
     Ok((served.attach()?, with))
 }
 

@@ -43,6 +43,8 @@ pub(super) struct Session {
     pub(super) desk: Desk,
     /// The source, if it is in this process.
     pub(super) file_server: Option<FileServer>,
+    /// The destination was started paused: the source is connected to when a driver is there.
+    pub(super) is_held: bool,
 }
 
 /// Whether a guest that its VMM does not drive needs somebody who does.
@@ -76,6 +78,7 @@ pub(super) struct Serving {
     /// Grows with each connection of either.
     connections: u64,
     need: DriverNeed,
+    is_held: bool,
     /// Device state that nobody has said to have restored.
     state: Option<Vec<StateSection>>,
     runs: bool,
@@ -107,6 +110,7 @@ impl Serving {
             journal,
             desk,
             file_server,
+            is_held,
         } = session;
         let need = match &record {
             Some(record) if runs && farewell::was_started(record) => DriverNeed::Over,
@@ -130,6 +134,7 @@ impl Serving {
             adapter,
             connections: 0,
             need,
+            is_held,
             state: None,
             runs,
             has_all: false,
@@ -142,6 +147,14 @@ impl Serving {
 
     /// Serves to the end.
     pub(super) fn run(mut self) -> Result<Report, Failure> {
+        if self.is_held {
+            self.need = DriverNeed::Said;
+            let name = &self.served.name;
+            self.progress.say(&format!(
+                "waiting for the process that drives the guest {name:?}; the source is connected \
+                 to when it is there"
+            ));
+        }
         let outcome = self.until_the_end();
         let is_cared_for = match outcome {
             Ok(Outcome::Abandoned | Outcome::Failed | Outcome::NotHere) | Err(_) => self.has_all,
@@ -232,6 +245,17 @@ impl Serving {
         if self.is_driven() {
             let is_heard = self.driver.tell(word, &self.progress);
             self.expect_driver(word, is_heard);
+        }
+    }
+
+    /// A driver is there.
+    fn release(&mut self) {
+        if !std::mem::take(&mut self.is_held) {
+            return;
+        }
+        // An operator may have done it before.
+        if let Err(error) = self.destination.recover(None) {
+            tracing::info!(%error, "the source is connected to already");
         }
     }
 

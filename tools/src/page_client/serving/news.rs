@@ -130,6 +130,7 @@ impl Serving {
         if self.need == DriverNeed::Said {
             self.need = DriverNeed::Unsaid;
         }
+        self.release();
         self.driver.tell(&Word::Attached, &self.progress);
         self.tell_state();
         for word in self.said() {
