@@ -33,16 +33,6 @@ pub(super) enum Side {
     Destination,
 }
 
-impl Side {
-    /// What a QEMU on this side does with device state.
-    pub(super) const fn does(self) -> &'static str {
-        match self {
-            Self::Source => "save",
-            Self::Destination => "load",
-        }
-    }
-}
-
 impl Capabilities {
     /// Looks whether this QEMU has them.
     pub(super) fn probe(qmp: &mut Qmp, side: Side) -> Result<Self, Failure> {

@@ -68,7 +68,6 @@ pub(super) struct Machine {
     pub(super) qmp: Qmp,
     /// Of the process, if it listens at its monitor itself.
     pub(super) pid: Option<i32>,
-    pub(super) side: Side,
     pub(super) facts: Facts,
     pub(super) backends: Vec<Backend>,
     pub(super) capabilities: Capabilities,
@@ -105,7 +104,7 @@ impl Machine {
         let (facts, backends) = look(&mut qmp)?;
         let capabilities = Capabilities::probe(&mut qmp, side)?;
         let pid = pid.filter(|pid| *pid > 0);
-        let mut machine = Self { qmp, pid, side, facts, backends, capabilities };
+        let mut machine = Self { qmp, pid, facts, backends, capabilities };
         machine.check_memory()?;
         machine.check_devices()?;
         Ok(machine)

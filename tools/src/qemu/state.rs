@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use afterimage::StateSection;
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::machine::{Facts, Machine, Vcpus, is_active};
-use super::{Deadline, QmpError};
+use super::{Deadline, Event, QmpError};
 use crate::page_server::Failure;
 
 /// What QEMU calls the descriptor.
@@ -31,6 +31,11 @@ const STATE: (&str, u32) = ("qemu", 1);
 const MOST_BYTES: usize = 1 << 30;
 /// A pipe of this size, where the system allows it, so that fewer wake-ups fill the time.
 const PIPE_BYTES: i32 = 1 << 20;
+/// How long QEMU may take to find that only little is left to save while the guest runs. Then it
+/// is told to stop it.
+const CONVERGENCE: Duration = Duration::from_secs(1);
+/// How long it may take to stop its vCPUs, and to flush its disks.
+const STOP: Duration = Duration::from_secs(30);
 /// How long QEMU may take to go on saving.
 const SILENCE: Duration = Duration::from_secs(30);
 /// As fast as the machine can; QEMU has no word for that.
@@ -96,44 +101,121 @@ pub(super) fn prepare_to_save(machine: &mut Machine) -> Result<(), QmpError> {
     machine.qmp.execute("migrate-set-parameters", &limits).map(drop)
 }
 
-/// Saves the device state of a stopped guest.
-pub(super) fn save(machine: &mut Machine) -> Result<Vec<u8>, Failure> {
-    machine.qmp.forget_events();
-    let (read, write) = pipe().map_err(Failure::of("make a pipe for device state"))?;
-    let qmp = &mut machine.qmp;
-    qmp.execute_with("getfd", &json!({ "fdname": NAME }), write.as_fd())?;
-    drop(write);
-    qmp.execute("migrate", &json!({ "uri": format!("fd:{NAME}") }))?;
-    let bytes = read_all(File::from(read));
-    let bytes = bytes.map_err(Failure::of("take device state from the source's QEMU"))?;
-    loop {
-        match ended(machine, Deadline::after(SILENCE)) {
-            Ok(Some(())) => return Ok(bytes),
-            Ok(None) => {}
-            Err(error) => return Err(error),
+/// Device state that is being saved.
+///
+/// QEMU stops the guest itself, when nothing is left to do but to save what changes as long as
+/// it runs: what it prepares takes time that grows with its memory, and memory that is no
+/// guest RAM (a graphics card's) goes before the stop.
+pub(super) struct Saving {
+    reader: JoinHandle<io::Result<Vec<u8>>>,
+    is_complete: bool,
+}
+
+impl Saving {
+    /// Begins to. The guest runs on, and stops at any moment from now on.
+    pub(super) fn begin(machine: &mut Machine) -> Result<Self, Failure> {
+        machine.qmp.forget_events();
+        let (read, write) = pipe().map_err(Failure::of("make a pipe for device state"))?;
+        let qmp = &mut machine.qmp;
+        qmp.execute_with("getfd", &json!({ "fdname": NAME }), write.as_fd())?;
+        drop(write);
+        // It ends with QEMU's side of the pipe.
+        let reader = move || read_all(File::from(read));
+        let reader = thread::Builder::new().name("state".to_owned()).spawn(reader);
+        let reader = reader.map_err(Failure::of("start a thread"))?;
+        qmp.execute("migrate", &json!({ "uri": format!("fd:{NAME}") }))?;
+        Ok(Self { reader, is_complete: false })
+    }
+
+    /// Waits until a guest that ran stands still; when that was, by QEMU's clock.
+    pub(super) fn until_stopped(&mut self, machine: &mut Machine) -> Result<Duration, Failure> {
+        match self.stopped_by(machine, Deadline::after(CONVERGENCE)) {
+            // It writes to memory that goes with the device state faster than that goes.
+            Err(Unstopped::Late) => machine.qmp.execute("stop", &json!({})).map(drop)?,
+            other => return other.map_err(Failure::from),
+        }
+        self.stopped_by(machine, Deadline::after(STOP)).map_err(Failure::from)
+    }
+
+    fn stopped_by(
+        &mut self,
+        machine: &mut Machine,
+        deadline: Deadline,
+    ) -> Result<Duration, Unstopped> {
+        loop {
+            let event = machine.qmp.event("stop of the guest", deadline, |event| {
+                event.name == "STOP" || event.name == "MIGRATION"
+            })?;
+            // Somebody may have paused it just before.
+            if event.name == "STOP" || self.take(machine, &event)? {
+                return Ok(event.at);
+            }
+        }
+    }
+
+    /// Waits for all of it.
+    pub(super) fn finish(mut self, machine: &mut Machine) -> Result<Vec<u8>, Failure> {
+        while !self.is_complete {
+            let deadline = Deadline::after(SILENCE);
+            let event = machine
+                .qmp
+                .event("end of the migration", deadline, |event| event.name == "MIGRATION")?;
+            self.take(machine, &event)?;
+        }
+        let bytes = self.reader.join().expect("reading does not panic");
+        bytes.map_err(Failure::of("take device state from the source's QEMU"))
+    }
+
+    /// Whether this is the end.
+    fn take(&mut self, machine: &mut Machine, event: &Event) -> Result<bool, Failure> {
+        match event.data["status"].as_str() {
+            Some("completed") => self.is_complete = true,
+            Some("failed" | "cancelled") => {
+                // One that has ended because of it cannot be asked.
+                let why = machine.migration().ok();
+                let why = why.and_then(|it| it["error-desc"].as_str().map(str::to_owned));
+                return Err(Failure::new(format!(
+                    "{} could not save the device state: {}",
+                    machine.qmp.name(),
+                    why.unwrap_or_else(|| "it says why on its standard error".to_owned())
+                )));
+            }
+            _ => {}
+        }
+        Ok(self.is_complete)
+    }
+}
+
+/// Why a guest does not stand still.
+enum Unstopped {
+    Late,
+    Failed(Failure),
+}
+
+impl From<QmpError> for Unstopped {
+    fn from(error: QmpError) -> Self {
+        match error {
+            QmpError::Late { .. } => Self::Late,
+            error => Self::Failed(error.into()),
         }
     }
 }
 
-/// Whether QEMU has said that a migration is complete; `None` for something in between.
-fn ended(machine: &mut Machine, deadline: Deadline) -> Result<Option<()>, Failure> {
-    let is_news = |name: &str| name == "MIGRATION";
-    let qmp = &mut machine.qmp;
-    let event = qmp.event("end of the migration", deadline, |event| is_news(&event.name));
-    match event?.data["status"].as_str() {
-        Some("completed") => Ok(Some(())),
-        Some("failed" | "cancelled") => {
-            // One that has ended because of it cannot be asked.
-            let why = machine.migration().ok();
-            let why = why.and_then(|it| it["error-desc"].as_str().map(str::to_owned));
-            Err(Failure::new(format!(
-                "{} could not {} the device state: {}",
-                machine.qmp.name(),
-                machine.side.does(),
-                why.unwrap_or_else(|| "it says why on its standard error".to_owned())
-            )))
+impl From<Failure> for Unstopped {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<Unstopped> for Failure {
+    fn from(reason: Unstopped) -> Self {
+        match reason {
+            Unstopped::Late => Self::new(format!(
+                "the source's QEMU has not stopped its guest within {} s: a disk may not answer",
+                STOP.as_secs()
+            )),
+            Unstopped::Failed(failure) => failure,
         }
-        _ => Ok(None),
     }
 }
 

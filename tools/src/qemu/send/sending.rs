@@ -3,22 +3,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use afterimage::{Events, Source, SourceEvent};
-use serde_json::json;
-
 use super::Parts;
 use crate::demo::precopy::{Cause, Pass};
 use crate::page_server::Failure;
 use crate::qemu::companion::News;
-use crate::qemu::machine::{Machine, Vcpus};
+use crate::qemu::machine::Vcpus;
 use crate::qemu::past::Past;
 use crate::qemu::receive::{Ended, Heard};
 use crate::qemu::report::{Outcome, micros};
-use crate::qemu::state::{self, Description};
-use crate::qemu::{Deadline, QmpError, unix_now};
+use crate::qemu::state::{self, Description, Saving};
+use crate::qemu::unix_now;
+use afterimage::{Events, Source, SourceEvent};
 
-/// How long QEMU may take to stop its vCPUs, and to flush its disks.
-const STOP: Duration = Duration::from_secs(30);
 /// How long a destination that has everything, and may not know it, is waited for.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// Before a guest that could not be taken back is asked for again.
@@ -177,15 +173,18 @@ impl Sending {
         self.vcpus = machine.check_can_leave()?;
         state::prepare_to_save(machine)?;
         self.parts.record.note_stop(self.vcpus)?;
-        self.at = At::Stopped(Instant::now() + self.ready_within);
         let begun = Instant::now();
-        let stopped = stop(&mut self.parts.machine, self.vcpus)?;
-        self.stopped = Some(stopped);
+        self.at = At::Stopped(begun + self.ready_within);
+        let mut saving = Saving::begin(machine)?;
+        self.stopped = Some(match self.vcpus {
+            Vcpus::Run => saving.until_stopped(machine)?,
+            Vcpus::Stopped => unix_now(),
+        });
         self.parts.journal.times.stop_us = Some(micros(begun.elapsed()));
         self.source.stopped().map_err(Failure::of("say that the guest is stopped"))?;
-        let saving = Instant::now();
-        let bytes = state::save(&mut self.parts.machine)?;
-        self.parts.journal.times.save_us = Some(micros(saving.elapsed()));
+        let stopped = Instant::now();
+        let bytes = saving.finish(&mut self.parts.machine)?;
+        self.parts.journal.times.save_us = Some(micros(stopped.elapsed()));
         self.parts.journal.times.state_bytes = Some(bytes.len() as u64);
         let facts = self.parts.machine.facts.clone();
         let description = Description { facts, vcpus_before: self.vcpus };
@@ -361,14 +360,4 @@ impl Sending {
     pub(super) fn say(&self, line: &str) {
         self.parts.progress.say(line);
     }
-}
-
-fn stop(machine: &mut Machine, vcpus: Vcpus) -> Result<Duration, QmpError> {
-    machine.qmp.forget_events();
-    machine.qmp.execute("stop", &json!({}))?;
-    if vcpus == Vcpus::Stopped {
-        return Ok(unix_now());
-    }
-    let stopped = machine.qmp.event("STOP", Deadline::after(STOP), |event| event.name == "STOP");
-    Ok(stopped?.at)
 }
