@@ -71,6 +71,8 @@ pub(super) struct Machine {
     pub(super) facts: Facts,
     pub(super) backends: Vec<Backend>,
     pub(super) capabilities: Capabilities,
+    /// Bytes a second of its migrations, as they were before one of ours.
+    pub(super) bandwidth_before: Option<u64>,
 }
 
 impl Machine {
@@ -104,7 +106,7 @@ impl Machine {
         let (facts, backends) = look(&mut qmp)?;
         let capabilities = Capabilities::probe(&mut qmp, side)?;
         let pid = pid.filter(|pid| *pid > 0);
-        let mut machine = Self { qmp, pid, facts, backends, capabilities };
+        let mut machine = Self { qmp, pid, facts, backends, capabilities, bandwidth_before: None };
         machine.check_memory()?;
         machine.check_devices()?;
         Ok(machine)

@@ -11,7 +11,8 @@ use serde_json::json;
 
 use super::machine::{Facts, Machine, Taking, Vcpus};
 use super::options::DestinationOptions;
-use super::{Deadline, QmpError, state};
+use super::state::{self, Door};
+use super::{Deadline, QmpError};
 use crate::attachment::{AttachmentEvent, Driver};
 use crate::page_server::Failure;
 use crate::page_server::failure::chain;
@@ -74,13 +75,15 @@ pub(super) fn run(
     let driver =
         Driver::connect(attach, &options.guest).map_err(|error| Failure::new(chain(&error)))?;
     let vcpus = Vcpus::Run;
-    Receiving { machine, driver, taking, vcpus, observer }.until_the_end()
+    Receiving { machine, driver, taking, door: None, vcpus, observer }.until_the_end()
 }
 
 struct Receiving<'a> {
     machine: Machine,
     driver: Driver,
     taking: Taking,
+    /// Opened before the guest is stopped.
+    door: Option<Door>,
     /// What they were at the source when the guest was stopped.
     vcpus: Vcpus,
     observer: &'a mut dyn Observer,
@@ -95,6 +98,9 @@ impl Receiving<'_> {
             let Some(event) = self.driver.next(LOOK) else { continue };
             match event {
                 AttachmentEvent::Attached => {
+                    if self.taking == Taking::Waits {
+                        self.door = Some(Door::open(&mut self.machine)?);
+                    }
                     let facts = self.machine.facts.clone();
                     self.observer.hear(Heard::Armed(facts));
                 }
@@ -144,8 +150,9 @@ impl Receiving<'_> {
         }
         let begun = Instant::now();
         let mut ended = None;
+        let door = self.door.take().map_or_else(|| Door::open(&mut self.machine), Ok)?;
         let Self { machine, driver, observer, .. } = self;
-        let loaded = state::load(machine, bytes, &mut || {
+        let loaded = state::load(machine, door, bytes, &mut || {
             if observer.is_stopped()? {
                 ended = Some(Ended::Stopped);
             }

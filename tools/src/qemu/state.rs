@@ -97,7 +97,13 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Everything that can be done before the guest is stopped.
 pub(super) fn prepare_to_save(machine: &mut Machine) -> Result<(), QmpError> {
     machine.capabilities.switch_on(&mut machine.qmp)?;
-    let limits = json!({ "max-bandwidth": BANDWIDTH });
+    let parameters = machine.qmp.execute("query-migrate-parameters", &json!({}))?;
+    machine.bandwidth_before = parameters["max-bandwidth"].as_u64();
+    set_bandwidth(machine, BANDWIDTH)
+}
+
+fn set_bandwidth(machine: &mut Machine, limit: u64) -> Result<(), QmpError> {
+    let limits = json!({ "max-bandwidth": limit });
     machine.qmp.execute("migrate-set-parameters", &limits).map(drop)
 }
 
@@ -271,17 +277,22 @@ pub(super) fn undo_saving(machine: &mut Machine) -> Result<(), QmpError> {
             })?;
         }
     }
-    machine.capabilities.restore(&mut machine.qmp)
+    machine.capabilities.restore(&mut machine.qmp)?;
+    match machine.bandwidth_before.take() {
+        Some(before) => set_bandwidth(machine, before),
+        None => Ok(()),
+    }
 }
 
 /// Loads device state into a QEMU that waits for it. `look` is called again and again
 /// meanwhile, because QEMU may wait for pages of the guest, and ends it by an error.
 pub(super) fn load(
     machine: &mut Machine,
+    door: Door,
     bytes: Vec<u8>,
     look: &mut dyn FnMut() -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    begin_to_load(machine, bytes)?;
+    door.feed(machine, bytes)?;
     loop {
         look()?;
         let event = machine.qmp.event("end of the migration", Deadline::after(SLICE), |event| {
@@ -305,20 +316,29 @@ pub(super) fn load(
     }
 }
 
-fn begin_to_load(machine: &mut Machine, bytes: Vec<u8>) -> Result<(), Failure> {
-    machine.qmp.forget_events();
-    machine.capabilities.switch_on(&mut machine.qmp).map_err(not_loaded)?;
-    let (read, write) = pipe().map_err(Failure::of("make a pipe for device state"))?;
-    let qmp = &mut machine.qmp;
-    let named = json!({ "fdname": NAME });
-    qmp.execute_with("getfd", &named, read.as_fd()).map_err(not_loaded)?;
-    drop(read);
-    let from = json!({ "uri": format!("fd:{NAME}") });
-    qmp.execute("migrate-incoming", &from).map_err(not_loaded)?;
-    // QEMU reads at its own pace. If it ends, so does this; why, it says itself.
-    let writer = move || File::from(write).write_all(&bytes);
-    let writer = thread::Builder::new().name("state".to_owned()).spawn(writer);
-    writer.map(drop).map_err(Failure::of("start a thread"))
+/// Where a QEMU that waits for device state reads it.
+pub(super) struct Door(OwnedFd);
+
+impl Door {
+    /// Everything that can be done before there is any.
+    pub(super) fn open(machine: &mut Machine) -> Result<Self, Failure> {
+        machine.capabilities.switch_on(&mut machine.qmp).map_err(not_loaded)?;
+        let (read, write) = pipe().map_err(Failure::of("make a pipe for device state"))?;
+        let named = json!({ "fdname": NAME });
+        machine.qmp.execute_with("getfd", &named, read.as_fd()).map_err(not_loaded)?;
+        Ok(Self(write))
+    }
+
+    /// Lets QEMU begin.
+    fn feed(self, machine: &mut Machine, bytes: Vec<u8>) -> Result<(), Failure> {
+        // QEMU reads at its own pace. If it ends, so does this; why, it says itself.
+        let writer = move || File::from(self.0).write_all(&bytes);
+        let writer = thread::Builder::new().name("state".to_owned()).spawn(writer);
+        writer.map(drop).map_err(Failure::of("start a thread"))?;
+        machine.qmp.forget_events();
+        let from = json!({ "uri": format!("fd:{NAME}") });
+        machine.qmp.execute("migrate-incoming", &from).map(drop).map_err(not_loaded)
+    }
 }
 
 /// QEMU ends if it cannot load what it is given.
