@@ -132,9 +132,11 @@ fn a_driver_may_die_at_each_step_and_another_goes_on() {
         driver.kill().unwrap();
         driver.wait().unwrap();
     }
-    // Whether the one before has started the guest, nobody but this one can see.
+    // Whether the one before has started the guest, nobody but this one can see; and whether it
+    // was to, the state may say.
     let driver = Driver::connect(&host.attach_path(), "guest").unwrap();
-    expect(&driver, &[AttachmentEvent::Attached, AttachmentEvent::Run]);
+    expect(&driver, &[AttachmentEvent::Attached, AttachmentEvent::State(state())]);
+    expect(&driver, &[AttachmentEvent::Run]);
     runs_to_the_end(&origin, vmm);
     expect(&driver, &[AttachmentEvent::AllArrived, AttachmentEvent::Finished]);
     assert_eq!(client.end().0, 0);

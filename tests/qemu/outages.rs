@@ -2,7 +2,7 @@
 //! page-client, and afterimage-qemu itself, killed in the middle of the move.
 
 use afterimage_tools::require;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Backing, Daemon, GUEST, KEEPER, Network, Qemu, Scene, Side, check_lived_on};
 
@@ -132,6 +132,36 @@ fn afterimage_qemu_killed_in_the_middle_goes_on_where_it_was() {
     moving.receive.kill();
     moving.receive = moving.scene.receive();
     moving.finish();
+}
+
+#[test]
+fn a_guest_that_was_paused_stays_so_though_receive_is_killed_when_it_is_there() {
+    if !require::qemu_system() {
+        return;
+    }
+    let scene = Scene::new(1, Backing::File);
+    let network = Network::to(scene.path("pages"));
+    let mut source = Qemu::start(&scene, Side::Source);
+    source.serial.wait_rounds(1, ROUNDS);
+    source.qmp.execute("stop", &json!({})).unwrap();
+    let client = scene.client(&["--connect", &network.address]);
+    let mut destination = Qemu::start(&scene, Side::Destination);
+    let mut receive = scene.receive();
+    receive.line("waiting for the guest");
+    let send = send(&scene);
+    receive.line("paused as it was");
+    receive.kill();
+    let mut receive = scene.receive();
+    receive.line("this side's");
+    assert!(receive.line("the guest ").contains("paused as it was"));
+    for daemon in [send, receive, client] {
+        let (status, _, lines) = daemon.end();
+        assert_eq!(status, 0, "{lines:#?}");
+    }
+    assert_eq!(destination.status(), "paused");
+    destination.qmp.execute("cont", &json!({})).unwrap();
+    destination.serial.wait_rounds(1, ROUNDS);
+    check_lived_on(&source.last_words(), &destination.last_words(), 1, ROUNDS as u32);
 }
 
 #[test]
