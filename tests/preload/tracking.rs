@@ -1,11 +1,14 @@
 //! What a VMM writes is found out by whoever connects, and by one at a time.
 
 use std::collections::BTreeSet;
-use std::os::unix::net::UnixStream;
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::thread;
 use std::time::Instant;
 
 use afterimage::dirty::DirtyTracker;
+use afterimage_tools::attachment::{self, Arrival};
 use afterimage_tools::require;
 use afterimage_tools::tracking::{TrackingError, VmmTracker};
 
@@ -206,6 +209,50 @@ fn a_guest_that_has_arrived_can_be_tracked_when_it_leaves_again() {
     does(&mut vmm, &["write m 5"]);
     assert_eq!(written(&mut tracker), [5]);
     assert_eq!(vmm.end().0, 0);
+}
+
+/// Says something as page-client does.
+fn say(mut socket: &UnixStream, word: &str) {
+    let text = format!("{{\"say\":\"{word}\",\"reason\":\"{word}\"}}");
+    let bytes = [&(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
+    socket.write_all(&bytes).unwrap();
+}
+
+#[test]
+fn memory_that_is_tracked_stays_where_it_is_when_its_arrival_is_said_again() {
+    if !require::userfaultfd() || !is_possible() {
+        return;
+    }
+    let scene = Scene::new();
+    // As a page-client whose successor does not know what was heard.
+    let listener = UnixListener::bind(scene.path("attach")).unwrap();
+    let client = thread::spawn(move || {
+        let arrival = attachment::receive(listener.accept().unwrap().0).unwrap();
+        let Arrival::Offer(offer) = arrival else { panic!("{arrival:?}") };
+        say(&offer.socket, "attached");
+        say(&offer.socket, "all_arrived");
+        offer.socket
+    });
+    let mut vmm = scene.vmm_with("memfd:ram", |command| {
+        command.env("AFTERIMAGE_TRACKING", format!("unix:{}", scene.path("tracking")));
+    });
+    maps(&mut vmm);
+    let client = client.join().unwrap();
+    let until = Instant::now() + LIMIT;
+    let tracker = loop {
+        match VmmTracker::connect(&path(&scene)) {
+            Ok(tracker) => break tracker,
+            Err(error) => assert!(Instant::now() < until, "{error}"),
+        }
+    };
+    say(&client, "all_arrived");
+    say(&client, "failed");
+    vmm.complaint("page-client says: failed");
+    assert_eq!(vmm.ask("move m"), format!("errno {}", libc::EBUSY));
+    drop(tracker);
+    let (status, _, complaints) = vmm.end();
+    let is_wrong = |line: &String| line.contains("could not listen");
+    assert!(status == 0 && !complaints.iter().any(is_wrong), "{complaints:#?}");
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! What goes wrong before the guest is given away lets it go on at the source.
 
+use std::time::Instant;
+
 use afterimage_tools::require;
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::{Backing, Daemon, Network, Qemu, Scene, Side, check_lived_on};
+use crate::support::{Backing, Daemon, LIMIT, Network, Qemu, Scene, Side, check_lived_on};
 
 const ROUNDS: usize = 3;
 
@@ -126,6 +128,56 @@ fn private_memory_is_refused_before_anything_is_stopped() {
     }
     assert_eq!(source.status(), "running");
     check_lived_on(&source.last_words(), &[], scene.vcpus, 0);
+}
+
+/// Does something to the source's guest while `send` waits for a destination, has `send` stopped,
+/// and gives the state of the guest, and of a migration by QEMU itself, after that.
+fn left_after(act: impl Fn(&mut Qemu)) -> [String; 2] {
+    let scene = Scene::new(1, Backing::File);
+    let mut source = Qemu::start(&scene, Side::Source);
+    source.serial.wait_rounds(scene.vcpus, ROUNDS);
+    let mut send = scene.send(&[]);
+    send.line("waiting for the destination");
+    act(&mut source);
+    send.signal(Signal::SIGTERM);
+    let (status, report, lines) = send.report();
+    assert_eq!((status, &report["outcome"]), (3, &Value::from("not_moved")), "{lines:#?}");
+    [source.status(), migration_of(&mut source)]
+}
+
+fn migration_of(qemu: &mut Qemu) -> String {
+    let answer = qemu.qmp.execute("query-migrate", &json!({})).unwrap();
+    answer["status"].as_str().unwrap_or("none").to_owned()
+}
+
+/// Has QEMU migrate by itself, to nowhere.
+fn migrate_by_itself(qemu: &mut Qemu) {
+    qemu.qmp.execute("migrate", &json!({"uri": "exec:cat > /dev/null"})).unwrap();
+}
+
+#[test]
+fn what_others_do_to_a_guest_that_was_not_stopped_yet_is_left_as_it_is() {
+    if !require::qemu_system() {
+        return;
+    }
+    let pause = |source: &mut Qemu| drop(source.qmp.execute("stop", &json!({})).unwrap());
+    assert_eq!(left_after(pause), ["paused", "none"]);
+    // It is elsewhere now, and must not run here too.
+    let left = left_after(|source| {
+        pause(source);
+        migrate_by_itself(source);
+        let until = Instant::now() + LIMIT;
+        while source.status() != "postmigrate" {
+            assert!(Instant::now() < until, "QEMU migrates its guest");
+        }
+    });
+    assert_eq!(left, ["postmigrate", "completed"]);
+    let left = left_after(|source| {
+        let slow = json!({"max-bandwidth": 10_000});
+        source.qmp.execute("migrate-set-parameters", &slow).unwrap();
+        migrate_by_itself(source);
+    });
+    assert_eq!(left, ["running", "active"]);
 }
 
 /// Both sides are there, the destination's QEMU stands still, and the device state has reached

@@ -2,9 +2,11 @@
 //! page-client, and afterimage-qemu itself, killed in the middle of the move.
 
 use afterimage_tools::require;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::{Backing, Daemon, GUEST, KEEPER, Network, Qemu, Scene, Side, check_lived_on};
+use crate::support::{
+    Backing, Daemon, GUEST, KEEPER, Network, Qemu, SERVER, Scene, Side, check_lived_on,
+};
 
 const ROUNDS: usize = 3;
 /// Where `send` is killed, and whether it has given the guest away then.
@@ -13,8 +15,10 @@ const DEATHS: [(&str, Gone); 5] = [
     ("source:Persist+Given", Gone::No),
     ("source:Send(Go", Gone::Yes),
     ("source:Acknowledge#20", Gone::Yes),
-    ("source:Persist+Finished", Gone::Yes),
+    (NEARLY_OVER, Gone::Yes),
 ];
+/// Before the source knows that the destination has everything.
+const NEARLY_OVER: &str = "source:Persist+Finished";
 /// Slow enough for something to happen in the middle.
 const SLOW: &str = "25M";
 
@@ -132,6 +136,70 @@ fn afterimage_qemu_killed_in_the_middle_goes_on_where_it_was() {
     moving.receive.kill();
     moving.receive = moving.scene.receive();
     moving.finish();
+}
+
+#[test]
+fn a_guest_that_was_paused_stays_so_though_receive_is_killed_when_it_is_there() {
+    if !require::qemu_system() {
+        return;
+    }
+    let scene = Scene::new(1, Backing::File);
+    let network = Network::to(scene.path("pages"));
+    let mut source = Qemu::start(&scene, Side::Source);
+    source.serial.wait_rounds(1, ROUNDS);
+    source.qmp.execute("stop", &json!({})).unwrap();
+    let client = scene.client(&["--connect", &network.address]);
+    let mut destination = Qemu::start(&scene, Side::Destination);
+    let mut receive = scene.receive();
+    receive.line("waiting for the guest");
+    let send = send(&scene);
+    receive.line("paused as it was");
+    receive.kill();
+    let mut receive = scene.receive();
+    receive.line("this side's");
+    assert!(receive.line("the guest ").contains("paused as it was"));
+    for daemon in [send, receive, client] {
+        let (status, _, lines) = daemon.end();
+        assert_eq!(status, 0, "{lines:#?}");
+    }
+    assert_eq!(destination.status(), "paused");
+    destination.qmp.execute("cont", &json!({})).unwrap();
+    destination.serial.wait_rounds(1, ROUNDS);
+    check_lived_on(&source.last_words(), &destination.last_words(), 1, ROUNDS as u32);
+}
+
+#[test]
+fn a_guest_whose_destination_was_fenced_and_lives_is_stopped_there() {
+    if !require::qemu_system() {
+        return;
+    }
+    let scene = Scene::new(1, Backing::File);
+    let mut source = Qemu::start(&scene, Side::Source);
+    source.serial.wait_rounds(1, ROUNDS);
+    let client = scene.client(&["--connect", &scene.unix("pages")]);
+    let mut destination = Qemu::start(&scene, Side::Destination);
+    let mut receive = scene.receive();
+    receive.line("waiting for the guest");
+    let state = scene.path("state").display().to_string();
+    assert!(scene.send_until(Some(NEARLY_OVER), &["--state", &state]).is_killed());
+    receive.line("every page is in place");
+    assert_eq!(destination.status(), "running");
+
+    let (status, _, lines) = Daemon::start(SERVER, &["--fence", "--state", &state]).end();
+    assert_eq!(status, 0, "{lines:#?}");
+    let (pages, memory) = (scene.unix("pages"), scene.path("source.memory").display().to_string());
+    let more = ["--state", &state, "--listen", &pages, "--memory", &memory];
+    let server = Daemon::start(SERVER, &more);
+    let (status, _, lines) = receive.end();
+    assert_eq!(status, 3, "{lines:#?}");
+    assert!(lines.iter().any(|line| line.contains("it was stopped")), "{lines:#?}");
+    assert_eq!(destination.status(), "paused");
+    // As of the switchover. QEMU there has the disk until it ends.
+    destination.daemon.kill();
+    source.qmp.execute("cont", &json!({})).unwrap();
+    source.serial.wait_rounds(1, ROUNDS);
+    check_lived_on(&source.last_words(), &[], 1, 0);
+    drop((server, client));
 }
 
 #[test]

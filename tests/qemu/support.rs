@@ -24,6 +24,7 @@ use crate::boot;
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
 pub(crate) const DRIVER: &str = env!("CARGO_BIN_EXE_afterimage-qemu");
 pub(crate) const CLIENT: &str = env!("CARGO_BIN_EXE_page-client");
+pub(crate) const SERVER: &str = env!("CARGO_BIN_EXE_page-server");
 pub(crate) const KEEPER: &str = env!("CARGO_BIN_EXE_afterimage-keeper");
 /// What the guest is called.
 pub(crate) const GUEST: &str = "vm7";

@@ -107,7 +107,10 @@ pub(crate) fn may_move(call: &MoveCall) -> Result<(), c_int> {
 /// Every page is in place: the kernel answers all faults by itself from here on.
 pub(crate) fn all_arrived() {
     let mut memory = lock();
-    IS_COMPLETE.store(true, Ordering::Release);
+    // A successor of page-client says it again, and somebody may track the memory by now.
+    if IS_COMPLETE.swap(true, Ordering::AcqRel) {
+        return;
+    }
     pinned::clear();
     // Whoever has served it has unregistered it, and woken everybody.
     memory.uffd = None;

@@ -79,7 +79,8 @@ pub(super) struct Serving {
     connections: u64,
     need: DriverNeed,
     is_held: bool,
-    /// Device state that nobody has said to have restored.
+    /// Device state. A VMM needs it until its guest runs; a driver, as long as one may come: it
+    /// says what the one before has restored.
     state: Option<Vec<StateSection>>,
     runs: bool,
     has_all: bool,
@@ -309,7 +310,10 @@ impl Serving {
                     Restoring::IsNotOurs => "missing pages are brought from here on",
                 };
                 self.note("run", line);
-                (self.runs, self.state) = (true, None);
+                self.runs = true;
+                if !self.is_driven() {
+                    self.state = None;
+                }
                 self.tell(&Word::Run);
             }
             DestinationEvent::AllArrived => {

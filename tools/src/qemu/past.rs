@@ -81,11 +81,7 @@ impl Record {
         else {
             return Past::Open;
         };
-        let before = match file.noted(STOPPED).as_deref() {
-            None => None,
-            Some(PAUSED) => Some(Vcpus::Stopped),
-            Some(_) => Some(Vcpus::Run),
-        };
+        let before = self.before();
         match record.ownership {
             SourceOwnership::Owner => before.map_or(Past::Open, Past::Interrupted),
             SourceOwnership::Given => Past::Given,
@@ -96,6 +92,14 @@ impl Record {
                 Some(before) if file.noted(RESUMED).is_none() => Past::TakenBack(before),
                 _ => Past::Over,
             },
+        }
+    }
+
+    /// What the vCPUs were before the guest was stopped for this session, if it was.
+    pub(super) fn before(&self) -> Option<Vcpus> {
+        match self.0.as_ref()?.noted(STOPPED)?.as_str() {
+            PAUSED => Some(Vcpus::Stopped),
+            _ => Some(Vcpus::Run),
         }
     }
 

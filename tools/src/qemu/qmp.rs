@@ -1,7 +1,8 @@
 //! QEMU's machine protocol (QMP, `docs/interop/qmp-spec` of QEMU): commands and events.
 //!
 //! Invariant: no event is lost. What comes while a command is being answered is kept for
-//! whoever waits for it, with the time at which QEMU says that it happened.
+//! whoever waits for it, with the time at which QEMU says that it happened. No answer is taken for
+//! that to another command, though QEMU may answer when nobody waits any more.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -28,6 +29,8 @@ pub struct Event {
 pub struct Qmp {
     lines: Lines,
     events: VecDeque<Event>,
+    /// The number of the last command.
+    asked: u64,
     /// As QEMU introduces itself.
     pub version: String,
 }
@@ -46,7 +49,7 @@ impl Qmp {
         let version =
             format!("{}.{}.{} {package}", number("major"), number("minor"), number("micro"));
         let version = version.trim().to_owned();
-        let mut qmp = Self { lines, events: VecDeque::new(), version };
+        let mut qmp = Self { lines, events: VecDeque::new(), asked: 0, version };
         qmp.execute("qmp_capabilities", &json!({}))?;
         Ok(qmp)
     }
@@ -56,8 +59,8 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`], also where QEMU refuses it.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
-        let message = json!({ "execute": command, "arguments": arguments });
-        self.lines.send(&message.to_string())?;
+        let message = self.message_of(command, arguments);
+        self.lines.send(&message)?;
         self.answer(command)
     }
 
@@ -71,15 +74,23 @@ impl Qmp {
         arguments: &Value,
         file: BorrowedFd<'_>,
     ) -> Result<Value, QmpError> {
-        let message = json!({ "execute": command, "arguments": arguments });
-        self.lines.send_with(&message.to_string(), file)?;
+        let message = self.message_of(command, arguments);
+        self.lines.send_with(&message, file)?;
         self.answer(command)
+    }
+
+    fn message_of(&mut self, command: &str, arguments: &Value) -> String {
+        self.asked += 1;
+        json!({ "execute": command, "arguments": arguments, "id": self.asked }).to_string()
     }
 
     fn answer(&mut self, command: &str) -> Result<Value, QmpError> {
         let deadline = soon();
         loop {
             let mut message = self.message(&format!("answer to {command}"), deadline)?;
+            if message.get("id").is_some_and(|id| *id != self.asked) {
+                continue;
+            }
             if let Some(answer) = message.get_mut("return") {
                 return Ok(answer.take());
             }
@@ -182,6 +193,16 @@ mod tests {
         assert_eq!(qmp.execute("count", &json!({})).unwrap(), 3);
         let stop = qmp.event("STOP", soon(), |event| event.name == "STOP").unwrap();
         assert_eq!(stop.at, Duration::from_micros(7_000_005));
+    }
+
+    #[test]
+    fn an_answer_that_comes_too_late_is_of_no_other_command() {
+        let (lines, mut other) = pair();
+        writeln!(other, "{GREETING}\n{{\"return\":{{}},\"id\":1}}").unwrap();
+        let mut qmp = Qmp::greet(lines, soon()).unwrap();
+        // Nobody waits any more for the first.
+        writeln!(other, "{{\"return\":4,\"id\":1}}\n{{\"return\":3,\"id\":2}}").unwrap();
+        assert_eq!(qmp.execute("count", &json!({})).unwrap(), 3);
     }
 
     #[test]

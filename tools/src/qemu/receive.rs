@@ -1,8 +1,9 @@
 //! The destination's side: device state goes into the QEMU that waits for it, and the guest runs
 //! when page-client says that this is on record.
 //!
-//! Invariant: `cont` is said only after page-client has said `run`. All that has to be remembered
-//! is remembered there and in QEMU, so this process may be killed and started again at any moment.
+//! Invariant: `cont` is said only after page-client has said `run`, and `stop` as soon as it says
+//! that the guest must not run here any more. All that has to be remembered is remembered there and
+//! in QEMU, so this process may be killed and started again at any moment.
 
 use std::time::{Duration, Instant};
 
@@ -112,7 +113,10 @@ impl Receiving<'_> {
                 AttachmentEvent::Run => self.resume()?,
                 AttachmentEvent::AllArrived => self.observer.hear(Heard::AllArrived),
                 AttachmentEvent::Finished => return Ok(Ended::Finished),
-                AttachmentEvent::NotHere(reason) => return Ok(Ended::NotHere(reason)),
+                AttachmentEvent::NotHere(reason) => {
+                    self.stop();
+                    return Ok(Ended::NotHere(reason));
+                }
                 AttachmentEvent::Refused(reason) => return Err(Failure::new(reason)),
                 AttachmentEvent::Lost => {
                     let line = "page-client is gone; whoever touches a missing page waits for \
@@ -190,6 +194,24 @@ impl Receiving<'_> {
         self.taking = Taking::Runs;
         self.observer.hear(Heard::Resumed(Some(at)));
         Ok(())
+    }
+
+    /// Stops a guest that runs here and must not any more: its source may run it already.
+    fn stop(&mut self) {
+        let is_running = self.machine.status().map(|status| status == "running");
+        let stopped = match is_running {
+            Ok(false) | Err(QmpError::Ended { .. }) => return,
+            Ok(true) => self.machine.qmp.execute("stop", &json!({})).map(drop),
+            Err(error) => Err(error),
+        };
+        self.observer.hear(Heard::Line(match stopped {
+            Ok(()) => "the guest ran here until now, and must not: it was stopped".to_owned(),
+            Err(error) => format!(
+                "the guest must not run here any more, and whether it stands still is not known \
+                 ({}): end this QEMU at once, or it may run twice",
+                Failure::from(error)
+            ),
+        }));
     }
 
     fn cont(&mut self) -> Result<Duration, QmpError> {

@@ -14,7 +14,7 @@ use afterimage::{
 };
 
 use super::companion::Companion;
-use super::machine::{Machine, Vcpus};
+use super::machine::Machine;
 use super::options::SourceOptions;
 use super::past::{Past, Record};
 use super::report::{Journal, Report};
@@ -43,16 +43,16 @@ pub(super) struct Parts {
 /// Gives the guest away, or goes on with that.
 pub(super) fn run(options: &SourceOptions, mut parts: Parts) -> Result<Report, Failure> {
     let past = parts.record.past();
-    let vcpus = match past {
-        Past::Open | Past::Over => parts.machine.check_can_leave()?,
-        Past::TakenBack(vcpus) => return Ok(resume_only(parts, vcpus)),
-        Past::Interrupted(vcpus) => vcpus,
-        Past::Given | Past::Complete => {
-            check_stands_still(&mut parts.machine)?;
-            Vcpus::Run
+    match past {
+        Past::Open | Past::Over => {
+            parts.machine.check_can_leave()?;
         }
+        Past::TakenBack(vcpus) => return Ok(resume_only(parts, vcpus)),
+        Past::Interrupted(_) => {}
+        Past::Given | Past::Complete => check_stands_still(&mut parts.machine)?,
         Past::Finished | Past::Fenced => return Ok(over(parts, past, options)),
-    };
+    }
+    let before = if past == Past::Over { None } else { parts.record.before() };
     let memory = memory_of(options, &parts.machine)?;
     let pages = memory.layout().page_count();
     let bytes = memory.layout().bytes();
@@ -80,7 +80,7 @@ pub(super) fn run(options: &SourceOptions, mut parts: Parts) -> Result<Report, F
         ready_within: options.ready_within,
         pages,
         at: At::Here,
-        vcpus,
+        before,
         due,
         is_attached: false,
         stopped: None,

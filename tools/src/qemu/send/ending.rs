@@ -26,7 +26,16 @@ impl Sending {
     pub(super) fn resume(&mut self) -> Outcome {
         let reason = self.reason.take();
         let reason = reason.unwrap_or_else(|| Failure::new("taken back at the control socket"));
-        let outcome = resume(&mut self.parts, self.vcpus, reason.to_string().as_str());
+        let outcome = match self.before {
+            Some(before) => resume(&mut self.parts, before, &reason.to_string()),
+            // Others may have stopped it meanwhile, or moved it: it is not for this side to run.
+            None => {
+                self.say(&format!(
+                    "the guest was not moved, and nothing was done to it here: {reason}"
+                ));
+                Outcome::NotMoved
+            }
+        };
         self.reason = Some(reason);
         outcome
     }

@@ -57,8 +57,8 @@ pub(super) struct Sending {
     pub(super) ready_within: Duration,
     pub(super) pages: u64,
     pub(super) at: At,
-    /// What they were when the guest was stopped, or are.
-    pub(super) vcpus: Vcpus,
+    /// What the vCPUs were before this side began to stop them; `None` as long as it has not.
+    pub(super) before: Option<Vcpus>,
     pub(super) due: Due,
     pub(super) is_attached: bool,
     /// The destination's side has checked all it can; told by a companion alone.
@@ -170,13 +170,14 @@ impl Sending {
     fn stop_and_save(&mut self) -> Result<(), Failure> {
         let machine = &mut self.parts.machine;
         // It may have been paused, or ended, since it was looked at.
-        self.vcpus = machine.check_can_leave()?;
+        let before = machine.check_can_leave()?;
+        self.before = Some(before);
         state::prepare_to_save(machine)?;
-        self.parts.record.note_stop(self.vcpus)?;
+        self.parts.record.note_stop(before)?;
         let begun = Instant::now();
         self.at = At::Stopped(begun + self.ready_within);
         let mut saving = Saving::begin(machine)?;
-        self.stopped = Some(match self.vcpus {
+        self.stopped = Some(match before {
             Vcpus::Run => saving.until_stopped(machine)?,
             Vcpus::Stopped => unix_now(),
         });
@@ -187,7 +188,7 @@ impl Sending {
         self.parts.journal.times.save_us = Some(micros(stopped.elapsed()));
         self.parts.journal.times.state_bytes = Some(bytes.len() as u64);
         let facts = self.parts.machine.facts.clone();
-        let description = Description { facts, vcpus_before: self.vcpus };
+        let description = Description { facts, vcpus_before: before };
         let sections = state::pack(&description, bytes);
         self.parts.record.keep_state(&sections)?;
         self.source.switch_over(sections).map_err(Failure::of("switch over"))
