@@ -186,3 +186,24 @@ fn a_guest_that_may_run_is_not_ended_but_the_call_fails() {
     }
     assert_eq!(vmm.end().0, 0);
 }
+
+#[test]
+fn memory_that_is_mapped_elsewhere_when_it_was_handed_over_is_refused() {
+    if !require::userfaultfd() {
+        return;
+    }
+    let mut scene = Scene::new();
+    scene.serve(&[16], &["--bandwidth", "on-request"]);
+    scene.open_client();
+    let mut vmm = scene.vmm("memfd:ram");
+    assert_eq!([vmm.ask(OPEN), vmm.ask(MAP)], ["ok", "ok"]);
+    let _driving = scene.drive();
+    // Something else takes the place of what is unmapped.
+    for line in ["check m 0 0 4", "unmap m", "memfd x x 65536", "map x x 0 65536 shared"] {
+        assert_eq!(vmm.ask(line), "ok", "{line}");
+    }
+    // Nobody would bring the missing pages there.
+    assert_eq!(vmm.ask(MAP), format!("errno {}", libc::EBUSY));
+    vmm.complaint("when it was handed over");
+    assert_eq!(vmm.end().0, 0);
+}

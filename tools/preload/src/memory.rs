@@ -205,13 +205,18 @@ impl Memory {
             self.uffd()?.check(pages).map_err(Why::Uffd)?;
         }
         while let Some(there) = self.table.overlapping(&piece) {
-            if is_in_place(&piece, &there) && call.flags & libc::MAP_FIXED != 0 {
+            let is_fixed = call.flags & (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE) != 0;
+            if is_in_place(&piece, &there) && is_fixed {
                 return Ok(if is_served { Admitted::InPlace(piece) } else { Admitted::Other });
             }
             if maps::is_there(&there).map_err(|error| Why::Maps { error })? {
                 let at = there.address;
                 // Where it is tracked is looked for second mappings when that begins.
                 return if is_served { Err(Why::Again { at }) } else { Ok(Admitted::Other) };
+            }
+            if is_served && MAY_RUN.load(Ordering::Acquire) {
+                // Whoever brings its pages knows this address.
+                return Err(Why::Elsewhere { at: there.address });
             }
             self.table.forget(&there);
         }

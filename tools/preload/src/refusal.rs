@@ -72,6 +72,7 @@ pub(crate) enum Why {
     BeyondTheEnd { end: u64, size: u64 },
     NotFresh { bytes: u64 },
     Again { at: u64 },
+    Elsewhere { at: u64 },
     MoreOfThatName,
     NamedTwice,
     TooMuch { most: usize },
@@ -122,6 +123,11 @@ impl fmt::Display for Refusal {
                 f,
                 "is mapped at {at:#x} already; pages that have not arrived would read as zeros \
                  in a second place: map it when all have arrived"
+            ),
+            Why::Elsewhere { at } => write!(
+                f,
+                "was mapped at {at:#x} when it was handed over, and its pages come there: map it \
+                 there (MAP_FIXED), or when all have arrived"
             ),
             Why::MoreOfThatName => f.write_str(
                 "is what more memory is called than AFTERIMAGE_MEMORY names: name it there once \
