@@ -14,7 +14,11 @@ const PEER_PIDFD: i32 = 77;
 /// The process that has connected a Unix socket: its id, and a descriptor of it.
 pub(crate) fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, OwnedFd)> {
     let pid = getsockopt(&socket, sockopt::PeerCredentials)?.pid();
-    let descriptor = peer_descriptor(socket).or_else(|_| open(pid))?;
+    let descriptor = match peer_descriptor(socket) {
+        // An older kernel. Otherwise the number may be another's by now.
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => open(pid)?,
+        other => other?,
+    };
     Ok((pid, descriptor))
 }
 
