@@ -16,7 +16,8 @@ const STEPS: &[(&[&str], bool)] = &[
     (&["hand-over", "roam 5 100"], true),
 ];
 
-fn at_each_step(slow: &[&str], ends: impl Fn(&mut Vm)) {
+/// `end` is that of the handler of a VM that was taken.
+fn at_each_step(slow: &[&str], end: (i32, &str), ends: impl Fn(&mut Vm)) {
     for (steps, is_taken) in STEPS {
         let snapshot = Snapshot::new(Kind::Private, &[12 * MIB, 4 * MIB]);
         let mut handler = snapshot.local_handler("uffd", slow);
@@ -34,13 +35,17 @@ fn at_each_step(slow: &[&str], ends: impl Fn(&mut Vm)) {
             next.does("check 0 100");
             next.kill();
         }
-        ended(handler, 0, "vm_ended");
+        let (status, outcome) = if *is_taken { end } else { (0, "vm_ended") };
+        ended(handler, status, outcome);
+        if outcome == "failed" {
+            assert_eq!(vm.end().signal(), Some(Signal::SIGKILL as i32));
+        }
     }
 }
 
 #[test]
 fn a_vm_may_be_killed_at_each_step() {
-    at_each_step(&["--bandwidth", "1M"], |vm| {
+    at_each_step(&["--bandwidth", "1M"], (0, "vm_ended"), |vm| {
         vm.child.kill().unwrap();
         vm.child.wait().unwrap();
     });
@@ -57,8 +62,8 @@ fn a_vm_that_is_killed_at_once_is_no_failure() {
 }
 
 #[test]
-fn a_vm_may_close_the_connection_at_each_step() {
-    at_each_step(&["--bandwidth", "on-request"], |vm| vm.does("hang-up"));
+fn a_vm_that_closes_the_connection_and_lives_is_killed_if_pages_are_missing() {
+    at_each_step(&["--bandwidth", "on-request"], (1, "failed"), |vm| vm.does("hang-up"));
 }
 
 #[test]

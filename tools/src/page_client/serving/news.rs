@@ -86,10 +86,10 @@ impl Serving {
         if self.has_all || processes::has_ended(self.served.vmm.as_fd(), DEATH_SHOWS) {
             return self.died("the VM has ended");
         }
-        self.died(
-            "the VM has hung up, which it does only when it ends, and lives: whoever touches a \
-             missing page there waits for ever",
-        )
+        let line = "the VM has hung up, which it does only when it ends, and lives";
+        self.note("failed", line);
+        self.journal.failed(line);
+        Outcome::Failed
     }
 
     fn refuse(&self, socket: &UnixStream, name: &str) {
