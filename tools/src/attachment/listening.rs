@@ -303,6 +303,10 @@ impl Listening {
         }
         socket.set_read_timeout(None).map_err(wrap())?;
         let mut shared = lock(&self.shared);
+        // Nobody would hear what comes, and page-client would take it for heard.
+        if shared.is_dropped {
+            return Err(wrap()(io::ErrorKind::NotConnected.into()));
+        }
         if shared.is_ready {
             framing::send(&socket, &Word::Ready).map_err(wrap())?;
         }

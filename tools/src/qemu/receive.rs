@@ -160,8 +160,11 @@ impl Receiving<'_> {
             if observer.is_stopped()? {
                 ended = Some(Ended::Stopped);
             }
-            if let Some(AttachmentEvent::NotHere(reason)) = driver.next(Duration::ZERO) {
-                ended = Some(Ended::NotHere(reason));
+            match driver.next(Duration::ZERO) {
+                Some(AttachmentEvent::NotHere(reason)) => ended = Some(Ended::NotHere(reason)),
+                // Another process drives it now: nothing follows.
+                Some(AttachmentEvent::Refused(reason)) => return Err(Failure::new(reason)),
+                _ => {}
             }
             if ended.is_some() { Err(Failure::new("it was given up")) } else { Ok(()) }
         });
