@@ -1,7 +1,7 @@
 //! The guest's workload: dirties random pages for ever, checks all that it reads, and
 //! notes by the guest's own clock how long each touch took.
 //!
-//! One file without dependencies, built by `benches/qemu/get` into the guest's initrd.
+//! One file without dependencies, built by `tests/qemu/guest/get` into the guest's initrd.
 //! It speaks over the serial port named by its first argument, one line each way:
 //!
 //! | from the driver | to the driver |
