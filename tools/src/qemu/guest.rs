@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use super::{Deadline, Lines, QmpError, unix_now};
 
 /// What the workload of `tests/qemu/guest` speaks.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Boot and filling, emulated, on a machine that may be busy.
 const FILLING: Duration = Duration::from_mins(5);
@@ -24,6 +24,8 @@ const ANSWER: Duration = Duration::from_mins(1);
 pub struct Filled {
     #[serde(rename = "filled")]
     version: u32,
+    /// Threads that work, each on pages of its own: one for each vCPU.
+    pub workers: usize,
     /// Pages of the working set.
     pub pages: u64,
     /// From which on a touch is noted one by one, in nanoseconds.
