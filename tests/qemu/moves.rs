@@ -1,9 +1,8 @@
 //! A guest that moves: on files and on memfds, with one vCPU and with two.
 
-use afterimage::dirty::{DirtyTracker, WriteProtectTracker};
 use afterimage_tools::require;
 
-use crate::support::{Backing, Qemu, Scene, Side, Writes, check_lived_on};
+use crate::support::{Backing, Qemu, Scene, Side, Writes, can_track, check_lived_on};
 
 /// Rounds before the guest moves, and after it has.
 const ROUNDS: usize = 5;
@@ -30,12 +29,6 @@ fn migrates(vcpus: usize, backing: Backing) {
     assert_eq!((status, client["pages_complete"].as_u64()), (0, report["pages_total"].as_u64()));
     let (before, after) = (source.last_words(), destination.last_words());
     check_lived_on(&before, &after, vcpus, ROUNDS as u32);
-}
-
-/// Whether this kernel finds out what is written.
-fn can_track() -> bool {
-    let tracked = WriteProtectTracker::new(Vec::new()).and_then(|mut tracker| tracker.start());
-    require::or_skip("wp_async", tracked).is_some()
 }
 
 /// Memory goes in passes first, and the guest writes all the time.

@@ -4,7 +4,7 @@
 use afterimage_tools::require;
 use serde_json::Value;
 
-use crate::support::{Backing, Daemon, GUEST, KEEPER, Network, Qemu, Scene, Side, check_lived_on};
+use crate::support::{Backing, Daemon, Network, Qemu, Scene, Side, Survival, check_lived_on};
 
 const ROUNDS: usize = 3;
 /// Where `send` is killed, and whether it has given the guest away then.
@@ -101,13 +101,8 @@ fn a_page_client_killed_in_the_middle_goes_on_where_it_was() {
         return;
     }
     for backing in [Backing::File, Backing::Memfd] {
-        let directory = tempfile::tempdir().unwrap();
-        let at = |name: &str| directory.path().join(name).display().to_string();
-        let place = format!("unix:{}", at("keeper"));
-        let mut keeper = Daemon::start(KEEPER, &["--listen", &place]);
-        keeper.line(&place);
-        let state = at("client.state");
-        let more = ["--state", &state, "--keeper", &place, "--guest", GUEST];
+        let survival = Survival::start();
+        let more: Vec<_> = survival.arguments.iter().map(String::as_str).collect();
         let mut moving = Moving::start(1, backing, &more);
         moving.client.kill();
         let address = moving.network.address.clone();
