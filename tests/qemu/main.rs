@@ -5,6 +5,7 @@ mod backends;
 mod boot;
 mod document;
 mod failures;
+mod linux;
 mod moves;
 mod outages;
 mod support;

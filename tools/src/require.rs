@@ -8,6 +8,7 @@ use std::env;
 use std::fmt::Display;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -82,6 +83,20 @@ pub fn network_namespaces() -> bool {
 pub fn qemu_system() -> bool {
     let output = Command::new("qemu-system-x86_64").arg("--version").output();
     or_skip("qemu-system", output.map_err(|error| format!("qemu-system-x86_64: {error}"))).is_some()
+}
+
+/// Where the Linux guest lies that `tests/qemu/guest/get` brings: in `qemu-guest` of the
+/// directory of cargo that this test was built in. Name: `qemu-guest`.
+///
+/// # Panics
+/// If it is not there and `AFTERIMAGE_REQUIRE` names `qemu-guest`.
+#[must_use]
+pub fn qemu_guest() -> Option<PathBuf> {
+    let test = env::current_exe().unwrap_or_default();
+    let mut near = test.ancestors().skip(1).map(|it| it.join("qemu-guest"));
+    // What `get` makes last.
+    let found = near.find(|it| it.join("initrd.gz").exists());
+    or_skip("qemu-guest", found.ok_or("tests/qemu/guest/get brings it"))
 }
 
 /// Passes a success on; prints the failure as a skip, or panics if `name` is required.
