@@ -53,9 +53,7 @@ fn of_two_nodes(backing: Backing, passes: usize) {
     if !can(passes) {
         return;
     }
-    let mut scene = Scene::new(VCPUS, backing);
-    scene.backends = NODES.to_vec();
-    moves(&mut scene, passes);
+    moves(&mut Scene::new(VCPUS, backing).with_backends(&NODES), passes);
 }
 
 /// On huge pages at both sides, which stay huge; with a hugetlbfs that only this test has.
@@ -68,9 +66,8 @@ fn on_huge_pages(backends: &'static [u64], passes: usize) {
     let Some(_pages) = require::hugetlb(pages) else { return };
     // A name space for this thread and the processes that it starts.
     let test = thread::spawn(move || {
-        let mut scene = Scene::new(VCPUS, Backing::Huge);
+        let mut scene = Scene::new(VCPUS, Backing::Huge).with_backends(backends);
         let Some(_mounted) = Mounted::at(&scene) else { return };
-        scene.backends = backends.to_vec();
         let served = moves(&mut scene, passes);
         assert_eq!(served["pages_total"], pages / 2, "{served:#}");
     });
@@ -117,6 +114,46 @@ fn a_guest_of_two_numa_nodes_in_files_moves() {
 #[test]
 fn a_guest_of_two_numa_nodes_in_memfds_moves_after_two_passes() {
     of_two_nodes(Backing::Memfd, 2);
+}
+
+/// Taken in another order, two of the same size would change places, and nobody would notice.
+fn refuses_another_order(side: Side) {
+    if !can(2) {
+        return;
+    }
+    let half = boot::MEMORY_MIB / 2;
+    let mut scene = Scene::new(VCPUS, Backing::File).with_backends(&[half, half]);
+    scene.writes = Writes::Tracked;
+    let tracking = scene.unix("tracking");
+    let client = scene.client(&["--connect", &scene.unix("pages")]);
+    let mut start = |it| {
+        scene.named = if it == side { vec![1, 0] } else { vec![0, 1] };
+        Qemu::start(&scene, it)
+    };
+    let (mut source, destination) = (start(Side::Source), start(Side::Destination));
+    source.serial.wait_rounds(VCPUS, ROUNDS);
+    let (status, report, lines) =
+        scene.migrate(&["--passes", "2", "--tracking", &tracking]).report();
+    assert_ne!(status, 0, "{report:#}");
+    let line = lines.last().unwrap();
+    let who = format!("the {}'s QEMU", side.name());
+    for what in [&who, "AFTERIMAGE_MEMORY", "memory1 in the place of guest RAM ram0"] {
+        assert!(line.contains(what), "{line}");
+    }
+    source.serial.wait_rounds(VCPUS, ROUNDS);
+    assert_eq!(source.status(), "running");
+    check_lived_on(&source.last_words(), &[], VCPUS, 0);
+    drop((destination, client));
+}
+
+#[test]
+fn backends_named_to_the_destinations_library_in_another_order_are_refused() {
+    refuses_another_order(Side::Destination);
+}
+
+#[test]
+fn backends_named_to_the_sources_library_in_another_order_are_refused() {
+    refuses_another_order(Side::Source);
 }
 
 #[test]

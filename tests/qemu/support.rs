@@ -54,6 +54,8 @@ pub(crate) struct Scene {
     pub(crate) writes: Writes,
     /// The sizes of the memory backends in MiB; several are a NUMA node each.
     pub(crate) backends: Vec<u64>,
+    /// The backends in the order in which a library is told of them.
+    pub(crate) named: Vec<usize>,
     /// What runs there.
     pub(crate) program: Vec<String>,
 }
@@ -79,8 +81,15 @@ impl Scene {
     pub(crate) fn of(vcpus: usize, backing: Backing, mib: u64) -> Self {
         // On tmpfs, because guest memory is there too.
         let directory = tempfile::Builder::new().prefix("qemu-").tempdir_in("/dev/shm").unwrap();
-        let (writes, backends, program) = (Writes::Untracked, vec![mib], Vec::new());
-        Self { directory, vcpus, backing, writes, backends, program }
+        let (writes, program) = (Writes::Untracked, Vec::new());
+        Self { directory, vcpus, backing, writes, backends: vec![mib], named: vec![0], program }
+    }
+
+    /// The same with these memory backends.
+    pub(crate) fn with_backends(mut self, backends: &[u64]) -> Self {
+        self.backends = backends.to_vec();
+        self.named = (0..backends.len()).collect();
+        self
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -254,11 +263,11 @@ fn library(scene: &Scene, side: Side) -> Vec<(&'static str, OsString)> {
             ("AFTERIMAGE_GUEST", GUEST.into()),
         ],
     };
-    let name = |backend| match scene.backing {
+    let name = |backend: &usize| match scene.backing {
         Backing::Memfd => "memfd:memory-backend-memfd".to_owned(),
-        _ => scene.memory(side, backend).display().to_string(),
+        _ => scene.memory(side, *backend).display().to_string(),
     };
-    let memory = (0..scene.backends.len()).map(name).collect::<Vec<_>>().join(";");
+    let memory = scene.named.iter().map(name).collect::<Vec<_>>().join(";");
     [work, vec![("LD_PRELOAD", preload().into()), ("AFTERIMAGE_MEMORY", memory.into())]].concat()
 }
 
