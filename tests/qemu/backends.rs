@@ -157,6 +157,23 @@ fn backends_named_to_the_sources_library_in_another_order_are_refused() {
 }
 
 #[test]
+fn memory_files_given_in_another_order_are_refused() {
+    if !can(0) {
+        return;
+    }
+    let half = boot::MEMORY_MIB / 2;
+    let scene = Scene::new(VCPUS, Backing::File).with_backends(&[half, half]);
+    let mut source = Qemu::start(&scene, Side::Source);
+    let [first, second] =
+        ["source.memory1", "source.memory0"].map(|it| scene.path(it).display().to_string());
+    let (status, report, lines) = scene.send(&["--memory", &first, "--memory", &second]).report();
+    assert_ne!(status, 0, "{report:#}");
+    let line = lines.last().unwrap();
+    assert!(line.contains("source.memory1 is another file than guest RAM ram0"), "{line}");
+    assert_eq!(source.status(), "running");
+}
+
+#[test]
 fn a_guest_on_huge_pages_moves() {
     on_huge_pages(&[boot::MEMORY_MIB], 0);
 }

@@ -104,6 +104,16 @@ fn check(machine: &Machine, backend: &Backend, path: &Path) -> Result<(), Failur
             backend.size
         )));
     }
+    // Two of the same size, named in another order, would change places.
+    let own = machine.pid.zip(backend.path.as_deref()).and_then(|(pid, it)| file_of(pid, it));
+    if own.is_some_and(|own| own != (file.dev(), file.ino())) {
+        return Err(Failure::new(format!(
+            "{shown} is another file than guest RAM {}, which is {}: give --memory once for each \
+             backend, in the order of their names",
+            backend.id,
+            backend.path.as_deref().unwrap_or(path).display()
+        )));
+    }
     let maps = machine.pid.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/maps")).ok());
     match maps {
         Some(maps) if !is_mapped(&maps, file.ino()) => Err(Failure::new(format!(
