@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
 use crate::boot;
-use crate::support::{Backing, Qemu, Scene, Side, Writes, can_track, check_lived_on};
+use crate::support::{Backing, Qemu, Scene, Side, Writes, can_move, can_track, check_lived_on};
 
 const ROUNDS: usize = 3;
 const VCPUS: usize = 2;
@@ -44,13 +44,13 @@ fn moves(scene: &mut Scene, passes: usize) -> Value {
     served
 }
 
-fn can(passes: usize) -> bool {
-    require::qemu_system() && (passes == 0 || can_track())
+fn can(backing: Backing, passes: usize) -> bool {
+    can_move(backing) && (passes == 0 || can_track())
 }
 
 /// Of two memory backends.
 fn of_two_nodes(backing: Backing, passes: usize) {
-    if !can(passes) {
+    if !can(backing, passes) {
         return;
     }
     moves(&mut Scene::new(VCPUS, backing).with_backends(&NODES), passes);
@@ -58,7 +58,7 @@ fn of_two_nodes(backing: Backing, passes: usize) {
 
 /// On huge pages at both sides, which stay huge; with a hugetlbfs that only this test has.
 fn on_huge_pages(backends: &'static [u64], passes: usize) {
-    if !can(passes) {
+    if !can(Backing::Huge, passes) {
         return;
     }
     let _turn = TURN.lock();
@@ -118,7 +118,7 @@ fn a_guest_of_two_numa_nodes_in_memfds_moves_after_two_passes() {
 
 /// Taken in another order, two of the same size would change places, and nobody would notice.
 fn refuses_another_order(side: Side) {
-    if !can(2) {
+    if !can(Backing::File, 2) {
         return;
     }
     let half = boot::MEMORY_MIB / 2;
@@ -158,7 +158,7 @@ fn backends_named_to_the_sources_library_in_another_order_are_refused() {
 
 #[test]
 fn memory_files_given_in_another_order_are_refused() {
-    if !can(0) {
+    if !can(Backing::File, 0) {
         return;
     }
     let half = boot::MEMORY_MIB / 2;

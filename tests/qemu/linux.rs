@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::support::{
-    Backing, Daemon, LIMIT, Network, Qemu, Scene, Side, Survival, Writes, can_track,
+    Backing, Daemon, LIMIT, Network, Qemu, Scene, Side, Survival, Writes, can_move, can_track,
 };
 
 const MEMORY_MIB: u64 = 1024;
@@ -165,8 +165,8 @@ fn client(scene: &Scene, network: &Network, survival: Option<&Survival>) -> Daem
 
 /// Moves a guest, which meets with trouble in the middle.
 fn lives_on(vcpus: usize, backing: Backing, passes: usize, trouble: Trouble) {
-    let Some(brought) = require::qemu_guest().filter(|_| require::qemu_system()) else { return };
-    if passes > 0 && !can_track() {
+    let Some(brought) = require::qemu_guest() else { return };
+    if !can_move(backing) || (passes > 0 && !can_track()) {
         return;
     }
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,15 +1,13 @@
 //! A guest that moves: on files and on memfds, with one vCPU and with two.
 
-use afterimage_tools::require;
-
-use crate::support::{Backing, Qemu, Scene, Side, Writes, can_track, check_lived_on};
+use crate::support::{Backing, Qemu, Scene, Side, Writes, can_move, can_track, check_lived_on};
 
 /// Rounds before the guest moves, and after it has.
 const ROUNDS: usize = 5;
 
 /// One process drives both.
 fn migrates(vcpus: usize, backing: Backing) {
-    if !require::qemu_system() {
+    if !can_move(backing) {
         return;
     }
     let scene = Scene::new(vcpus, backing);
@@ -33,7 +31,7 @@ fn migrates(vcpus: usize, backing: Backing) {
 
 /// Memory goes in passes first, and the guest writes all the time.
 fn migrates_in_passes(vcpus: usize, backing: Backing, passes: &str) {
-    if !require::qemu_system() || !can_track() {
+    if !can_move(backing) || !can_track() {
         return;
     }
     let mut scene = Scene::new(vcpus, backing);

@@ -4,7 +4,9 @@
 use afterimage_tools::require;
 use serde_json::Value;
 
-use crate::support::{Backing, Daemon, Network, Qemu, Scene, Side, Survival, check_lived_on};
+use crate::support::{
+    Backing, Daemon, Network, Qemu, Scene, Side, Survival, can_move, check_lived_on,
+};
 
 const ROUNDS: usize = 3;
 /// Where `send` is killed, and whether it has given the guest away then.
@@ -97,10 +99,10 @@ fn a_link_that_is_cut_in_the_middle_costs_nothing_but_time() {
 
 #[test]
 fn a_page_client_killed_in_the_middle_goes_on_where_it_was() {
-    if !require::qemu_system() {
-        return;
-    }
     for backing in [Backing::File, Backing::Memfd] {
+        if !can_move(backing) {
+            continue;
+        }
         let survival = Survival::start();
         let more: Vec<_> = survival.arguments.iter().map(String::as_str).collect();
         let mut moving = Moving::start(1, backing, &more);
@@ -117,7 +119,7 @@ fn a_page_client_killed_in_the_middle_goes_on_where_it_was() {
 
 #[test]
 fn afterimage_qemu_killed_in_the_middle_goes_on_where_it_was() {
-    if !require::qemu_system() {
+    if !can_move(Backing::Memfd) {
         return;
     }
     let mut moving = Moving::start(2, Backing::Memfd, &[]);

@@ -271,6 +271,11 @@ fn library(scene: &Scene, side: Side) -> Vec<(&'static str, OsString)> {
     [work, vec![("LD_PRELOAD", preload().into()), ("AFTERIMAGE_MEMORY", memory.into())]].concat()
 }
 
+/// Whether this machine's QEMU can have a guest moved with such memory.
+pub(crate) fn can_move(backing: Backing) -> bool {
+    require::qemu_system() && (backing != Backing::Memfd || require::qemu_memfd())
+}
+
 /// Whether this kernel finds out what is written.
 pub(crate) fn can_track() -> bool {
     let tracked = WriteProtectTracker::new(Vec::new()).and_then(|mut tracker| tracker.start());

@@ -81,8 +81,31 @@ pub fn network_namespaces() -> bool {
 /// If it cannot and `AFTERIMAGE_REQUIRE` names `qemu-system`.
 #[must_use]
 pub fn qemu_system() -> bool {
+    or_skip("qemu-system", version_of_qemu()).is_some()
+}
+
+/// Whether the machine's own QEMU leaves memfds out of the device state, as it did up to 8.0.
+/// Name: `qemu-memfd`.
+///
+/// # Panics
+/// If it does not and `AFTERIMAGE_REQUIRE` names `qemu-memfd`.
+#[must_use]
+pub fn qemu_memfd() -> bool {
+    let version = version_of_qemu().and_then(|said| {
+        let number = said.split_whitespace().find(|it| it.starts_with(|it: char| it.is_numeric()));
+        let mut parts = number.unwrap_or_default().split('.').map(str::parse::<u32>);
+        match (parts.next(), parts.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) if (major, minor) < (8, 1) => Ok(()),
+            _ => Err(format!("{} is newer than 8.0", said.lines().next().unwrap_or_default())),
+        }
+    });
+    or_skip("qemu-memfd", version).is_some()
+}
+
+fn version_of_qemu() -> Result<String, String> {
     let output = Command::new("qemu-system-x86_64").arg("--version").output();
-    or_skip("qemu-system", output.map_err(|error| format!("qemu-system-x86_64: {error}"))).is_some()
+    let output = output.map_err(|error| format!("qemu-system-x86_64: {error}"))?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Where the Linux guest lies that `tests/qemu/guest/get` brings: in `qemu-guest` of the
