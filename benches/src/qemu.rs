@@ -2,9 +2,9 @@
 //! engine, with the same guest under the same QEMU.
 //!
 //! This module runs the rounds; what it needs of the machine is in `place` and `scene`, one
-//! QEMU process in `machine`, the guest and its clock in `guest`. How the memory is moved
-//! is one part by itself, `method` (QEMU's own ways) with `engine` and `tool` (the engine's):
-//! boot, workload, figures, `rows` and report are the same for whatever moves it.
+//! QEMU process in `machine`; the guest is spoken with by [`afterimage_tools::qemu::guest`]. How
+//! the memory is moved is one part by itself, `method` (QEMU's own ways) with `engine` and `tool`
+//! (the engine's): boot, workload, figures, `rows` and report are the same for whatever moves it.
 //! docs/benchmarking.md says what each figure means.
 //!
 //! Invariants: every wait has a limit, QEMU processes end with the value that started
@@ -12,7 +12,6 @@
 
 mod engine;
 mod figures;
-mod guest;
 mod machine;
 mod method;
 pub mod page;

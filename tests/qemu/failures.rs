@@ -78,7 +78,7 @@ fn a_state_that_does_not_load_lets_the_guest_go_on_at_the_source() {
     if !require::qemu_system() {
         return;
     }
-    let scene = Scene::new(1, Backing::Memfd);
+    let scene = Scene::new(1, Backing::File);
     // The destination lacks this device.
     let source = Qemu::start_with(&scene, Side::Source, &["-device", "virtio-rng-pci"]);
     source.serial.wait_rounds(scene.vcpus, ROUNDS);

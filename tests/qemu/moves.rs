@@ -1,16 +1,13 @@
 //! A guest that moves: on files and on memfds, with one vCPU and with two.
 
-use afterimage::dirty::{DirtyTracker, WriteProtectTracker};
-use afterimage_tools::require;
-
-use crate::support::{Backing, Qemu, Scene, Side, Writes, check_lived_on};
+use crate::support::{Backing, Qemu, Scene, Side, Writes, can_move, can_track, check_lived_on};
 
 /// Rounds before the guest moves, and after it has.
 const ROUNDS: usize = 5;
 
 /// One process drives both.
 fn migrates(vcpus: usize, backing: Backing) {
-    if !require::qemu_system() {
+    if !can_move(backing) {
         return;
     }
     let scene = Scene::new(vcpus, backing);
@@ -32,15 +29,9 @@ fn migrates(vcpus: usize, backing: Backing) {
     check_lived_on(&before, &after, vcpus, ROUNDS as u32);
 }
 
-/// Whether this kernel finds out what is written.
-fn can_track() -> bool {
-    let tracked = WriteProtectTracker::new(Vec::new()).and_then(|mut tracker| tracker.start());
-    require::or_skip("wp_async", tracked).is_some()
-}
-
 /// Memory goes in passes first, and the guest writes all the time.
 fn migrates_in_passes(vcpus: usize, backing: Backing, passes: &str) {
-    if !require::qemu_system() || !can_track() {
+    if !can_move(backing) || !can_track() {
         return;
     }
     let mut scene = Scene::new(vcpus, backing);

@@ -5,7 +5,7 @@ use afterimage_tools::require;
 use serde_json::{Value, json};
 
 use crate::support::{
-    Backing, Daemon, GUEST, KEEPER, Network, Qemu, SERVER, Scene, Side, check_lived_on,
+    Backing, Daemon, Network, Qemu, SERVER, Scene, Side, Survival, can_move, check_lived_on,
 };
 
 const ROUNDS: usize = 3;
@@ -101,17 +101,12 @@ fn a_link_that_is_cut_in_the_middle_costs_nothing_but_time() {
 
 #[test]
 fn a_page_client_killed_in_the_middle_goes_on_where_it_was() {
-    if !require::qemu_system() {
-        return;
-    }
     for backing in [Backing::File, Backing::Memfd] {
-        let directory = tempfile::tempdir().unwrap();
-        let at = |name: &str| directory.path().join(name).display().to_string();
-        let place = format!("unix:{}", at("keeper"));
-        let mut keeper = Daemon::start(KEEPER, &["--listen", &place]);
-        keeper.line(&place);
-        let state = at("client.state");
-        let more = ["--state", &state, "--keeper", &place, "--guest", GUEST];
+        if !can_move(backing) {
+            continue;
+        }
+        let survival = Survival::start();
+        let more: Vec<_> = survival.arguments.iter().map(String::as_str).collect();
         let mut moving = Moving::start(1, backing, &more);
         moving.client.kill();
         let address = moving.network.address.clone();
@@ -126,7 +121,7 @@ fn a_page_client_killed_in_the_middle_goes_on_where_it_was() {
 
 #[test]
 fn afterimage_qemu_killed_in_the_middle_goes_on_where_it_was() {
-    if !require::qemu_system() {
+    if !can_move(Backing::Memfd) {
         return;
     }
     let mut moving = Moving::start(2, Backing::Memfd, &[]);

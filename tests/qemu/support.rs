@@ -1,25 +1,24 @@
-//! Processes to talk to: the commands, two QEMUs with their guest's serial ports, and a network
-//! between the hosts.
+//! Two hosts that are one, with a QEMU each, and the commands of both sides.
 
-use std::ffi::{OsStr, OsString};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+mod daemon;
+mod network;
+mod serial;
+
+use std::ffi::OsString;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
+use afterimage::dirty::{DirtyTracker, WriteProtectTracker};
 use afterimage_tools::qemu::{Deadline, Lines, Qmp, Speaker};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use serde_json::{Value, json};
+use afterimage_tools::require;
+use serde_json::json;
 
 use crate::boot;
+pub(crate) use daemon::Daemon;
+pub(crate) use network::Network;
+pub(crate) use serial::{Serial, check_lived_on};
 
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
 pub(crate) const DRIVER: &str = env!("CARGO_BIN_EXE_afterimage-qemu");
@@ -31,97 +30,13 @@ pub(crate) const GUEST: &str = "vm7";
 /// Long enough for anything on a busy machine; reached only in failure.
 pub(crate) const LIMIT: Duration = Duration::from_mins(2);
 
-/// A running command, heard line by line.
-pub(crate) struct Daemon {
-    pub(crate) child: Child,
-    lines: Receiver<String>,
-    pub(crate) seen: Vec<String>,
-}
-
-impl Daemon {
-    pub(crate) fn start<S: AsRef<OsStr>>(program: &str, arguments: &[S]) -> Self {
-        let mut command = Command::new(program);
-        command.args(arguments);
-        Self::of(command)
-    }
-
-    pub(crate) fn of(mut command: Command) -> Self {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("the command starts");
-        let (pid, errors) = (child.id(), child.stderr.take().unwrap());
-        let (sender, lines) = channel();
-        thread::spawn(move || {
-            for line in BufReader::new(errors).lines().map_while(Result::ok) {
-                // Shown where the test fails.
-                println!("{pid}: {line}");
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { child, lines, seen: Vec::new() }
-    }
-
-    /// Waits for its end by a signal.
-    pub(crate) fn is_killed(&mut self) -> bool {
-        self.child.wait().unwrap().signal() == Some(Signal::SIGKILL as i32)
-    }
-
-    /// Waits for a line that holds `text`.
-    pub(crate) fn line(&mut self, text: &str) -> String {
-        let until = Instant::now() + LIMIT;
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            let Ok(line) = self.lines.recv_timeout(left) else {
-                panic!("no line with {text:?}; there were {:#?}", self.seen)
-            };
-            self.seen.push(line.clone());
-            if line.contains(text) {
-                return line;
-            }
-        }
-    }
-
-    pub(crate) fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
-    }
-
-    /// Ends it without a word.
-    pub(crate) fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    /// Waits for its end: exit status, what it printed, and what it said.
-    pub(crate) fn end(mut self) -> (i32, String, Vec<String>) {
-        let mut text = String::new();
-        self.child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
-        let status = self.child.wait().unwrap();
-        self.seen.extend(self.lines.iter());
-        (status.code().unwrap_or(-1), text, std::mem::take(&mut self.seen))
-    }
-
-    /// The same, and its JSON.
-    pub(crate) fn report(self) -> (i32, Value, Vec<String>) {
-        let (status, text, lines) = self.end();
-        let report = serde_json::from_str(&text);
-        (status, report.unwrap_or_else(|_| panic!("no JSON: {text:?} {lines:#?}")), lines)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // It has ended already where the test went well.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// What is behind the guest's RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Backing {
     File,
     Memfd,
+    /// A file on the hugetlbfs that [`Scene::huge`] is.
+    Huge,
     /// As QEMU does it by itself.
     Private,
 }
@@ -132,12 +47,18 @@ pub(crate) enum Side {
     Destination,
 }
 
-/// Two hosts that are one, and a disk that both can reach.
+/// Two hosts that are one, and what both QEMUs are started with.
 pub(crate) struct Scene {
     pub(crate) directory: tempfile::TempDir,
     pub(crate) vcpus: usize,
     pub(crate) backing: Backing,
     pub(crate) writes: Writes,
+    /// The sizes of the memory backends in MiB; several are a NUMA node each.
+    pub(crate) backends: Vec<u64>,
+    /// The backends in the order in which a library is told of them.
+    pub(crate) named: Vec<usize>,
+    /// What runs there.
+    pub(crate) program: Vec<String>,
 }
 
 /// Whether the source's QEMU runs with the library that lets its writes be tracked.
@@ -148,20 +69,42 @@ pub(crate) enum Writes {
 }
 
 impl Scene {
+    /// For the guest of [`boot`], on a disk that both can reach.
     pub(crate) fn new(vcpus: usize, backing: Backing) -> Self {
+        let mut scene = Self::of(vcpus, backing, boot::MEMORY_MIB);
+        let disk = scene.path("disk");
+        boot::write_disk(&disk, vcpus).unwrap();
+        scene.program = vec!["-drive".into(), format!("file={},format=raw", disk.display())];
+        scene
+    }
+
+    /// For another.
+    pub(crate) fn of(vcpus: usize, backing: Backing, mib: u64) -> Self {
         // On tmpfs, because guest memory is there too.
         let directory = tempfile::Builder::new().prefix("qemu-").tempdir_in("/dev/shm").unwrap();
-        let scene = Self { directory, vcpus, backing, writes: Writes::Untracked };
-        boot::write_disk(&scene.path("disk"), vcpus).unwrap();
-        scene
+        let (writes, program) = (Writes::Untracked, Vec::new());
+        Self { directory, vcpus, backing, writes, backends: vec![mib], named: vec![0], program }
+    }
+
+    /// The same with these memory backends.
+    pub(crate) fn with_backends(mut self, backends: &[u64]) -> Self {
+        self.backends = backends.to_vec();
+        self.named = (0..backends.len()).collect();
+        self
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    fn memory(&self, side: Side) -> PathBuf {
-        self.path(&format!("{}.memory", side.name()))
+    /// Where huge pages are mounted, if they are.
+    pub(crate) fn huge(&self) -> PathBuf {
+        self.path("huge")
+    }
+
+    fn memory(&self, side: Side, backend: usize) -> PathBuf {
+        let directory = if self.backing == Backing::Huge { self.huge() } else { self.path("") };
+        directory.join(format!("{}.memory{backend}", side.name()))
     }
 
     pub(crate) fn unix(&self, name: &str) -> String {
@@ -213,10 +156,10 @@ impl Scene {
 }
 
 /// A QEMU, its guest's serial port, and a monitor for the test.
-pub(crate) struct Qemu {
+pub(crate) struct Qemu<S = Serial> {
     pub(crate) daemon: Daemon,
     pub(crate) qmp: Qmp,
-    pub(crate) serial: Serial,
+    pub(crate) serial: S,
 }
 
 impl Qemu {
@@ -226,6 +169,25 @@ impl Qemu {
 
     /// With more arguments.
     pub(crate) fn start_with(scene: &Scene, side: Side, more: &[&str]) -> Self {
+        Self::launch(scene, side, more, Serial::of)
+    }
+
+    /// Ends it, and gives all that its guest has ever said.
+    pub(crate) fn last_words(self) -> Vec<u8> {
+        let Self { daemon, serial, .. } = self;
+        daemon.kill();
+        serial.all()
+    }
+}
+
+impl<S> Qemu<S> {
+    /// With another listener at the last serial port.
+    pub(crate) fn launch(
+        scene: &Scene,
+        side: Side,
+        more: &[&str],
+        listen: impl FnOnce(UnixStream) -> S,
+    ) -> Self {
         let path = |what: &str| scene.path(&format!("{}.{what}", side.name()));
         let serial = UnixListener::bind(path("serial")).unwrap();
         let mut command = Command::new(QEMU);
@@ -239,7 +201,7 @@ impl Qemu {
         command.args(["-chardev", &chardev, "-serial", "chardev:serial"]);
         command.envs(library(scene, side));
         let daemon = Daemon::of(command);
-        let serial = Serial::accept(&serial);
+        let serial = listen(serial.accept().unwrap().0);
         let speaker = Speaker { name: format!("the {}'s QEMU", side.name()), log: None };
         let stream = UnixStream::connect(path("test")).unwrap();
         let qmp = Qmp::greet(Lines::new(stream, speaker), Deadline::after(LIMIT)).unwrap();
@@ -250,17 +212,10 @@ impl Qemu {
         let answer = self.qmp.execute("query-status", &json!({})).unwrap();
         answer["status"].as_str().unwrap().to_owned()
     }
-
-    /// Ends it, and gives all that its guest has ever said.
-    pub(crate) fn last_words(self) -> Vec<u8> {
-        let Self { daemon, serial, .. } = self;
-        daemon.kill();
-        serial.all()
-    }
 }
 
 impl Side {
-    const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Source => "source",
             Self::Destination => "destination",
@@ -270,28 +225,33 @@ impl Side {
 
 /// The same on both sides, but for whose the memory is and what waits for a guest.
 fn machine(scene: &Scene, side: Side) -> Vec<String> {
-    let mib = boot::MEMORY_MIB;
-    let disk = scene.path("disk").display().to_string();
-    let memory = scene.memory(side).display().to_string();
-    let object = match scene.backing {
-        Backing::Private => None,
-        Backing::Memfd => Some(format!("memory-backend-memfd,id=ram,share=on,size={mib}M")),
-        Backing::File => {
-            Some(format!("memory-backend-file,id=ram,share=on,size={mib}M,mem-path={memory}"))
+    let mib: u64 = scene.backends.iter().sum();
+    let (nothing, vcpus) = ("-nodefaults -no-user-config -display none", scene.vcpus);
+    let mut all = vec![format!("{nothing} -accel tcg -m {mib}M -smp {vcpus} -machine")];
+    all.push(match (scene.backing, scene.backends.len()) {
+        (Backing::Private, _) => "pc".to_owned(),
+        (_, 1) => "pc,memory-backend=ram0".to_owned(),
+        (_, many) => {
+            let nodes: Vec<_> = (0..many).map(|it| format!("-numa node,memdev=ram{it}")).collect();
+            format!("pc {}", nodes.join(" "))
         }
-    };
-    let common = format!(
-        "-nodefaults -no-user-config -display none -accel tcg -m {mib}M -smp {} \
-         -drive file={disk},format=raw",
-        scene.vcpus
-    );
-    let backed = match object {
-        None => "-machine pc".to_owned(),
-        Some(object) => format!("-machine pc,memory-backend=ram -object {object}"),
-    };
-    let waits = if side == Side::Destination { "-S -incoming defer" } else { "" };
-    let all = [&common, &backed, waits].join(" ");
-    all.split_whitespace().map(str::to_owned).collect()
+    });
+    for (number, mib) in scene.backends.iter().enumerate() {
+        let of = |kind: &str| format!("-object {kind},id=ram{number},share=on,size={mib}M");
+        let path = scene.memory(side, number);
+        all.push(match scene.backing {
+            Backing::Private => continue,
+            Backing::Memfd => of("memory-backend-memfd"),
+            Backing::File | Backing::Huge => {
+                format!("{},mem-path={}", of("memory-backend-file"), path.display())
+            }
+        });
+    }
+    if side == Side::Destination {
+        all.push("-S -incoming defer".to_owned());
+    }
+    let words = all.iter().flat_map(|it| it.split_whitespace()).map(str::to_owned);
+    words.chain(scene.program.iter().cloned()).collect()
 }
 
 /// The environment of the preload library, where it is wanted.
@@ -304,96 +264,44 @@ fn library(scene: &Scene, side: Side) -> Vec<(&'static str, OsString)> {
             ("AFTERIMAGE_GUEST", GUEST.into()),
         ],
     };
-    let memory = match scene.backing {
-        Backing::Memfd => "memfd:memory-backend-memfd".into(),
-        _ => scene.memory(side).into(),
+    let name = |backend: &usize| match scene.backing {
+        Backing::Memfd => "memfd:memory-backend-memfd".to_owned(),
+        _ => scene.memory(side, *backend).display().to_string(),
     };
-    [work, vec![("LD_PRELOAD", preload().into()), ("AFTERIMAGE_MEMORY", memory)]].concat()
+    let memory = scene.named.iter().map(name).collect::<Vec<_>>().join(";");
+    [work, vec![("LD_PRELOAD", preload().into()), ("AFTERIMAGE_MEMORY", memory.into())]].concat()
 }
 
-/// What a guest says.
-pub(crate) struct Serial {
-    said: Arc<Mutex<Vec<u8>>>,
-    news: Receiver<()>,
-    reader: JoinHandle<()>,
+/// Whether this machine's QEMU can have a guest moved with such memory.
+pub(crate) fn can_move(backing: Backing) -> bool {
+    require::qemu_system() && (backing != Backing::Memfd || require::qemu_memfd())
 }
 
-impl Serial {
-    fn accept(listener: &UnixListener) -> Self {
-        Self::of(listener.accept().unwrap().0)
-    }
-
-    /// What is read from there.
-    pub(crate) fn of(mut stream: impl Read + Send + 'static) -> Self {
-        let said = Arc::new(Mutex::new(Vec::new()));
-        let (sender, news) = channel();
-        let shared = Arc::clone(&said);
-        let reader = thread::spawn(move || {
-            let mut piece = [0; 4096];
-            while let Ok(length @ 1..) = stream.read(&mut piece) {
-                shared.lock().unwrap().extend(&piece[..length]);
-                // The test may have heard enough.
-                let _ = sender.send(());
-            }
-        });
-        Self { said, news, reader }
-    }
-
-    /// What was said so far.
-    pub(crate) fn so_far(&self) -> Vec<u8> {
-        self.said.lock().unwrap().clone()
-    }
-
-    /// Waits until every vCPU has said that it has done so many more rounds.
-    pub(crate) fn wait_rounds(&self, vcpus: usize, more: usize) {
-        let rounds = || {
-            let said = self.so_far();
-            (0..vcpus).map(|vcpu| lines_of(&said, vcpu).count()).min().unwrap()
-        };
-        let (enough, until) = (rounds() + more, Instant::now() + LIMIT);
-        while rounds() < enough {
-            let left = until.saturating_duration_since(Instant::now());
-            self.news.recv_timeout(left).unwrap_or_else(|_| {
-                panic!("{} of {enough} rounds: {:?}", rounds(), tail(&self.so_far()))
-            });
-        }
-    }
-
-    fn all(self) -> Vec<u8> {
-        self.reader.join().unwrap();
-        Arc::into_inner(self.said).unwrap().into_inner().unwrap()
-    }
+/// Whether this kernel finds out what is written.
+pub(crate) fn can_track() -> bool {
+    let tracked = WriteProtectTracker::new(Vec::new()).and_then(|mut tracker| tracker.start());
+    require::or_skip("wp_async", tracked).is_some()
 }
 
-fn tail(said: &[u8]) -> String {
-    String::from_utf8_lossy(&said[said.len().saturating_sub(200)..]).into_owned()
+/// A page-client that can die: what it needs is held by a keeper.
+pub(crate) struct Survival {
+    _keeper: Daemon,
+    _directory: tempfile::TempDir,
+    /// Of each page-client in turn.
+    pub(crate) arguments: Vec<String>,
 }
 
-/// The whole lines of a vCPU: how many rounds, and how many wrong words.
-fn lines_of(said: &[u8], vcpu: usize) -> impl Iterator<Item = (u32, u32)> {
-    let letter = b'A' + vcpu as u8;
-    let lines = said.split_inclusive(|byte| *byte == b'\n');
-    let whole = lines.filter(move |line| line.ends_with(b"\n") && line.first() == Some(&letter));
-    whole.map(|line| {
-        let text = std::str::from_utf8(&line[1..line.len() - 1]).unwrap();
-        let (rounds, wrong) = text.split_once(' ').unwrap();
-        let number = |text| u32::from_str_radix(text, 16).unwrap();
-        (number(rounds), number(wrong))
-    })
-}
-
-/// What the guest has said at the source, and then at the destination: each vCPU must have
-/// counted every round once, and found no wrong word; `more` of them at the destination.
-pub(crate) fn check_lived_on(source: &[u8], destination: &[u8], vcpus: usize, more: u32) {
-    let all = [source, destination].concat();
-    for vcpu in 0..vcpus {
-        let lines: Vec<_> = lines_of(&all, vcpu).collect();
-        for (index, (rounds, wrong)) in lines.iter().enumerate() {
-            assert_eq!(*rounds as usize, index + 1, "vCPU {vcpu} counts every round once");
-            assert_eq!(*wrong, 0, "vCPU {vcpu} has read what it wrote, up to round {rounds}");
-        }
-        let here = lines_of(destination, vcpu).count();
-        assert!(here >= more as usize, "vCPU {vcpu} did {here} rounds at the destination");
+impl Survival {
+    pub(crate) fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name).display().to_string();
+        let place = format!("unix:{}", at("keeper"));
+        let mut keeper = Daemon::start(KEEPER, &["--listen", &place]);
+        keeper.line(&place);
+        let state = at("client.state");
+        let arguments = ["--state", &state, "--keeper", &place, "--guest", GUEST];
+        let arguments = arguments.map(str::to_owned).to_vec();
+        Self { _keeper: keeper, _directory: directory, arguments }
     }
 }
 
@@ -404,72 +312,4 @@ pub(crate) fn preload() -> PathBuf {
     let near = [test.parent(), test.parent().and_then(Path::parent)];
     let found = near.into_iter().flatten().map(|it| it.join(name)).find(|it| it.exists());
     found.unwrap_or_else(|| panic!("no {name} beside {}", test.display()))
-}
-
-/// A network of one listening address on loopback, which can be cut.
-pub(crate) struct Network {
-    pub(crate) address: String,
-    links: Arc<Mutex<Vec<TcpStream>>>,
-    is_open: Arc<AtomicBool>,
-    is_over: Arc<AtomicBool>,
-}
-
-impl Network {
-    /// Whoever connects is led to the Unix socket `host`, as long as the network is open.
-    pub(crate) fn to(host: PathBuf) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = format!("tcp:{}", listener.local_addr().unwrap());
-        let links = Arc::new(Mutex::new(Vec::new()));
-        let [is_open, is_over] = [true, false].map(|it| Arc::new(AtomicBool::new(it)));
-        let network = Self { address, links, is_open, is_over };
-        let (links, open, over) =
-            (network.links.clone(), network.is_open.clone(), network.is_over.clone());
-        thread::spawn(move || {
-            for near in listener.incoming().map_while(Result::ok) {
-                if over.load(Ordering::Acquire) {
-                    return;
-                }
-                let is_open = open.load(Ordering::Acquire);
-                let Some(far) = is_open.then(|| UnixStream::connect(&host).ok()).flatten() else {
-                    continue;
-                };
-                near.set_nodelay(true).unwrap();
-                links.lock().unwrap().push(near.try_clone().unwrap());
-                let (back, forth) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-                thread::spawn(move || carry(forth, far, |it| it.shutdown(Shutdown::Both)));
-                thread::spawn(move || carry(back, near, |it| it.shutdown(Shutdown::Both)));
-            }
-        });
-        network
-    }
-
-    pub(crate) fn set_open(&self, is_open: bool) {
-        self.is_open.store(is_open, Ordering::Release);
-    }
-
-    /// Breaks every connection of this moment; returns how many there were.
-    pub(crate) fn cut(&self) -> usize {
-        let links: Vec<_> = self.links.lock().unwrap().drain(..).collect();
-        links.iter().filter(|link| link.shutdown(Shutdown::Both).is_ok()).count()
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        self.is_over.store(true, Ordering::Release);
-        self.cut();
-        // So that the thread that accepts notices.
-        let _ = TcpStream::connect(self.address.trim_start_matches("tcp:"));
-    }
-}
-
-fn carry<To: Write>(mut from: impl Read, mut to: To, end: fn(&To) -> std::io::Result<()>) {
-    let mut piece = vec![0; 256 << 10];
-    while let Ok(length @ 1..) = from.read(&mut piece) {
-        if to.write_all(&piece[..length]).is_err() {
-            break;
-        }
-    }
-    // The other way may have ended it already.
-    let _ = end(&to);
 }

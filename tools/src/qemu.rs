@@ -10,6 +10,7 @@
 
 mod capability;
 mod companion;
+pub mod guest;
 mod line;
 mod machine;
 pub(crate) mod options;

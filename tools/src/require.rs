@@ -8,6 +8,7 @@ use std::env;
 use std::fmt::Display;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -80,8 +81,45 @@ pub fn network_namespaces() -> bool {
 /// If it cannot and `AFTERIMAGE_REQUIRE` names `qemu-system`.
 #[must_use]
 pub fn qemu_system() -> bool {
+    or_skip("qemu-system", version_of_qemu()).is_some()
+}
+
+/// Whether the machine's own QEMU leaves memfds out of the device state, as it did up to 8.0.
+/// Name: `qemu-memfd`.
+///
+/// # Panics
+/// If it does not and `AFTERIMAGE_REQUIRE` names `qemu-memfd`.
+#[must_use]
+pub fn qemu_memfd() -> bool {
+    let version = version_of_qemu().and_then(|said| {
+        let number = said.split_whitespace().find(|it| it.starts_with(|it: char| it.is_numeric()));
+        let mut parts = number.unwrap_or_default().split('.').map(str::parse::<u32>);
+        match (parts.next(), parts.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) if (major, minor) < (8, 1) => Ok(()),
+            _ => Err(format!("{} is newer than 8.0", said.lines().next().unwrap_or_default())),
+        }
+    });
+    or_skip("qemu-memfd", version).is_some()
+}
+
+fn version_of_qemu() -> Result<String, String> {
     let output = Command::new("qemu-system-x86_64").arg("--version").output();
-    or_skip("qemu-system", output.map_err(|error| format!("qemu-system-x86_64: {error}"))).is_some()
+    let output = output.map_err(|error| format!("qemu-system-x86_64: {error}"))?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Where the Linux guest lies that `tests/qemu/guest/get` brings: in `qemu-guest` of the
+/// directory of cargo that this test was built in. Name: `qemu-guest`.
+///
+/// # Panics
+/// If it is not there and `AFTERIMAGE_REQUIRE` names `qemu-guest`.
+#[must_use]
+pub fn qemu_guest() -> Option<PathBuf> {
+    let test = env::current_exe().unwrap_or_default();
+    let mut near = test.ancestors().skip(1).map(|it| it.join("qemu-guest"));
+    // What `get` makes last.
+    let found = near.find(|it| it.join("initrd.gz").exists());
+    or_skip("qemu-guest", found.ok_or("tests/qemu/guest/get brings it"))
 }
 
 /// Passes a success on; prints the failure as a skip, or panics if `name` is required.

@@ -11,9 +11,9 @@
 
 use std::time::Duration;
 
+use afterimage_tools::qemu::guest::{Gap, GuestReport, Marked, Verified};
 use serde::Serialize;
 
-use super::guest::{Gap, GuestReport, Marked, Verified};
 use super::method::Moved;
 
 /// How long something took, over many times, in microseconds.

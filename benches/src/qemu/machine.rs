@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use afterimage_tools::qemu::guest::Guest;
 use afterimage_tools::qemu::{Deadline, Lines, Qmp, Speaker};
 use afterimage_tools::size::Size;
 use nix::sys::prctl::set_pdeathsig;
@@ -22,7 +23,6 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::QemuError;
-use super::guest::Guest;
 use super::place::Place;
 
 /// The loader has some 30 MB to bind, on a machine that may be busy.

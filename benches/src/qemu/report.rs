@@ -3,11 +3,11 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use afterimage_tools::qemu::guest::Filled;
 use afterimage_tools::size::Size;
 use serde::Serialize;
 
 use super::figures::{GuestFigures, Observed, micros};
-use super::guest::Filled;
 use super::machine::Machine;
 use super::method::{Moved, Own};
 use super::place::Place;

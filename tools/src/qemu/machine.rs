@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::capability::{Capabilities, Side, why_not_left_out};
-use super::{Deadline, Lines, Qmp, QmpError, Speaker};
+use super::{Deadline, Lines, Qmp, QmpError, Speaker, ram};
 use crate::page_server::Failure;
 use crate::page_server::failure::chain;
 
@@ -106,6 +106,9 @@ impl Machine {
         let (facts, backends) = look(&mut qmp)?;
         let capabilities = Capabilities::probe(&mut qmp, side)?;
         let pid = pid.filter(|pid| *pid > 0);
+        if let Some(pid) = pid {
+            ram::check_order(name, pid, &backends)?;
+        }
         let mut machine = Self { qmp, pid, facts, backends, capabilities, bandwidth_before: None };
         machine.check_memory()?;
         machine.check_devices()?;

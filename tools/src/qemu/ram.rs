@@ -2,7 +2,9 @@
 //!
 //! Invariant: a file that is served is the one that QEMU has mapped, wherever that can be seen.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +16,9 @@ use crate::page_server::options::FilePiece;
 const MEMFD: &str = "/memfd:memory-backend-memfd";
 /// What it calls files without a name, in a directory.
 const NAMELESS: &str = "qemu_back_mem.";
+/// What names memory to the library, and what is between two names.
+const VARIABLE: &[u8] = b"AFTERIMAGE_MEMORY=";
+const SEPARATOR: u8 = b';';
 
 /// The pieces of guest RAM in the order of their backends: those named on the command line, or
 /// else those that are found.
@@ -99,6 +104,16 @@ fn check(machine: &Machine, backend: &Backend, path: &Path) -> Result<(), Failur
             backend.size
         )));
     }
+    // Two of the same size, named in another order, would change places.
+    let own = machine.pid.zip(backend.path.as_deref()).and_then(|(pid, it)| file_of(pid, it));
+    if own.is_some_and(|own| own != (file.dev(), file.ino())) {
+        return Err(Failure::new(format!(
+            "{shown} is another file than guest RAM {}, which is {}: give --memory once for each \
+             backend, in the order of their names",
+            backend.id,
+            backend.path.as_deref().unwrap_or(path).display()
+        )));
+    }
     let maps = machine.pid.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/maps")).ok());
     match maps {
         Some(maps) if !is_mapped(&maps, file.ino()) => Err(Failure::new(format!(
@@ -108,6 +123,41 @@ fn check(machine: &Machine, backend: &Backend, path: &Path) -> Result<(), Failur
         ))),
         _ => Ok(()),
     }
+}
+
+/// The library that a QEMU was started with must take the backends in the order of their names,
+/// as the other side does: two of the same size would change places, and nobody would notice.
+/// Memfds are all called the same, and cannot be told apart by it.
+pub(super) fn check_order(name: &str, pid: i32, backends: &[Backend]) -> Result<(), Failure> {
+    // Without the library's variable, or the right to see it, there is nothing to compare.
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let mut variables = environment.split(|byte| *byte == 0);
+    let memory = variables.find_map(|it| it.strip_prefix(VARIABLE)).unwrap_or_default();
+    for (entry, backend) in memory.split(|byte| *byte == SEPARATOR).zip(backends) {
+        let Some(path) = backend.path.as_deref() else { continue };
+        let entry = Path::new(OsStr::from_bytes(entry));
+        let [named, is] = [entry, path].map(|it| file_of(pid, it));
+        if named.zip(is).is_some_and(|(named, is)| named != is) {
+            let ids: Vec<_> = backends.iter().map(|it| it.id.as_str()).collect();
+            return Err(Failure::new(format!(
+                "{name}: AFTERIMAGE_MEMORY has {} in the place of guest RAM {}, which is {}: name \
+                 the memory backends in the order of their names, {}",
+                entry.display(),
+                backend.id,
+                path.display(),
+                ids.join(", ")
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Which file a process finds at a path: file system and number.
+fn file_of(pid: i32, path: &Path) -> Option<(u64, u64)> {
+    let from = if path.is_absolute() { "root" } else { "cwd" };
+    let path = path.strip_prefix("/").unwrap_or(path);
+    let file = fs::metadata(Path::new("/proc").join(pid.to_string()).join(from).join(path)).ok()?;
+    file.is_file().then(|| (file.dev(), file.ino()))
 }
 
 /// Whether a file is among shared mappings. Devices are not compared: a file system may give
