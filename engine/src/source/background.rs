@@ -116,6 +116,7 @@ impl<'s> Streamer<'s> {
                 }
                 continue;
             }
+            self.serving.signal.wait_for_state(|| self.serving.is_closing());
             let Some(permit) = self.serving.permit(&self.stream, CHUNK_BYTES) else {
                 return Ok(());
             };

@@ -451,7 +451,12 @@ impl Driver {
                 return;
             }
             Said::Given => SourceEvent::Given,
-            Said::Running => SourceEvent::Running,
+            Said::Running => {
+                if let Some(serving) = &self.serving {
+                    serving.signal.state_is_restored();
+                }
+                SourceEvent::Running
+            }
             Said::Reclaimed => {
                 self.drop_passes();
                 SourceEvent::Reclaimed

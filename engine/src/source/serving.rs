@@ -31,6 +31,10 @@ pub(super) const LOOK_AFTER: Duration = Duration::from_millis(50);
 /// asks all the time would keep the background away otherwise, which brings what it asks for next.
 const STAND_BACK_FOR: Duration = Duration::from_micros(100);
 
+/// How long the background stands back for device state at most, and for whoever restores it: the
+/// guest stands still meanwhile, and a core or a link that is shared would keep it waiting.
+const STATE_FIRST_FOR: Duration = Duration::from_millis(100);
+
 /// How often is looked whether a channel has taken its pages.
 const LOOK_AT_HANDS_AFTER: Duration = Duration::from_millis(1);
 
@@ -89,6 +93,8 @@ pub(super) struct Signal {
 struct SignalState {
     /// Grows with each reason to look again.
     changes: u64,
+    /// Device state goes first until then.
+    state_first: Option<Instant>,
 }
 
 impl Signal {
@@ -105,6 +111,32 @@ impl Signal {
     /// How often there was a reason to look again.
     pub(super) fn changes(&self) -> u64 {
         self.lock().changes
+    }
+
+    /// Device state is about to leave, and goes before the background, for a while at most.
+    pub(super) fn state_goes_first(&self) {
+        self.lock().state_first = Some(Instant::now() + STATE_FIRST_FOR);
+    }
+
+    /// The guest runs: nothing goes before the background any more.
+    pub(super) fn state_is_restored(&self) {
+        self.lock().state_first = None;
+        self.changed.notify_all();
+    }
+
+    /// Waits as long as device state goes first, or until it is time to stop.
+    pub(super) fn wait_for_state(&self, is_closing: impl Fn() -> bool) {
+        let mut state = self.lock();
+        while let Some(until) = state.state_first
+            && !is_closing()
+        {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 }
 
@@ -269,4 +301,41 @@ impl Serving {
 pub(super) struct ServingOptions {
     pub(super) checksums: bool,
     pub(super) polling: Duration,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn the_background_waits_for_device_state_and_for_no_longer() {
+        let signal = Signal::default();
+        // Nothing goes first.
+        signal.wait_for_state(|| false);
+
+        signal.state_goes_first();
+        let began = Instant::now();
+        signal.wait_for_state(|| false);
+        assert!(
+            began.elapsed() + Duration::from_millis(1) > STATE_FIRST_FOR,
+            "nobody has restored it"
+        );
+
+        // As if it took for ever.
+        let forever = || Some(Instant::now() + Duration::from_hours(1));
+        signal.lock().state_first = forever();
+        thread::scope(|scope| {
+            scope.spawn(|| signal.wait_for_state(|| false));
+            signal.state_is_restored();
+        });
+
+        signal.lock().state_first = forever();
+        let closing = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| signal.wait_for_state(|| closing.load(Ordering::Acquire)));
+            closing.store(true, Ordering::Release);
+            signal.look_again();
+        });
+    }
 }

@@ -416,6 +416,14 @@ impl Driver {
             self.session.hold();
         }
         self.shared.set_rates(|rates| rates.is_final = true);
+        // What a last pass has found is wanted as soon as the guest runs; and a guest that is held
+        // stands still for as long as somebody else likes.
+        if let Some(serving) = &self.serving
+            && self.passing.is_none()
+            && !self.is_held
+        {
+            serving.signal.state_goes_first();
+        }
         self.open_final();
         Ok(())
     }
