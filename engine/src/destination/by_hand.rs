@@ -17,9 +17,10 @@ impl Destination {
 
     /// Goes on after a [`pause`](Self::pause), begins where
     /// [`first_connection`](super::DestinationOptions::first_connection) waits for this, or goes
-    /// on at once where a lost link is waiting to be made again: at another endpoint, or with `None` at the same. An endpoint that was
-    /// replaced is given up: its listener stops listening. (A listening socket that this
-    /// process inherited as a descriptor is left open to whoever else holds it.)
+    /// on at once where a lost link is waiting to be made again: at another endpoint, or with
+    /// `None` at the same. An endpoint that was replaced is given up: its listener stops
+    /// listening. (A listening socket that this process inherited as a descriptor is left open to
+    /// whoever else holds it.)
     ///
     /// Returns before anybody is found:
     /// [`DestinationEvent::Attached`](super::DestinationEvent::Attached) follows then. Until
