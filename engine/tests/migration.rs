@@ -12,6 +12,7 @@ use common::{Content, Kind, Listening, Pair, Random, Setup, Toucher, Transport};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 
@@ -356,4 +357,22 @@ fn discards_count_once_and_read_as_zero() {
             assert!((0..512).all(|word| pair.new.word(page, word).load(Ordering::Relaxed) == 0));
         }
     }
+}
+
+#[test]
+fn device_state_goes_before_the_background_but_does_not_keep_it_away() {
+    prologue!("device_state_goes_first");
+    let pair = Pair::start(&Setup::default()).expect("no huge pages");
+    let attached = |event: &SourceEvent| matches!(event, SourceEvent::Attached(_));
+    pair.at_source.wait("a destination", || pair.dump(), attached);
+    let stopped = Instant::now();
+    let state = vec![section("cpu", 100_000)];
+    pair.source.switch_over(state.clone()).expect("may switch over");
+    assert_eq!(pair.wait_state(), state);
+    // Nobody says that it is restored.
+    common::wait_until("pages", || pair.dump(), || pair.destination.stats().pages_complete > 0);
+    assert!(stopped.elapsed() >= Duration::from_millis(100), "{:?}", stopped.elapsed());
+    pair.destination.ready().expect("may run");
+    pair.finish();
+    pair.check_content();
 }
