@@ -181,6 +181,8 @@ impl Sending {
             Vcpus::Run => saving.until_stopped(machine)?,
             Vcpus::Stopped => unix_now(),
         });
+        // It has not stood still before.
+        self.at = At::Stopped(Instant::now() + self.ready_within);
         self.parts.journal.times.stop_us = Some(micros(begun.elapsed()));
         self.source.stopped().map_err(Failure::of("say that the guest is stopped"))?;
         let stopped = Instant::now();
