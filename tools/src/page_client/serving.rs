@@ -346,6 +346,8 @@ impl Serving {
     }
 
     fn attached(&mut self, session: &str) {
+        // Perhaps because an operator wanted it, who may also pause it from now on.
+        self.is_held = false;
         self.journal.attached(session);
         self.journal.note("attached");
         self.progress.count(&self.destination.stats());
