@@ -11,7 +11,7 @@ use afterimage::{
 use afterimage_protocol::wire::Channel;
 use common::memory::PAGE;
 use common::proxy::{Cut, Proxy, Way};
-use common::{Kind, Memory, Pair, Random, Setup, Toucher};
+use common::{Content, Kind, Memory, Pair, Random, Setup, Toucher};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -598,4 +598,49 @@ fn a_guest_that_is_stopped_while_the_link_is_down_moves_as_it_was_then() {
             moving.switch_and_check();
         }
     }
+}
+
+#[test]
+fn pages_that_were_touched_for_the_first_time_in_a_pass_arrive() {
+    prologue!("pages_touched_first_in_a_pass");
+    for kind in [Kind::Anonymous, Kind::Memfd] {
+        for content in [Content::Scattered, Content::Sparse, Content::Empty] {
+            for passes in [1, 2] {
+                let setup = Setup { kinds: vec![(kind, 4 * MIB)], content, ..Setup::default() };
+                touch_first_in_a_pass(&setup, passes);
+            }
+        }
+    }
+}
+
+/// The guest writes to holes while the first of some passes ends, or right after.
+fn touch_first_in_a_pass(setup: &Setup, passes: u32) {
+    let mut tracker = None;
+    let pair = Pair::start_on(
+        setup,
+        |old, source, _| {
+            let dirty = tracker_of(old, setup);
+            source.precopy = Some(precopy(&dirty, Passes::Count(passes)));
+            // Content up to the end: the last look of a stream goes as far.
+            let last = old.small_pages() - 1;
+            old.word(last, 0).store(last, Ordering::Relaxed);
+            tracker = Some(dirty);
+        },
+        |address| address,
+    );
+    let (pair, dirty) = (pair.expect("no huge pages"), tracker.expect("made at the start"));
+    pair.at_source.wait(
+        "the first pass",
+        || pair.dump(),
+        |event| matches!(event, SourceEvent::PassEnded(_)),
+    );
+    // Not the first page, which a stream looks at anew.
+    for page in 1..pair.old.small_pages() - 8 {
+        pair.old.word(page, page % 512).store(page, Ordering::Relaxed);
+        dirty.mark(pair.old.guest_address(page), PAGE);
+    }
+    pair.switch(&[]);
+    pair.finish();
+    pair.new.check_same(&pair.old);
+    pair.check_counts();
 }

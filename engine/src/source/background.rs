@@ -34,8 +34,6 @@ const PAGE_TABLE_SHARE: u64 = 512;
 const MAX_RUNS: usize = 512;
 /// Content read from files for one batch, and the zeros between: more only for a larger page.
 const STAGING_BYTES: u64 = 2 * CHUNK_BYTES;
-/// How far one look for content goes: dense memory takes as long to look at as it is long.
-const LOOK_AHEAD: u64 = 64 << 20;
 /// The most pages in one run of zeros.
 const MAX_ZERO_PAGES: u64 = 1 << 31;
 
@@ -128,6 +126,7 @@ impl<'s> Streamer<'s> {
                 _ => None,
             };
             if matches!(*mode, Mode::Early(_) | Mode::Final) {
+                self.sight.enter(*mode);
                 self.gather(permit.bytes);
             } else {
                 self.batch.clear();
@@ -209,16 +208,15 @@ impl<'s> Streamer<'s> {
         };
         let RegionRun { region, offset, length: page_bytes, .. } =
             layout.split(PageRange::one(first)).next()?;
-        let look_end = layout.regions()[region].length.min(offset + page_bytes.max(LOOK_AHEAD));
-        let sight = self.sight.content_at(memory, region, offset, look_end);
+        let length = layout.regions()[region].length;
+        let seen = self.sight.at(memory, (region, length), offset, page_bytes);
         // A larger page may hold what another look would find too.
-        let presence = sight.filter(|_| page_bytes == 4096).map(|extent| extent.presence);
-        let (is_hole, end) = match sight {
-            None => (true, look_end),
+        let presence = seen.content.filter(|_| page_bytes == 4096).map(|extent| extent.presence);
+        let whole = |end: u64| end / page_bytes * page_bytes;
+        let (is_hole, end) = match seen.content {
+            None => (true, whole(seen.end)),
             // A page that is partly data is data.
-            Some(extent) if extent.start >= offset + page_bytes => {
-                (true, extent.start / page_bytes * page_bytes)
-            }
+            Some(extent) if extent.start >= offset + page_bytes => (true, whole(extent.start)),
             Some(extent) => {
                 let most = if memory.is_file(region) { most.min(self.step) } else { most };
                 (false, extent.end.min(offset + most.max(page_bytes)))

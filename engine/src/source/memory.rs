@@ -332,14 +332,14 @@ impl SourceMemory {
         })
     }
 
-    /// The same for as many of them as one look finds, in order: the last is that of the range
-    /// unless there are [`EXTENTS_AT_ONCE`](holes::EXTENTS_AT_ONCE). Replaces what `found`
-    /// holds.
-    pub(crate) fn look(&self, region: usize, from: u64, end: u64, found: &mut Vec<Extent>) {
+    /// The same for as many of them as one look finds, in order. Replaces what `found` holds.
+    /// Returns how far it has looked: to `end`, or to the end of the last of
+    /// [`EXTENTS_AT_ONCE`](holes::EXTENTS_AT_ONCE).
+    pub(crate) fn look(&self, region: usize, from: u64, end: u64, found: &mut Vec<Extent>) -> u64 {
         found.clear();
         let (None, Some(pagemap)) = (&self.files[region], &self.pagemap) else {
             found.extend(self.next_data(region, from, end));
-            return;
+            return end;
         };
         let base = self.layout.regions()[region].local.unwrap_or_default().0;
         let looked = pagemap.each_present(base + from, base + end, |it| {
@@ -349,6 +349,10 @@ impl SourceMemory {
             tracing::debug!(%error, "holes cannot be told");
             found.clear();
             found.push(Extent { start: from, end, presence: Presence::Unknown });
+        }
+        match found.last() {
+            Some(last) if found.len() >= holes::EXTENTS_AT_ONCE => last.end,
+            _ => end,
         }
     }
 }
