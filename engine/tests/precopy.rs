@@ -11,95 +11,14 @@ use afterimage::{
 use afterimage_protocol::wire::Channel;
 use common::memory::PAGE;
 use common::proxy::{Cut, Proxy, Way};
-use common::{Content, Kind, Memory, Pair, Random, Setup, Toucher};
+use common::{Content, Kind, Moving, Pair, Random, Setup, precopy, tracker_of};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
-
-/// A guest of some threads that write to random pages, hot ones more often.
-struct Writers {
-    threads: Vec<JoinHandle<()>>,
-    stop: Arc<AtomicBool>,
-    written: Arc<AtomicU64>,
-}
-
-impl Writers {
-    fn start(memory: &Arc<Memory>, dirty: &Arc<DirtyBitmap>, random: &mut Random) -> Self {
-        let (stop, written) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let threads = (0..2)
-            .map(|_| {
-                let (memory, dirty) = (Arc::clone(memory), Arc::clone(dirty));
-                let (stop, written) = (Arc::clone(&stop), Arc::clone(&written));
-                let mut random = random.fork();
-                std::thread::spawn(move || {
-                    while !stop.load(Ordering::Relaxed) {
-                        write_one(&memory, &dirty, &mut random);
-                        written.fetch_add(1, Ordering::Relaxed);
-                        if random.below(64) == 0 {
-                            std::thread::yield_now();
-                        }
-                    }
-                })
-            })
-            .collect();
-        Self { threads, stop, written }
-    }
-
-    /// When it returns, nobody writes.
-    fn stop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            thread.join().expect("a writer");
-        }
-    }
-}
-
-impl Drop for Writers {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-/// Writes a page in part, or makes it zero. The last quarter is left alone.
-fn write_one(memory: &Memory, dirty: &DirtyBitmap, random: &mut Random) {
-    let pages = memory.small_pages() / 4 * 3;
-    let hot = random.below(4) > 0;
-    let page = random.below(if hot { pages.div_ceil(10) } else { pages });
-    let words = PAGE / 8;
-    if random.below(8) == 0 {
-        (0..words).for_each(|word| memory.word(page, word).store(0, Ordering::Relaxed));
-    } else {
-        for _ in 0..3 {
-            let word = random.below(words);
-            memory.word(page, word).store(random.next() | 1, Ordering::Relaxed);
-        }
-    }
-    // After the writes: whoever collects this has them, or hears of them again.
-    dirty.mark(memory.guest_address(page), PAGE);
-}
-
-fn tracker_of(memory: &Memory, setup: &Setup) -> Arc<DirtyBitmap> {
-    let mut page = 0;
-    let mut ranges: Vec<(GuestAddress, u64)> = Vec::new();
-    for (_, length) in &setup.kinds {
-        ranges.push((memory.guest_address(page), *length));
-        page += length / PAGE;
-    }
-    Arc::new(DirtyBitmap::new(&ranges).expect("ranges"))
-}
-
-fn precopy(dirty: &Arc<DirtyBitmap>, passes: Passes) -> Precopy {
-    let tracker: Box<dyn DirtyTracker> = Box::new(Arc::clone(dirty));
-    let mut precopy = Precopy::new(tracker);
-    precopy.passes = passes;
-    precopy.longest = Duration::from_secs(2);
-    precopy
-}
 
 /// A tracker that says what was written only when the test lets it.
 #[derive(Debug)]
@@ -127,85 +46,6 @@ impl DirtyTracker for Gated {
     }
 }
 
-/// Two sides, and a guest that writes.
-struct Moving {
-    writers: Writers,
-    pair: Pair,
-}
-
-impl Moving {
-    fn start(
-        setup: &Setup,
-        passes: Passes,
-        random: &mut Random,
-        change: impl FnOnce(&mut SourceOptions),
-        proxy: Option<&mut Option<Proxy>>,
-    ) -> Option<Self> {
-        Self::start_with(setup, passes, random, |source, _| change(source), proxy)
-    }
-
-    /// The same where the change needs to know what the guest marks.
-    fn start_with(
-        setup: &Setup,
-        passes: Passes,
-        random: &mut Random,
-        change: impl FnOnce(&mut SourceOptions, &Arc<DirtyBitmap>),
-        proxy: Option<&mut Option<Proxy>>,
-    ) -> Option<Self> {
-        let mut tracker = None;
-        let started = Pair::start_on(
-            setup,
-            |old, source, _| {
-                let dirty = tracker_of(old, setup);
-                source.precopy = Some(precopy(&dirty, passes));
-                change(source, &dirty);
-                tracker = Some(dirty);
-            },
-            |address| match proxy {
-                Some(place) => place.insert(Proxy::start(&address)).address(),
-                None => address,
-            },
-        );
-        let pair = started?;
-        let writers = Writers::start(&pair.old, &tracker.expect("made at the start"), random);
-        Some(Self { writers, pair })
-    }
-
-    fn wait_due(&self) -> SwitchoverCause {
-        let due = self.pair.at_source.wait(
-            "the time to switch over",
-            || self.pair.dump(),
-            |event| matches!(event, SourceEvent::SwitchoverDue(_)),
-        );
-        let SourceEvent::SwitchoverDue(cause) = due else { unreachable!("just matched") };
-        cause
-    }
-
-    fn wait_pass(&self) {
-        self.pair.at_source.wait(
-            "the end of a pass",
-            || self.pair.dump(),
-            |event| matches!(event, SourceEvent::PassEnded(_)),
-        );
-    }
-
-    /// Stops the guest, moves it, and compares all of memory while it is touched from the end.
-    fn switch_and_check(&mut self) {
-        self.writers.stop();
-        self.pair.switch(&[]);
-        let (old, new) = (Arc::clone(&self.pair.old), Arc::clone(&self.pair.new));
-        let reader = Toucher::start(move || {
-            for page in (0..new.small_pages()).rev() {
-                new.check_page_same(&old, page);
-            }
-        });
-        reader.finish("the guest reads its memory", || self.pair.dump());
-        self.pair.finish();
-        self.pair.check_counts();
-        self.pair.new.check_same(&self.pair.old);
-    }
-}
-
 fn kinds() -> [Vec<(Kind, u64)>; 4] {
     [
         vec![(Kind::Anonymous, 4 * MIB)],
@@ -213,6 +53,12 @@ fn kinds() -> [Vec<(Kind, u64)>; 4] {
         vec![(Kind::Huge, 8 * MIB)],
         vec![(Kind::Huge, 4 * MIB), (Kind::Memfd, MIB), (Kind::Anonymous, 2 * MIB)],
     ]
+}
+
+/// Guests touch some of their memory for the first time while it is sent.
+fn any_content(random: &mut Random) -> Content {
+    let all = [Content::Dense, Content::Sparse, Content::Scattered, Content::Empty];
+    all[random.below(4) as usize]
 }
 
 #[test]
@@ -223,7 +69,8 @@ fn every_kind_of_memory_arrives_after_any_number_of_passes() {
         for passes in [Passes::Count(1), Passes::Count(3), Passes::Automatic] {
             for checksums in [Checksums::Off, Checksums::On] {
                 let streams = 1 + random.below(4) as u16;
-                let setup = Setup { kinds: kinds.clone(), checksums, streams, ..Setup::default() };
+                let (kinds, content) = (kinds.clone(), any_content(&mut random));
+                let setup = Setup { kinds, content, streams, checksums, ..Setup::default() };
                 let Some(mut moving) = Moving::start(&setup, passes, &mut random, |_| (), None)
                 else {
                     continue;
@@ -243,7 +90,8 @@ fn a_guest_may_be_stopped_at_any_instant() {
     let mut random = Random::seeded("precopy_instants");
     for round in 0..24_u64 {
         let kinds = kinds()[(round % 2) as usize].clone();
-        let setup = Setup { kinds, streams: 2, ..Setup::default() };
+        let content = any_content(&mut random);
+        let setup = Setup { kinds, streams: 2, content, ..Setup::default() };
         let passes = [Passes::Automatic, Passes::Count(100)][(round / 2 % 2) as usize];
         let mut moving =
             Moving::start(&setup, passes, &mut random, |_| (), None).expect("no huge pages");

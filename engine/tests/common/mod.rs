@@ -11,6 +11,7 @@ pub mod children;
 pub mod counters;
 pub mod lone;
 pub mod memory;
+pub mod moving;
 pub mod peer;
 pub mod proxy;
 pub mod random;
@@ -19,6 +20,7 @@ pub mod victim;
 
 pub use lone::{LoneDestination, LoneSource};
 pub use memory::{Content, Kind, Memory};
+pub use moving::{Moving, precopy, tracker_of};
 pub use random::Random;
 pub use session::{EventLog, Listening, Pair, Setup, Transport};
 
