@@ -7,7 +7,7 @@
 //! Where somebody else wants the core, polling does not pay at all: the core is awake
 //! anyway, and whoever yields it is put behind the other (since Linux 6.18 by its whole
 //! slice). A thread that blocks and is woken there goes first. So a yield that took long ends
-//! polling for a while.
+//! polling for a while: the longer it took, the longer.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,10 @@ const PATIENCE: u32 = 3;
 /// A yield of the core that took longer gave it to somebody who wanted it for more than a few
 /// faults and answers.
 const SHORT_YIELD: Duration = Duration::from_micros(100);
-/// How long a thread does not poll where somebody else wants its core.
+/// How long a thread does not poll where somebody else wants its core: so many times what the
+/// yield took. A piece of limited background is over soon, and the core idle again.
+const CONTENDED_TIMES: u32 = 8;
+/// But no longer.
 const CONTENDED_FOR: Duration = Duration::from_millis(5);
 
 /// Decides for one thread.
@@ -69,8 +72,9 @@ impl AdaptivePolling {
     }
 
     fn paused(&mut self, before: Instant, after: Instant) {
-        if after.duration_since(before) > SHORT_YIELD {
-            self.contended_until = Some(after + CONTENDED_FOR);
+        let took = after.duration_since(before);
+        if took > SHORT_YIELD {
+            self.contended_until = Some(after + (took * CONTENDED_TIMES).min(CONTENDED_FOR));
         }
     }
 
@@ -114,9 +118,17 @@ mod tests {
         let now = Instant::now();
         polling.paused(now, now + SHORT_YIELD);
         assert_eq!(polling.idle_at(now), Idle::Poll);
-        let after = now + SHORT_YIELD + Duration::from_micros(1);
-        polling.paused(now, after);
-        assert_eq!(polling.idle_at(after), Idle::Block);
-        assert_eq!(polling.idle_at(after + CONTENDED_FOR), Idle::Poll);
+        let slightly = SHORT_YIELD + Duration::from_micros(1);
+        for (took, contended) in [
+            (slightly, CONTENDED_TIMES * slightly),
+            (CONTENDED_FOR / CONTENDED_TIMES, CONTENDED_FOR),
+            (CONTENDED_FOR, CONTENDED_FOR),
+        ] {
+            let after = now + took;
+            polling.paused(now, after);
+            assert_eq!(polling.idle_at(after), Idle::Block);
+            assert_eq!(polling.idle_at(after + contended * 9 / 10), Idle::Block);
+            assert_eq!(polling.idle_at(after + contended), Idle::Poll);
+        }
     }
 }

@@ -22,7 +22,7 @@ pub enum Background {
     /// At most so much, evenly, all streams of one destination together. Counted are pages
     /// with content and the headers of frames: runs of zero pages cost next to nothing.
     ///
-    /// Streams take 5 ms worth at once, at most 256 KiB and at least one page. What could not
+    /// Streams take 1 ms worth at once, at most 256 KiB and at least one page. What could not
     /// leave in time is made up for, but not after 25 ms: over a second at most 2.5 % and one
     /// such piece more leaves than the rate says.
     Limited {
@@ -34,8 +34,8 @@ pub enum Background {
     OnRequest,
 }
 
-/// A piece that takes so long is small enough.
-const PIECE: Duration = Duration::from_millis(5);
+/// How much leaves at once, in time: a fault whose core is busy with a piece waits for it.
+const PIECE: Duration = Duration::from_millis(1);
 /// No piece is planned smaller.
 const LEAST_PIECE_BYTES: u64 = 4096;
 
