@@ -109,6 +109,34 @@ fn passes_under_way_end_with_every_tracker() {
 }
 
 #[test]
+fn a_page_client_whose_guest_stays_has_not_failed() {
+    if !require::userfaultfd() {
+        return;
+    }
+    let mut migration = Migration::start(&[
+        "--backing",
+        "memfd",
+        "--kill",
+        "page-client",
+        "--passes",
+        "auto",
+        "--precopy-bandwidth",
+        "2M",
+    ]);
+    let mut client = demo::manager(migration.directory.path(), "page-client");
+    while migration.source.query()["phase"] != "attached" {
+        migration.source.event("attached");
+    }
+    while client.query()["counts"]["bytes_received"] == json!(0) {
+        std::thread::yield_now();
+    }
+    client.ok(json!({"do": "subscribe"}));
+    let report = migration.cancel();
+    assert_eq!(client.event("closing")["outcome"], "not_here");
+    assert_eq!(report["blackout_us"], Value::Null, "{report}");
+}
+
+#[test]
 fn a_guest_that_is_held_after_the_stop_runs_again_at_the_source() {
     let kvm = require::kvm() && require::userfaultfd();
     for guest in ["threads", "kvm"].into_iter().filter(|it| *it == "threads" || kvm) {

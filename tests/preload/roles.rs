@@ -4,6 +4,7 @@ use std::io::BufRead;
 use std::time::Duration;
 
 use afterimage::dirty::DirtyTracker;
+use afterimage_tools::page_client::Ran;
 use afterimage_tools::page_server::Notice;
 use afterimage_tools::tracking::VmmTracker;
 use afterimage_tools::{keeper, page_client, page_server};
@@ -52,7 +53,11 @@ fn page_client() {
     let Some(arguments) = arguments("page_client") else { return };
     let arguments = std::iter::once("page-client".to_owned()).chain(arguments);
     let options = page_client::options::Options::try_parse_from(arguments).unwrap();
-    end(page_client::run(&options, Duration::from_millis(200), tell));
+    let ran = page_client::run(&options, Duration::from_millis(200), tell);
+    end(ran.map_err(|failure| failure.to_string()).and_then(|ran| match ran {
+        Ran::Here => Ok(()),
+        Ran::NotHere => Err("the guest does not run here".to_owned()),
+    }));
 }
 
 #[test]

@@ -71,17 +71,27 @@ pub fn main() -> ExitCode {
 /// those that it starts, and taken as the command takes them.
 ///
 /// # Errors
-/// [`Failure`], also where it has ended before every page was in place.
+/// [`Failure`], also where it has ended before every page was in place, although the guest runs
+/// here.
 pub fn run(
     options: &Options,
     pause: Duration,
     hear: impl Fn(Notice) + 'static,
-) -> Result<(), Failure> {
-    let report = serve(options, Progress::to_often(hear, pause))?;
-    if report.is_finished() {
-        return Ok(());
+) -> Result<Ran, Failure> {
+    match serve(options, Progress::to_often(hear, pause))?.outcome() {
+        Outcome::Finished => Ok(Ran::Here),
+        Outcome::NotHere => Ok(Ran::NotHere),
+        _ => Err(Failure::new("ended before every page was in place")),
     }
-    Err(Failure::new("ended before every page was in place"))
+}
+
+/// Whether the guest is where its memory was served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ran {
+    /// It runs here, and has every page.
+    Here,
+    /// It runs elsewhere: it was taken back, or has never come.
+    NotHere,
 }
 
 fn serve(options: &Options, progress: Progress) -> Result<Report, Failure> {

@@ -30,7 +30,9 @@ pub(super) fn run(line: &Line, setup: &Setup) -> Result<(), DemoError> {
         }))),
         notice => tracing::info!(?notice, "page-client"),
     };
+    // Where its guest stayed the destination says so, or the source why it failed.
     page_client::run(&options, setup.progress_pause, hear)
+        .map(drop)
         .map_err(|error| DemoError::failed("cannot serve the guest's memory", &error))
 }
 

@@ -400,9 +400,7 @@ impl Watch {
             return Ok(false);
         };
         let status = process.collect()?;
-        // Its guest did not come, which is a failure to a page-client.
-        let is_well = status.success() || (stayed && who.role == Role::PageClient);
-        if !is_done || !is_well {
+        if !is_done || !status.success() {
             return Err(DemoError::Failed(format!(
                 "the {} (process {}) ended too early, by {status}, while {}",
                 who.role.name(),

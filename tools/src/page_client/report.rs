@@ -164,10 +164,6 @@ impl Report {
         self.outcome
     }
 
-    pub(super) fn is_finished(&self) -> bool {
-        self.outcome == Outcome::Finished
-    }
-
     pub(super) fn to_json(&self) -> String {
         serde_json::to_string(self).expect("text and numbers are always JSON")
     }
