@@ -220,9 +220,13 @@ fn queries_are_answered_on_both_sides_while_the_link_is_stuck() {
     let network = Network::to(target.strip_prefix("tcp:").unwrap());
     let client = Client::start(&server, &network.address, &[]);
     let mut destination = Manager::connect(&client.control);
-    destination.ok(json!({"do": "subscribe"}));
+    for manager in [&mut source, &mut destination] {
+        manager.ok(json!({"do": "subscribe"}));
+    }
     client.guest.run();
     destination.event("run");
+    // Or it would hear of that only when the link is free again.
+    source.event("running");
     network.gate.set(true);
     source.ok(json!({"do": "set", "bandwidth": "unlimited"}));
     let state = prompt(&mut source);
