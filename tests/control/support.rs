@@ -131,11 +131,16 @@ impl Server {
         Manager::connect(&self.socket())
     }
 
-    /// Once its session has begun, which is a moment after it listens.
+    /// Once its session has begun, which is a moment after it listens, and it has told of a guest
+    /// that its memory is final.
     pub(crate) fn begun(&self) -> Manager {
         let mut manager = self.manager();
-        if manager.ok(json!({"do": "subscribe"}))["phase"] == "preparing" {
-            manager.event("begun");
+        let (last, sequence) = match manager.greeting["role"] == "snapshot" {
+            true => ("begun", 1),
+            false => ("stopped", 2),
+        };
+        if manager.ok(json!({"do": "subscribe"}))["sequence"].as_u64() < Some(sequence) {
+            manager.event(last);
         }
         self.manager()
     }

@@ -27,6 +27,8 @@ enum Effect {
     Recovering,
     /// So far, at least.
     Phase(Phase),
+    /// Every page is there, which may be so before the guest runs.
+    AllArrived,
     /// It is held before something, or not any more.
     Hold(Option<&'static str>),
     /// Something went wrong.
@@ -117,8 +119,12 @@ impl Happening {
             Effect::Recovering if state.link == Link::Paused => state.link = Link::Down,
             Effect::Hold(before) => state.hold = before,
             Effect::None | Effect::Recovering | Effect::Stopped => {}
+            Effect::AllArrived => {
+                state.has_all = true;
+                state.reach(state.phase);
+            }
             Effect::Phase(phase) => {
-                state.phase = state.phase.max(phase);
+                state.reach(phase);
                 if phase >= Phase::Given {
                     state.hold = None;
                 }
@@ -235,9 +241,7 @@ impl From<&DestinationEvent> for Happening {
             DestinationEvent::Fenced => not_here("fenced", "an operator has fenced this side"),
             DestinationEvent::Ended(reason) => not_here("ended", reason),
             DestinationEvent::TurnedAway(reason) => Self::trouble("turned_away", reason),
-            DestinationEvent::AllArrived => {
-                Self::new("all_arrived").effect(Effect::Phase(Phase::AllArrived))
-            }
+            DestinationEvent::AllArrived => Self::new("all_arrived").effect(Effect::AllArrived),
             DestinationEvent::Finished => {
                 Self::new("finished").effect(Effect::Phase(Phase::Finished))
             }
@@ -286,6 +290,23 @@ mod tests {
         }
         assert_eq!((state.phase, state.link), (Phase::Running, Link::Up));
         assert_eq!(state.sequence, 6);
+    }
+
+    #[test]
+    fn a_guest_that_has_every_page_and_does_not_run_yet_is_still_restored() {
+        let mut state = State::new();
+        let mut hear = |event: &DestinationEvent| {
+            Happening::from(event).apply(&mut state, Now::since(Instant::now()));
+            state.phase
+        };
+        assert_eq!(hear(&DestinationEvent::State(Vec::new())), Phase::Restoring);
+        assert_eq!(hear(&DestinationEvent::AllArrived), Phase::Restoring, "it is held");
+        assert_eq!(hear(&DestinationEvent::Run), Phase::AllArrived);
+        let mut state = State::new();
+        for event in [DestinationEvent::Run, DestinationEvent::AllArrived] {
+            Happening::from(&event).apply(&mut state, Now::since(Instant::now()));
+        }
+        assert_eq!(state.phase, Phase::AllArrived);
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub enum Phase {
     Given,
     /// The guest runs at the destination.
     Running,
-    /// Every page is at the destination.
+    /// The guest runs at the destination, and every page is there.
     AllArrived,
     /// The session is over, and everything is at the destination.
     Finished,
@@ -90,6 +90,8 @@ pub(super) struct State {
     pub(super) session: Option<String>,
     pub(super) memory_bytes: u64,
     pub(super) phase: Phase,
+    /// A destination has every page.
+    pub(super) has_all: bool,
     pub(super) link: Link,
     /// What the migration is held before.
     pub(super) hold: Option<&'static str>,
@@ -104,10 +106,20 @@ impl State {
             session: None,
             memory_bytes: 0,
             phase: Phase::Preparing,
+            has_all: false,
             link: Link::Down,
             hold: None,
             trouble: None,
             sequence: 0,
+        }
+    }
+
+    /// It is so far at least.
+    pub(super) fn reach(&mut self, phase: Phase) {
+        self.phase = self.phase.max(phase);
+        // That it has every page is a phase of a guest that runs.
+        if self.phase == Phase::Running && self.has_all {
+            self.phase = Phase::AllArrived;
         }
     }
 }
