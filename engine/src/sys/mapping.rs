@@ -5,7 +5,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc::off_t;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// A shared mapping of a piece of a file, besides the one that the guest uses. Whole runs
 /// are written through it and then shown to the guest with `UFFDIO_CONTINUE`.
@@ -17,7 +17,6 @@ pub(crate) struct Alias {
 impl Alias {
     /// Maps `length` bytes of `file` from `offset`, readable and writable. Touches nothing.
     pub(crate) fn new(file: impl AsFd, offset: u64, length: u64) -> io::Result<Self> {
-        use std::os::fd::AsRawFd;
         let fd = file.as_fd().as_raw_fd();
         let map =
             MmapOptions::new().offset(offset).len(length as usize).no_reserve_swap().map_raw(fd)?;
@@ -221,4 +220,110 @@ pub(crate) unsafe fn empty_private(start: u64, length: u64) -> io::Result<()> {
         return Ok(());
     }
     Err(io::Error::last_os_error())
+}
+
+/// The same for many ranges, each a start and a length, in one call: then processors are told once
+/// that these pages have gone, and not once for each range. Returns how many are missing now, from
+/// the first on; the others are to be emptied one by one, all of them before Linux 6.13.
+///
+/// # Safety
+/// As for [`empty_private`].
+pub(crate) unsafe fn empty_private_at_once(ranges: &[(u64, u64)]) -> usize {
+    // For a few it does not pay.
+    if ranges.len() < 4 {
+        return 0;
+    }
+    let places: Vec<_> = ranges
+        .iter()
+        .map(|&(start, length)| libc::iovec { iov_base: start as *mut _, iov_len: length as usize })
+        .collect();
+    // SAFETY: no memory is passed.
+    let this = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
+    let Ok(this @ 0..) = i32::try_from(this) else { return 0 };
+    // SAFETY: it was just opened, and is nobody else's.
+    let this = unsafe { OwnedFd::from_raw_fd(this) };
+    // SAFETY: the kernel reads the ranges; of their content the caller's promise.
+    let advised = unsafe {
+        let (descriptor, places, count) = (this.as_raw_fd(), places.as_ptr(), places.len());
+        let how = MADV_DONTNEED_LOCKED;
+        libc::syscall(libc::SYS_process_madvise, descriptor, places, count, how, 0)
+    };
+    let mut left = u64::try_from(advised).unwrap_or(0);
+    let is_done = |&&(_, length): &&(u64, u64)| {
+        let done = left >= length;
+        left = left.saturating_sub(length);
+        done
+    };
+    ranges.iter().take_while(is_done).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::testing::{Area, Kind};
+    use std::sync::atomic::Ordering;
+
+    const PAGE: u64 = 4096;
+
+    /// Whether the kernel can empty memory of this process so.
+    fn is_offered() -> bool {
+        let release = nix::sys::utsname::uname().unwrap();
+        let release = release.release().to_string_lossy().into_owned();
+        let mut parts = release.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+        (parts.next(), parts.next()) >= (Some(6), Some(13))
+    }
+
+    #[test]
+    fn ranges_are_emptied_at_once_up_to_the_first_that_cannot_be() {
+        let area = Area::new(Kind::Anonymous, 64).unwrap();
+        area.advise(0, 64 * PAGE, libc::MADV_NOHUGEPAGE).unwrap();
+        let fill = || (0..64).for_each(|page| area.word(page * PAGE).store(1, Ordering::Relaxed));
+        let empty: Vec<_> = (0..8).map(|run| (8 * run, 1 + run % 3)).collect();
+        let at = |&(page, count): &(u64, u64)| (area.address() + page * PAGE, count * PAGE);
+        let check = |done: usize| {
+            for page in 0..64 {
+                let is_empty =
+                    empty[..done].iter().any(|&(from, n)| (from..from + n).contains(&page));
+                let word = area.word(page * PAGE).load(Ordering::Relaxed);
+                assert_eq!(word, u64::from(!is_empty), "page {page}");
+            }
+        };
+        fill();
+        let mut ranges: Vec<_> = empty.iter().map(at).collect();
+        // SAFETY: pages of the area, which nobody else uses.
+        let done = unsafe { empty_private_at_once(&ranges) };
+        assert_eq!(done, if is_offered() { 8 } else { 0 });
+        check(done);
+
+        // No page boundary: the kernel takes the others before it.
+        fill();
+        ranges[5].0 += 8;
+        // SAFETY: likewise; the sixth is refused.
+        let done = unsafe { empty_private_at_once(&ranges) };
+        assert_eq!(done, if is_offered() { 5 } else { 0 });
+        check(done);
+
+        // SAFETY: likewise.
+        assert_eq!(unsafe { empty_private_at_once(&ranges[..3]) }, 0, "one by one is as good");
+    }
+
+    #[test]
+    fn memory_that_is_locked_is_emptied_too() {
+        let area = Area::new(Kind::Anonymous, 16).unwrap();
+        let start = std::ptr::NonNull::new(area.address() as *mut _).unwrap();
+        // SAFETY: a mapping of this test.
+        if unsafe { nix::sys::mman::mlock(start, 16 * PAGE as usize) }.is_err() {
+            // Nobody may lock so much here.
+            return;
+        }
+        let ranges: Vec<_> = (0..8).map(|run| (area.address() + 2 * run * PAGE, PAGE)).collect();
+        (0..16).for_each(|page| area.word(page * PAGE).store(1, Ordering::Relaxed));
+        // SAFETY: pages of the area, which nobody else uses.
+        let done = unsafe { empty_private_at_once(&ranges) };
+        assert_eq!(done, if is_offered() { 8 } else { 0 });
+        // SAFETY: likewise.
+        unsafe { empty_private(ranges[0].0, PAGE) }.unwrap();
+        let left: u64 = (0..16).map(|page| area.word(page * PAGE).load(Ordering::Relaxed)).sum();
+        assert_eq!(left, if is_offered() { 8 } else { 15 });
+    }
 }

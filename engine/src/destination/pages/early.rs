@@ -21,6 +21,7 @@
 //!   that something lies in the pages of files.
 
 mod arriving;
+mod emptying;
 
 use super::Pages;
 use crate::destination::kept::KeptEarly;
@@ -29,13 +30,12 @@ use crate::sys::mapping;
 use crate::sys::words::LazyWords;
 use afterimage_protocol::bitmap::{Bitmap, Segment};
 use afterimage_protocol::layout::{PageNumber, PageRange, RegionRun};
+use emptying::Emptying;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
 /// Pages that are mapped in one go.
 const MAP_STEP: u64 = 512;
-/// Runs that are emptied in one go.
-const MEANWHILE_AFTER: u32 = 4096;
 
 /// No early copies are taken, and none are left.
 const OFF: u64 = 0;
@@ -142,25 +142,23 @@ impl Pages {
         mut meanwhile: impl FnMut(),
     ) -> io::Result<()> {
         self.begin_pass(0);
-        let (mut first_error, mut emptied) = (None, 0_u32);
+        let mut emptying = Emptying::new(self);
         let decoded = segment.decode(range, |stale| {
             self.early.current().clear(stale, |_| ());
             for run in self.layout().split(stale) {
                 // What has a file keeps its old content: the next copy is written over it.
-                if self.file_of(&run).is_some() {
-                    continue;
-                }
-                if let Err(error) = self.empty_old(run.pages) {
-                    first_error.get_or_insert(error);
-                }
-                emptied += 1;
-                if emptied.is_multiple_of(MEANWHILE_AFTER) {
-                    meanwhile();
+                if self.file_of(&run).is_none() {
+                    emptying.add(run.pages);
                 }
             }
+            if emptying.is_due() {
+                emptying.empty();
+                meanwhile();
+            }
         });
+        let emptied = emptying.end();
         decoded.map_err(io::Error::other)?;
-        first_error.map_or(Ok(()), Err)
+        emptied
     }
 
     /// Memory is final: what is current is complete from now on, and nothing else that came.
@@ -266,20 +264,9 @@ impl Pages {
         if !self.early.has_old() {
             return Ok(());
         }
-        let end = pages.start.0 + pages.count;
-        let mut rest = pages;
-        while let Some(old) = self.early.there.first_set_in(rest) {
-            for run in self.layout().split(old) {
-                match self.file_of(&run) {
-                    Some(file) => self.empty_file_pages(run.pages, file),
-                    None => self.zap(&run)?,
-                }
-            }
-            self.early.note_empty(old);
-            let next = old.start.0 + old.count;
-            rest = PageRange::new(PageNumber(next), end - next);
-        }
-        Ok(())
+        let mut emptying = Emptying::new(self);
+        emptying.add(pages);
+        emptying.end()
     }
 
     /// Nothing may be left in pages that are about to be complete and zero, or free; `false` if
@@ -301,13 +288,18 @@ impl Pages {
         let _ = self.empty_for_zero(pages);
     }
 
+    /// Where private memory of this process lies, and how long it is.
+    fn private(&self, run: &RegionRun) -> Option<(u64, u64)> {
+        let local = self.layout().regions()[run.region].local?;
+        Some((local.0 + run.offset, run.length))
+    }
+
     fn zap(&self, run: &RegionRun) -> io::Result<()> {
-        let region = &self.layout().regions()[run.region];
-        let Some(local) = region.local else {
+        let Some((start, length)) = self.private(run) else {
             return Err(io::Error::other("memory of another process cannot be emptied"));
         };
         // SAFETY: who made the region promised that it is a private anonymous mapping to which
         // no reference is alive until the guest may run; these pages hold what nobody needs.
-        unsafe { mapping::empty_private(local.0 + run.offset, run.length) }
+        unsafe { mapping::empty_private(start, length) }
     }
 }
