@@ -364,6 +364,51 @@ fn what_is_under_way_at_the_switchover_comes_again() {
 }
 
 #[test]
+fn the_destination_knows_what_the_last_pass_has_found_before_it_is_time_to_stop() {
+    prologue!("what_the_last_pass_has_found");
+    for passes in [Passes::Count(1), Passes::Automatic] {
+        let setup = Setup { kinds: vec![(Kind::Anonymous, 4 * MIB)], ..Setup::default() };
+        let mut proxy = None;
+        let mut tracker = None;
+        let pair = Pair::start_on(
+            &setup,
+            |old, source, _| {
+                let dirty = tracker_of(old, &setup);
+                let mut precopy = precopy(&dirty, passes);
+                // It is due by what a pass has found.
+                precopy.longest = Duration::from_hours(1);
+                source.precopy = Some(precopy);
+                tracker = Some(dirty);
+            },
+            |address| {
+                let proxy = proxy.insert(Proxy::start(&address));
+                proxy.hold_at(MIB);
+                proxy.address()
+            },
+        );
+        let (pair, proxy) = (pair.expect("no huge pages"), proxy.expect("on the way"));
+        common::wait_until("half a pass", || pair.dump(), || proxy.bytes() >= MIB);
+        let dirty = tracker.expect("made at the start");
+        for page in (0..pair.old.small_pages()).step_by(2) {
+            pair.old.word(page, 7).store(page, Ordering::Relaxed);
+            dirty.mark(pair.old.guest_address(page), PAGE);
+        }
+        proxy.hold_at(u64::MAX);
+        pair.at_source.wait(
+            "the time to switch over",
+            || pair.dump(),
+            |event| matches!(event, SourceEvent::SwitchoverDue(_)),
+        );
+        // What is out of date was taken away, in the time of a guest that still runs.
+        assert_eq!(pair.new.resident_bytes(), 2 * MIB, "{passes:?}");
+        pair.switch(&[]);
+        pair.finish();
+        pair.new.check_same(&pair.old);
+        pair.check_counts();
+    }
+}
+
+#[test]
 fn pages_that_cannot_be_read_keep_no_pass_from_its_end() {
     prologue!("pages_that_cannot_be_read_in_a_pass");
     let setup = Setup { kinds: vec![(Kind::Memfd, MIB)], ..Setup::default() };

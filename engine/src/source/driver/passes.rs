@@ -8,6 +8,11 @@
 //! - this side vouches for a page only if its acknowledgement is in the book and it was not
 //!   written since: after a new attachment everything else is told to be stale;
 //! - until the destination has settled, no acknowledgement of a page in the last `Stale` counts.
+//!
+//! That it is time to stop the guest is told once the destination has taken in what the last pass
+//! has found: it empties private memory of what is stale, and is not to do so in the blackout.
+
+mod stale;
 
 use super::super::precopy::{
     Collector, PassReport, Passes, Precopy, SwitchoverCause, Tracking, Written, is_due,
@@ -19,10 +24,9 @@ use crate::inbox::Outlet;
 use crate::session_link::Beat;
 use crate::sys::words::LazyWords;
 use crate::threads::ThreadHook;
-use afterimage_protocol::bitmap::{Bitmap, MAX_SEGMENT_PAGES, Segment};
 use afterimage_protocol::layout::{GuestLayout, PageNumber, PageRange};
 use afterimage_protocol::session::Book;
-use afterimage_protocol::wire::{ControlFrame, Incarnation};
+use afterimage_protocol::wire::Incarnation;
 use crossbeam_channel::RecvTimeoutError;
 use std::io;
 use std::sync::Arc;
@@ -50,6 +54,8 @@ pub(in crate::source) struct Passing {
     bytes_before: u64,
     done: u32,
     last: Option<PassReport>,
+    /// Why it is time to stop the guest, until that is told.
+    due: Option<SwitchoverCause>,
     is_told_due: bool,
     /// When to look again what was written, if nobody has stopped the guest by then.
     next_look: Option<Duration>,
@@ -69,6 +75,9 @@ enum Stage {
     Closed,
     /// A pass is open at the destination, and tracking is being started.
     Starting(u16),
+    /// The same, and nothing is sent before the next look, if there is one: the guest is about to
+    /// be stopped.
+    Waiting(u16),
     Open,
     /// The pass is over; what was written is being found out.
     Collecting,
@@ -97,6 +106,7 @@ impl Passing {
             bytes_before: 0,
             done: 0,
             last: None,
+            due: None,
             is_told_due: false,
             next_look: None,
             attached: None,
@@ -130,7 +140,8 @@ impl Driver {
         if passing.attached != incarnation {
             // Another memory: nothing is vouched for, and nobody was told when it is time.
             passing.attached = incarnation;
-            (passing.vouched, passing.last, passing.is_told_due) = (None, None, false);
+            (passing.vouched, passing.last) = (None, None);
+            (passing.due, passing.is_told_due) = (None, false);
         }
         let same = passing.tracking.is_numbered_as(served);
         passing.vouched.take_if(|book| !same || book.pages() != served.page_count());
@@ -140,53 +151,18 @@ impl Driver {
         }
     }
 
-    /// Tells what counts no more of what the destination has.
-    pub(super) fn tell_stale(&mut self) {
-        let (Some(passing), Some(book)) = (&mut self.passing, self.shared.book()) else {
-            return;
-        };
-        let (is_fresh, vouched) = (std::mem::take(&mut passing.is_fresh), passing.vouched.take());
-        let tracking = Arc::clone(&passing.tracking);
-        let is_frozen = self.session.is_frozen();
-        let told = tracking.tell(|written| {
-            // First what the destination has said that it has, then what is written of it.
-            let fresh = if is_fresh {
-                Some(stale_after_attach(&book, vouched.as_deref(), written)?)
-            } else {
-                None
-            };
-            written.latest.runs().for_each(|run| book.reopen(run));
-            if !is_frozen {
-                written.told();
-            }
-            let told = Arc::clone(written);
-            match fresh {
-                Some(stale) => self.link.send_first(segments(stale, |stale| stale)),
-                None if is_frozen => self.link.send_first(segments(told, |told| &told.latest)),
-                // It stays as it is until the next pass, which comes after the last of these.
-                None => self.link.send_first(segments(told, |told| &told.before)),
-            }
-            Ok(Arc::clone(written))
-        });
-        match told {
-            Ok(written) => {
-                if let Some(passing) = self.passing.as_mut().filter(|_| is_frozen) {
-                    passing.unsettled = Some(written);
-                }
-            }
-            Err(error) => {
-                let error: io::Error = error;
-                tracing::error!(%error, "no memory to say what is out of date");
-                self.session.disconnected();
-            }
-        }
-    }
-
     /// The destination takes pages of a pass.
     pub(super) fn open_pass(&mut self, number: u16) {
         let now = self.link.now();
         let Some(passing) = &mut self.passing else { return };
         if passing.stage == Stage::Ended {
+            return;
+        }
+        if let Some(cause) = passing.due.take() {
+            passing.stage = Stage::Waiting(number);
+            let is_last = matches!(passing.wanted.0, Passes::Count(_));
+            passing.next_look = (!is_last).then_some(now + IDLE_PAUSE);
+            self.tell_due(cause);
             return;
         }
         if passing.is_tracking {
@@ -292,10 +268,8 @@ impl Driver {
             let since_begin = now.saturating_sub(passing.begun.unwrap_or_default());
             let due = is_due(passing.wanted, &report, passing.last.as_ref(), since_begin);
             passing.last = Some(report);
+            passing.due = due.filter(|_| !passing.is_told_due);
             self.events.send(SourceEvent::PassEnded(report));
-            if let Some(cause) = due {
-                self.tell_due(cause);
-            }
         }
         self.go_on_passing(pages_written);
     }
@@ -308,10 +282,11 @@ impl Driver {
     }
 
     fn tell_due(&mut self, cause: SwitchoverCause) {
-        if let Some(passing) = &mut self.passing
-            && !std::mem::replace(&mut passing.is_told_due, true)
-        {
-            self.events.send(SourceEvent::SwitchoverDue(cause));
+        if let Some(passing) = &mut self.passing {
+            passing.due = None;
+            if !std::mem::replace(&mut passing.is_told_due, true) {
+                self.events.send(SourceEvent::SwitchoverDue(cause));
+            }
         }
     }
 
@@ -320,6 +295,12 @@ impl Driver {
         let now = self.link.now();
         let Some(passing) = &mut self.passing else { return };
         passing.stage = Stage::Closed;
+        if let Some(cause) = passing.due {
+            if pages_written == 0 || !self.begin_next_pass() {
+                self.tell_due(cause);
+            }
+            return;
+        }
         if passing.is_told_due && matches!(passing.wanted.0, Passes::Count(_)) {
             return;
         }
@@ -333,18 +314,25 @@ impl Driver {
             passing.since = now;
             return;
         }
+        self.begin_next_pass();
+    }
+
+    /// Tells what is stale, and of another pass; `false` if that is not to be now.
+    fn begin_next_pass(&mut self) -> bool {
         if !self.session.has_passes_left() {
             tracing::info!("the connection has no number for another pass: it is made again");
             self.session.disconnected();
-        } else if let Err(error) = self.session.next_pass() {
-            tracing::debug!(%error, "no precopy pass now");
+            return true;
         }
+        let begun = self.session.next_pass();
+        begun.inspect_err(|error| tracing::debug!(%error, "no precopy pass now")).is_ok()
     }
 
     /// When [`look_again`](Self::look_again) is to be called.
     pub(super) fn next_look(&self) -> Option<Duration> {
         let passing = self.passing.as_ref()?;
-        let look = passing.next_look.filter(|_| passing.stage == Stage::Closed);
+        let waits = matches!(passing.stage, Stage::Closed | Stage::Waiting(_));
+        let look = passing.next_look.filter(|_| waits);
         look.into_iter().chain(passing.time_is_up_at()).min()
     }
 
@@ -354,13 +342,20 @@ impl Driver {
         if self.passing.as_ref().and_then(Passing::time_is_up_at).is_some_and(|at| at <= now) {
             self.tell_due(SwitchoverCause::TimeIsUp);
         }
-        if let Some(passing) = &mut self.passing
-            && passing.stage == Stage::Closed
-            && passing.next_look.is_some_and(|at| at <= now)
-            && self.session.is_unsettled()
-        {
-            passing.stage = Stage::Collecting;
-            passing.collector.collect();
+        let Some(passing) = &mut self.passing else { return };
+        if passing.next_look.is_none_or(|at| at > now) {
+            return;
+        }
+        match passing.stage {
+            Stage::Closed if self.session.is_unsettled() => {
+                passing.stage = Stage::Collecting;
+                passing.collector.collect();
+            }
+            Stage::Waiting(number) => {
+                passing.next_look = None;
+                self.let_pass(number);
+            }
+            _ => {}
         }
     }
 
@@ -500,55 +495,4 @@ impl Driver {
     pub(super) fn drop_passes(&mut self) {
         self.passing = None;
     }
-}
-
-/// `Stale` frames for a bitmap, each made when there is room for it.
-fn segments<T: Send + 'static>(
-    of: T,
-    bitmap: impl Fn(&T) -> &Bitmap<LazyWords> + Send + 'static,
-) -> impl Iterator<Item = ControlFrame> + Send + 'static {
-    let mut from = PageNumber(0);
-    std::iter::from_fn(move || {
-        let stale = bitmap(&of);
-        let start = stale.next_set(from, 1)?.start.0 / 64 * 64;
-        let range = PageRange::new(PageNumber(start), MAX_SEGMENT_PAGES.min(stale.pages() - start));
-        from = PageNumber(start + range.count);
-        Some(ControlFrame::Stale { range, segment: Segment::encode(stale, range) })
-    })
-}
-
-/// What the destination has said that it has, and this side does not vouch for. It is reopened
-/// in the book.
-fn stale_after_attach(
-    book: &Book<LazyWords>,
-    vouched: Option<&Book<LazyWords>>,
-    written: &Written,
-) -> io::Result<Bitmap<LazyWords>> {
-    let pages = book.pages();
-    let stale = Bitmap::over(LazyWords::new(pages)?, pages);
-    if let Some(vouched) = vouched {
-        // It may have been written and nobody was told yet.
-        written.latest.runs().for_each(|run| vouched.reopen(run));
-    }
-    let mut from = 0;
-    while from < pages {
-        let rest = PageRange::new(PageNumber(from), pages - from);
-        let Some(said) = book.first_acked_in(rest) else { break };
-        let (mut next, end) = (said.start.0, said.start.0 + said.count);
-        while next < end {
-            let open = PageRange::new(PageNumber(next), end - next);
-            let doubted = match vouched {
-                Some(vouched) => vouched.first_missing_in(open),
-                None => Some(open),
-            };
-            let Some(doubted) = doubted else { break };
-            stale.set(doubted, |_| ());
-            next = doubted.start.0 + doubted.count;
-        }
-        from = end;
-    }
-    for run in stale.runs() {
-        book.reopen(run);
-    }
-    Ok(stale)
 }

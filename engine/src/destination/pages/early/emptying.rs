@@ -53,7 +53,9 @@ impl<'p> Emptying<'p> {
             // SAFETY: as for `zap`.
             let done = ranges.map_or(0, |it| unsafe { mapping::empty_private_at_once(&it) });
             let (emptied, others) = runs.split_at(done);
-            emptied.iter().for_each(|run| self.pages.early.note_empty(run.pages));
+            for run in emptied {
+                self.pages.early.note_empty(run.pages);
+            }
             for run in others {
                 match self.pages.zap(run) {
                     Ok(()) => self.pages.early.note_empty(run.pages),
