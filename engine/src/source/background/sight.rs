@@ -11,8 +11,9 @@ use crate::sys::holes::Extent;
 /// How far a look goes that does not continue the last one: who comes for a page that the guest
 /// waits for, or has written last, goes elsewhere soon, and dense memory takes as long to look at
 /// as it is long.
-const FIRST_LOOK: u64 = 1 << 20;
-/// How far any look goes. Each that continues the last goes twice as far.
+const SHORT_LOOK: u64 = 1 << 20;
+/// How far any look goes: the first of a mode, and what a file says at once. Each that continues
+/// the last goes twice as far as that.
 const LONGEST_LOOK: u64 = 64 << 20;
 
 /// What the last look found: pieces of one region, in order.
@@ -20,6 +21,8 @@ const LONGEST_LOOK: u64 = 64 << 20;
 pub(super) struct Sight {
     /// In which mode it was.
     mode: Option<Mode>,
+    /// There was none yet in this mode.
+    is_first: bool,
     region: usize,
     /// Where the look began, and where it ended.
     from: u64,
@@ -40,7 +43,7 @@ impl Sight {
     /// Memory is to be sent in this mode from now on.
     pub(super) fn enter(&mut self, mode: Mode) {
         if self.mode != Some(mode) {
-            self.mode = Some(mode);
+            (self.mode, self.is_first) = (Some(mode), true);
             self.forget();
         }
     }
@@ -62,13 +65,12 @@ impl Sight {
         // What lies between is looked at too, if there is not more of it than that.
         let continues = self.region == region && (self.from..=self.end + before).contains(&offset);
         let ahead = match continues {
-            // Where its content begins a file says at once.
-            _ if memory.is_file(region) => LONGEST_LOOK,
+            _ if self.is_first || memory.is_file(region) => LONGEST_LOOK,
             true => (2 * before).min(LONGEST_LOOK),
             false => 0,
         };
-        let ahead = ahead.max(FIRST_LOOK).max(page_bytes);
-        (self.region, self.from) = (region, offset);
+        let ahead = ahead.max(SHORT_LOOK).max(page_bytes);
+        (self.region, self.from, self.is_first) = (region, offset, false);
         self.end = memory.look(region, offset, length.min(offset + ahead), &mut self.extents);
         Seen { content: self.extents.first().copied(), end: self.end }
     }
@@ -143,15 +145,17 @@ mod tests {
         let length = 512 * MIB;
         let (_area, memory) = untouched(length);
         let (mut sight, whole) = (Sight::default(), (0, length));
+        sight.enter(Mode::Final);
         let mut end = |offset| sight.at(&memory, whole, offset, PAGE).end;
-        assert_eq!(end(0), FIRST_LOOK);
-        assert_eq!(end(FIRST_LOOK - PAGE), FIRST_LOOK, "known");
-        assert_eq!(end(FIRST_LOOK), 3 * FIRST_LOOK);
+        assert_eq!(end(100 * MIB), 100 * MIB + LONGEST_LOOK, "a stream begins");
+        assert_eq!(end(0), SHORT_LOOK);
+        assert_eq!(end(SHORT_LOOK - PAGE), SHORT_LOOK, "known");
+        assert_eq!(end(SHORT_LOOK), 3 * SHORT_LOOK);
         // With a gap between.
-        assert_eq!(end(4 * FIRST_LOOK), 8 * FIRST_LOOK);
-        assert_eq!(end(300 * MIB), 300 * MIB + FIRST_LOOK, "somewhere else");
-        assert_eq!(end(0), FIRST_LOOK, "behind it");
-        let mut at = FIRST_LOOK;
+        assert_eq!(end(4 * SHORT_LOOK), 8 * SHORT_LOOK);
+        assert_eq!(end(300 * MIB), 300 * MIB + SHORT_LOOK, "somewhere else");
+        assert_eq!(end(0), SHORT_LOOK, "behind it");
+        let mut at = SHORT_LOOK;
         while at < length {
             let next = end(at);
             assert!(next <= at + LONGEST_LOOK);
