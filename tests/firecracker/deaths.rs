@@ -1,5 +1,6 @@
 //! A VM that ends, or is ended.
 
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 
 use nix::sys::signal::Signal;
@@ -110,7 +111,7 @@ fn a_vm_that_is_left_waits_and_reads_no_zeros() {
 }
 
 #[test]
-fn a_vm_whose_server_was_started_again_is_killed() {
+fn a_vm_whose_server_was_killed_goes_on_with_the_next() {
     let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
     let server = snapshot.server(&["--bandwidth", "on-request"]);
     let mut handler = snapshot.handler("uffd", &["--connect", &snapshot.pages()]);
@@ -119,7 +120,24 @@ fn a_vm_whose_server_was_started_again_is_killed() {
     server.signal(Signal::SIGKILL);
     server.end();
     handler.line("waiting for it to come back");
-    // Whether that one has the same memory, nobody knows.
+    let _another = snapshot.server(&[]);
+    vm.does("check 0 505");
+    ended(handler, 0, "finished");
+}
+
+#[test]
+fn a_vm_whose_server_has_another_image_now_is_killed() {
+    let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
+    let server = snapshot.server(&["--bandwidth", "on-request"]);
+    let mut handler = snapshot.handler("uffd", &["--connect", &snapshot.pages()]);
+    let mut vm = snapshot.loaded("uffd");
+    vm.does("check 0 5");
+    server.signal(Signal::SIGKILL);
+    server.end();
+    handler.line("waiting for it to come back");
+    // What was written does not matter.
+    let image = std::fs::File::options().write(true).open(snapshot.path("memory")).unwrap();
+    image.write_all_at(&[1], MIB).unwrap();
     let _another = snapshot.server(&[]);
     handler.line("turns this side away");
     handler.line("the VM was killed");

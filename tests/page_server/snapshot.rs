@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 use std::thread;
 
-use afterimage::Address;
+use afterimage::{Address, DestinationEvent};
 use afterimage_protocol::wire::{
     Capabilities, Channel, GREETING_PREFIX, Greeting, Hello, Incarnation, Role, SessionId, Stamp,
 };
@@ -100,6 +100,56 @@ fn a_destination_that_dies_in_the_middle_harms_nobody() {
     server.signal(Signal::SIGTERM);
     let (status, report, _) = server.end();
     assert_eq!((status, report["outcome"].as_str()), (4, Some("abandoned")), "{report}");
+}
+
+/// A server that listens where the one did that was killed.
+fn serve_again(image: &Image, address: &Address) -> Server {
+    let (memory, address) = (image.path.to_str().unwrap(), address.to_string());
+    let mut server = Server::start(&["--snapshot", "--listen", &address, "--memory", memory]);
+    server.address();
+    server
+}
+
+/// One that has some pages of an image whose server was killed.
+fn left_behind(image: &Image) -> (Target, Address) {
+    let (server, address) = serve(image, &["--bandwidth", "on-request"]);
+    let mut target = Target::of_snapshot(&[(0, PAGES * PAGE)], &address);
+    target.until(|event| *event == DestinationEvent::Run);
+    assert!(target.destination.stats().pages_complete >= 3, "it has touched some");
+    // By SIGKILL.
+    drop(server);
+    target.until(|event| *event == DestinationEvent::Disconnected);
+    (target, address)
+}
+
+#[test]
+fn who_lacks_pages_of_a_server_that_was_killed_goes_on_with_the_next() {
+    let image = image(PAGES, 23);
+    let (target, address) = left_behind(&image);
+    let server = serve_again(&image, &address);
+    let fetched = target.finish();
+    assert_eq!(sha256(&fetched.contents[0]), sha256(&image.bytes));
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.end().0, 0);
+}
+
+#[test]
+fn nobody_goes_on_with_an_image_that_was_written_since() {
+    let image = image(PAGES, 24);
+    let (mut target, address) = left_behind(&image);
+    fs::write(&image.path, pattern(PAGES, 25)).unwrap();
+    let server = serve_again(&image, &address);
+    let mut reason = String::new();
+    while reason.is_empty() {
+        match target.next() {
+            DestinationEvent::TurnedAway(why) | DestinationEvent::Failed(why) => reason = why,
+            event => assert_ne!(event, DestinationEvent::Finished),
+        }
+    }
+    assert!(reason.contains("is not served here"), "{reason}");
+    assert!(target.destination.stats().pages_complete < PAGES);
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.end().0, 0);
 }
 
 /// A destination that says hello and then nothing; and what it is answered.

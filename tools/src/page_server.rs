@@ -38,7 +38,7 @@ use crate::logging;
 pub use failure::Failure;
 pub(crate) use failure::check_connect;
 use holding::Kept;
-use memory::Access;
+use memory::{Access, Placed};
 use migration::{Migration, Origin};
 use options::Options;
 pub use progress::Notice;
@@ -303,7 +303,9 @@ fn snapshot(
     };
     let (pages, bytes) = (memory.layout().page_count(), memory.layout().bytes());
     let most = options.max_destinations;
-    let (server, events) = SnapshotServer::start(memory, listener, source_options(options), most)
+    let mut source = source_options(options);
+    source.record = SourceRecord::new(memory::session_of_snapshot(&placed(options)?)?);
+    let (server, events) = SnapshotServer::start(memory, listener, source, most)
         .map_err(Failure::of("start serving"))?;
     let session = server.session().to_string();
     journal.begin(&session, pages);
@@ -319,12 +321,18 @@ fn snapshot(
     Snapshot::new(server, events, Parts { waiter, progress, journal, desk }).run()
 }
 
-fn files(options: &Options) -> Result<Option<SourceMemory>, Failure> {
-    let placed = match &options.layout {
+fn placed(options: &Options) -> Result<Vec<Placed>, Failure> {
+    Ok(match &options.layout {
         Some(path) => memory::read_layout(path)?,
-        None if options.memory.is_empty() => return Ok(None),
         None => memory::place(&options.memory, options.hole)?,
-    };
+    })
+}
+
+fn files(options: &Options) -> Result<Option<SourceMemory>, Failure> {
+    let placed = placed(options)?;
+    if placed.is_empty() && options.layout.is_none() {
+        return Ok(None);
+    }
     let access = if options.release { Access::Release } else { Access::Read };
     Ok(Some(memory::map(&placed, access)?))
 }

@@ -2,10 +2,12 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use afterimage::{GuestAddress, SourceMemory, SourceMemoryError, SourceRegion};
+use afterimage::{GuestAddress, SessionId, SourceMemory, SourceMemoryError, SourceRegion};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use super::options::{FilePiece, Hole, parse_bytes};
 use crate::placing::Placing;
@@ -202,6 +204,30 @@ pub fn map(pieces: &[Placed], access: Access) -> Result<SourceMemory, FileError>
         Ok(SourceRegion::file(at, file.into(), piece.offset, piece.length)?)
     });
     Ok(SourceMemory::new(regions.collect::<Result<_, FileError>>()?)?)
+}
+
+/// The session of a snapshot of these pieces: the same as long as they are the same files, of the
+/// same size, that nobody has written. So those who lack pages go on with a server that was
+/// started again, and never with other content.
+///
+/// # Errors
+/// [`FileError`] where a file cannot be looked at.
+pub fn session_of_snapshot(pieces: &[Placed]) -> Result<SessionId, FileError> {
+    let mut hash = Sha256::new();
+    hash.update(b"afterimage snapshot");
+    for Placed { guest_address, length, path, offset } in pieces {
+        let found =
+            fs::metadata(path).map_err(|source| FileError::Open { path: path.clone(), source })?;
+        // The device may have another number after a reboot.
+        let file = [found.ino(), found.size(), found.mtime() as u64, found.mtime_nsec() as u64];
+        for number in [*guest_address, *length, *offset].into_iter().chain(file) {
+            hash.update(number.to_le_bytes());
+        }
+    }
+    let mut id = SessionId::UNKNOWN;
+    let bytes = id.0.len();
+    id.0.copy_from_slice(&hash.finalize()[..bytes]);
+    Ok(id)
 }
 
 fn check(piece: &Placed, size: u64) -> Result<(), FileError> {
