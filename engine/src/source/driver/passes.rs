@@ -270,6 +270,12 @@ impl Driver {
             passing.last = Some(report);
             passing.due = due.filter(|_| !passing.is_told_due);
             self.events.send(SourceEvent::PassEnded(report));
+            if let Some(cause) = due
+                && self.runs_with_all_only()
+            {
+                // What it writes until it is stopped is sent while it stands still.
+                self.tell_due(cause);
+            }
         }
         self.go_on_passing(pages_written);
     }
