@@ -270,12 +270,6 @@ impl Driver {
             passing.last = Some(report);
             passing.due = due.filter(|_| !passing.is_told_due);
             self.events.send(SourceEvent::PassEnded(report));
-            if let Some(cause) = due
-                && self.runs_with_all_only()
-            {
-                // What it writes until it is stopped is sent while it stands still.
-                self.tell_due(cause);
-            }
         }
         self.go_on_passing(pages_written);
     }
@@ -298,15 +292,17 @@ impl Driver {
 
     /// Begins the next pass, or waits until somebody stops the guest.
     fn go_on_passing(&mut self, pages_written: u64) {
-        let now = self.link.now();
+        let (now, is_all_sent) = (self.link.now(), self.runs_with_all_only());
         let Some(passing) = &mut self.passing else { return };
         passing.stage = Stage::Closed;
         if let Some(cause) = passing.due {
-            if pages_written == 0 || !self.begin_next_pass() {
-                self.tell_due(cause);
+            // What such a guest writes until it is stopped is sent while it stands still.
+            if pages_written > 0 && !is_all_sent && self.begin_next_pass() {
+                return;
             }
-            return;
+            self.tell_due(cause);
         }
+        let Some(passing) = &mut self.passing else { return };
         if passing.is_told_due && matches!(passing.wanted.0, Passes::Count(_)) {
             return;
         }

@@ -13,7 +13,7 @@ const AT_ONCE: usize = 512;
 /// no longer. Nobody may be writing them.
 pub(super) struct Emptying<'p> {
     pages: &'p Pages,
-    /// To be emptied with the next ones.
+    /// To be emptied together, no more than [`AT_ONCE`].
     waiting: Vec<RegionRun>,
     error: Option<io::Error>,
 }
@@ -30,6 +30,9 @@ impl<'p> Emptying<'p> {
         while let Some(old) = self.pages.early.there.first_set_in(rest) {
             for run in self.pages.layout().split(old) {
                 let Some(file) = self.pages.file_of(&run) else {
+                    if self.is_due() {
+                        self.empty();
+                    }
                     self.waiting.push(run);
                     continue;
                 };
@@ -48,19 +51,18 @@ impl<'p> Emptying<'p> {
 
     /// Empties those that wait.
     pub(super) fn empty(&mut self) {
-        for runs in self.waiting.chunks(AT_ONCE) {
-            let ranges: Option<Vec<_>> = runs.iter().map(|run| self.pages.private(run)).collect();
-            // SAFETY: as for `zap`.
-            let done = ranges.map_or(0, |it| unsafe { mapping::empty_private_at_once(&it) });
-            let (emptied, others) = runs.split_at(done);
-            for run in emptied {
-                self.pages.early.note_empty(run.pages);
-            }
-            for run in others {
-                match self.pages.zap(run) {
-                    Ok(()) => self.pages.early.note_empty(run.pages),
-                    Err(error) => drop(self.error.get_or_insert(error)),
-                }
+        let runs = &self.waiting;
+        let ranges: Option<Vec<_>> = runs.iter().map(|run| self.pages.private(run)).collect();
+        // SAFETY: as for `zap`.
+        let done = ranges.map_or(0, |it| unsafe { mapping::empty_private_at_once(&it) });
+        let (emptied, others) = runs.split_at(done);
+        for run in emptied {
+            self.pages.early.note_empty(run.pages);
+        }
+        for run in others {
+            match self.pages.zap(run) {
+                Ok(()) => self.pages.early.note_empty(run.pages),
+                Err(error) => drop(self.error.get_or_insert(error)),
             }
         }
         self.waiting.clear();
