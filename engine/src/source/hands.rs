@@ -163,14 +163,20 @@ mod tests {
                 let (hand, rounds) = (hands.join(), Arc::clone(&rounds));
                 std::thread::spawn(move || {
                     for (number, (is_acked, content)) in rounds.iter().enumerate() {
-                        loop {
+                        for turn in 1_u64.. {
                             let taking = hand.take();
                             if is_acked.load(Ordering::Acquire) {
                                 break;
                             }
                             assert_eq!(content.load(Ordering::Relaxed), 1, "taken when freed");
-                            let _sending = taking.sends([page(number as u64)].into_iter());
+                            let sending = taking.sends([page(number as u64)].into_iter());
                             assert_eq!(content.load(Ordering::Relaxed), 1, "sent when freed");
+                            drop(sending);
+                            // Where there are fewer processors than threads, the others come to
+                            // a turn only at the end of a slice otherwise.
+                            if turn.is_multiple_of(64) {
+                                std::thread::yield_now();
+                            }
                         }
                     }
                 })
