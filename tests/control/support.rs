@@ -135,10 +135,8 @@ impl Server {
     /// that its memory is final.
     pub(crate) fn begun(&self) -> Manager {
         let mut manager = self.manager();
-        let (last, sequence) = match manager.greeting["role"] == "snapshot" {
-            true => ("begun", 1),
-            false => ("stopped", 2),
-        };
+        let is_snapshot = manager.greeting["role"] == "snapshot";
+        let (last, sequence) = if is_snapshot { ("begun", 1) } else { ("stopped", 2) };
         if manager.ok(json!({"do": "subscribe"}))["sequence"].as_u64() < Some(sequence) {
             manager.event(last);
         }
