@@ -7,6 +7,11 @@ use std::io;
 /// is woken with a shorter slice than the one that runs goes first (EEVDF, since Linux 6.12).
 const SHORT_SLICE_NS: u64 = 100_000;
 
+/// The slice of a thread that looks through all of memory: whoever is woken beside it, to hear that
+/// the guest has stopped for instance, goes first, also where the kernel believes a halted
+/// processor of a virtual machine busy and leaves both on one.
+const LONG_SLICE_NS: u64 = 100_000_000;
+
 /// `struct sched_attr` as of Linux 3.14, which later kernels take too.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -34,6 +39,7 @@ pub(crate) fn suit(role: ThreadRole) -> io::Result<()> {
     if attributes.policy != libc::SCHED_OTHER as u32 {
         return Ok(());
     }
+    attributes.runtime = SHORT_SLICE_NS;
     match role {
         ThreadRole::Fault | ThreadRole::Request => {}
         // It does not take the core from whoever runs when it is woken, and can itself be
@@ -41,11 +47,9 @@ pub(crate) fn suit(role: ThreadRole) -> io::Result<()> {
         ThreadRole::Background | ThreadRole::Release | ThreadRole::Map => {
             attributes.policy = libc::SCHED_BATCH as u32;
         }
-        ThreadRole::Acceptor | ThreadRole::Control | ThreadRole::Ledger | ThreadRole::Precopy => {
-            return Ok(());
-        }
+        ThreadRole::Precopy => attributes.runtime = LONG_SLICE_NS,
+        ThreadRole::Acceptor | ThreadRole::Control | ThreadRole::Ledger => return Ok(()),
     }
-    attributes.runtime = SHORT_SLICE_NS;
     attributes.flags = 0;
     // SAFETY: the kernel reads a `sched_attr` of the size that it says; 0 is this thread.
     let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
@@ -86,5 +90,6 @@ mod tests {
         assert_eq!(after(ThreadRole::Background).nice, before.nice);
         // Kernels before 6.12 keep no slice.
         assert!([0, SHORT_SLICE_NS].contains(&after(ThreadRole::Fault).runtime));
+        assert!([0, LONG_SLICE_NS].contains(&after(ThreadRole::Precopy).runtime));
     }
 }
