@@ -38,7 +38,7 @@ use crate::logging;
 pub use failure::Failure;
 pub(crate) use failure::check_connect;
 use holding::Kept;
-use memory::{Access, Placed};
+use memory::{Access, Image};
 use migration::{Migration, Origin};
 use options::Options;
 pub use progress::Notice;
@@ -121,7 +121,7 @@ fn serve_at(options: &Options, parts: Parts) -> Result<Report, Failure> {
             return Ok(finished_before(survival, options, &progress, journal));
         }
     }
-    let from_files = files(options)?.map(Arc::new);
+    let from_files = files(options)?;
     survival.connect(options)?;
     let kept = survival.fetch(options)?;
     if options.release {
@@ -137,10 +137,10 @@ fn serve_at(options: &Options, parts: Parts) -> Result<Report, Failure> {
     }
     let endpoint = listen(options, &progress)?;
     let (memory, supply) = match (from_files, kept, door) {
-        (Some(memory), ..) if mode == Mode::Snapshot => {
-            return snapshot(options, memory, endpoint, Parts { waiter, progress, journal, desk });
+        (Some(image), ..) if mode == Mode::Snapshot => {
+            return snapshot(options, image, endpoint, Parts { waiter, progress, journal, desk });
         }
-        (Some(memory), ..) => (memory, Supply::Files),
+        (Some(image), ..) => (Arc::new(image.memory), Supply::Files),
         (None, Some(kept), _) => waiting::map_kept(kept)?,
         (None, None, Some(door)) => match door.wait(&mut waiter, &progress)? {
             None => return Ok(journal.stopped()),
@@ -293,7 +293,7 @@ fn resumed(record: &SourceRecord) -> String {
 
 fn snapshot(
     options: &Options,
-    memory: Arc<SourceMemory>,
+    image: Image,
     endpoint: Endpoint,
     parts: Parts,
 ) -> Result<Report, Failure> {
@@ -301,11 +301,12 @@ fn snapshot(
     let Endpoint::Listen(listener) = endpoint else {
         return Err(Failure::usage("--snapshot needs --listen"));
     };
+    let Image { memory, session } = image;
     let (pages, bytes) = (memory.layout().page_count(), memory.layout().bytes());
     let most = options.max_destinations;
     let mut source = source_options(options);
-    source.record = SourceRecord::new(memory::session_of_snapshot(&placed(options)?)?);
-    let (server, events) = SnapshotServer::start(memory, listener, source, most)
+    source.record = SourceRecord::new(session);
+    let (server, events) = SnapshotServer::start(Arc::new(memory), listener, source, most)
         .map_err(Failure::of("start serving"))?;
     let session = server.session().to_string();
     journal.begin(&session, pages);
@@ -321,20 +322,14 @@ fn snapshot(
     Snapshot::new(server, events, Parts { waiter, progress, journal, desk }).run()
 }
 
-fn placed(options: &Options) -> Result<Vec<Placed>, Failure> {
-    Ok(match &options.layout {
+fn files(options: &Options) -> Result<Option<Image>, Failure> {
+    let placed = match &options.layout {
         Some(path) => memory::read_layout(path)?,
+        None if options.memory.is_empty() => return Ok(None),
         None => memory::place(&options.memory, options.hole)?,
-    })
-}
-
-fn files(options: &Options) -> Result<Option<SourceMemory>, Failure> {
-    let placed = placed(options)?;
-    if placed.is_empty() && options.layout.is_none() {
-        return Ok(None);
-    }
+    };
     let access = if options.release { Access::Release } else { Access::Read };
-    Ok(Some(memory::map(&placed, access)?))
+    Ok(Some(memory::image(&placed, access)?))
 }
 
 fn endpoint(options: &Options) -> Result<Endpoint, Failure> {

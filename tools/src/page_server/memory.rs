@@ -192,42 +192,52 @@ pub enum Access {
     Release,
 }
 
+/// Guest memory in files, and which it is.
+#[derive(Debug)]
+pub struct Image {
+    /// All pieces together.
+    pub memory: SourceMemory,
+    /// The session of a snapshot of it: the same as long as these are the same files, of the same
+    /// size, that nobody has written. So those who lack pages go on with a server that was started
+    /// again, and never with other content.
+    pub session: SessionId,
+}
+
 /// Opens all pieces and puts them together.
 ///
 /// # Errors
 /// [`FileError`].
 pub fn map(pieces: &[Placed], access: Access) -> Result<SourceMemory, FileError> {
-    let regions = pieces.iter().map(|piece| {
-        let file = open(&piece.path, access)?;
-        check(piece, size_of(&piece.path, &file)?)?;
-        let at = GuestAddress(piece.guest_address);
-        Ok(SourceRegion::file(at, file.into(), piece.offset, piece.length)?)
-    });
-    Ok(SourceMemory::new(regions.collect::<Result<_, FileError>>()?)?)
+    Ok(image(pieces, access)?.memory)
 }
 
-/// The session of a snapshot of these pieces: the same as long as they are the same files, of the
-/// same size, that nobody has written. So those who lack pages go on with a server that was
-/// started again, and never with other content.
+/// The same, with the session that its files make. What is looked at is what was opened: a path may
+/// lead to another file a moment later.
 ///
 /// # Errors
-/// [`FileError`] where a file cannot be looked at.
-pub fn session_of_snapshot(pieces: &[Placed]) -> Result<SessionId, FileError> {
+/// [`FileError`].
+pub fn image(pieces: &[Placed], access: Access) -> Result<Image, FileError> {
     let mut hash = Sha256::new();
     hash.update(b"afterimage snapshot");
-    for Placed { guest_address, length, path, offset } in pieces {
-        let found =
-            fs::metadata(path).map_err(|source| FileError::Open { path: path.clone(), source })?;
+    let mut regions = Vec::new();
+    for piece in pieces {
+        let Placed { guest_address, length, path, offset } = piece;
+        let file = open(path, access)?;
+        let failed = |source| FileError::Open { path: path.clone(), source };
+        let found = file.metadata().map_err(failed)?;
+        check(piece, found.size())?;
         // The device may have another number after a reboot.
-        let file = [found.ino(), found.size(), found.mtime() as u64, found.mtime_nsec() as u64];
-        for number in [*guest_address, *length, *offset].into_iter().chain(file) {
+        let is_of = [found.ino(), found.size(), found.mtime() as u64, found.mtime_nsec() as u64];
+        for number in [*guest_address, *length, *offset].into_iter().chain(is_of) {
             hash.update(number.to_le_bytes());
         }
+        let at = GuestAddress(*guest_address);
+        regions.push(SourceRegion::file(at, file.into(), *offset, *length)?);
     }
-    let mut id = SessionId::UNKNOWN;
-    let bytes = id.0.len();
-    id.0.copy_from_slice(&hash.finalize()[..bytes]);
-    Ok(id)
+    let mut session = SessionId::UNKNOWN;
+    let bytes = session.0.len();
+    session.0.copy_from_slice(&hash.finalize()[..bytes]);
+    Ok(Image { memory: SourceMemory::new(regions)?, session })
 }
 
 fn check(piece: &Placed, size: u64) -> Result<(), FileError> {
@@ -253,13 +263,9 @@ fn open(path: &Path, access: Access) -> Result<File, FileError> {
     File::options().read(true).write(access == Access::Release).open(path).map_err(failed)
 }
 
-fn size_of(path: &Path, file: &File) -> Result<u64, FileError> {
-    let metadata = file.metadata();
-    Ok(metadata.map_err(|source| FileError::Open { path: path.to_owned(), source })?.len())
-}
-
 fn size_of_file(path: &Path) -> Result<u64, FileError> {
-    size_of(path, &open(path, Access::Read)?)
+    let found = open(path, Access::Read)?.metadata();
+    Ok(found.map_err(|source| FileError::Open { path: path.to_owned(), source })?.len())
 }
 
 #[cfg(test)]
