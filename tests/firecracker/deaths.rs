@@ -6,6 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use nix::sys::signal::Signal;
 
 use crate::memory::Kind;
+use crate::support::Daemon;
 use crate::vm::{MIB, OF_4_GIB, Snapshot, Vm, ended, give_up};
 
 /// What a VM does before it ends; whether its memory was handed over by then.
@@ -110,9 +111,8 @@ fn a_vm_that_is_left_waits_and_reads_no_zeros() {
     vm.kill();
 }
 
-#[test]
-fn a_vm_whose_server_was_killed_goes_on_with_the_next() {
-    let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
+/// A VM that has some pages of a server that was killed, and its handler, which knows that.
+fn left_by_its_server(snapshot: &Snapshot) -> (Daemon, Vm) {
     let server = snapshot.server(&["--bandwidth", "on-request"]);
     let mut handler = snapshot.handler("uffd", &["--connect", &snapshot.pages()]);
     let mut vm = snapshot.loaded("uffd");
@@ -120,6 +120,13 @@ fn a_vm_whose_server_was_killed_goes_on_with_the_next() {
     server.signal(Signal::SIGKILL);
     server.end();
     handler.line("waiting for it to come back");
+    (handler, vm)
+}
+
+#[test]
+fn a_vm_whose_server_was_killed_goes_on_with_the_next() {
+    let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
+    let (handler, mut vm) = left_by_its_server(&snapshot);
     let _another = snapshot.server(&[]);
     vm.does("check 0 505");
     ended(handler, 0, "finished");
@@ -128,13 +135,7 @@ fn a_vm_whose_server_was_killed_goes_on_with_the_next() {
 #[test]
 fn a_vm_whose_server_has_another_image_now_is_killed() {
     let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
-    let server = snapshot.server(&["--bandwidth", "on-request"]);
-    let mut handler = snapshot.handler("uffd", &["--connect", &snapshot.pages()]);
-    let mut vm = snapshot.loaded("uffd");
-    vm.does("check 0 5");
-    server.signal(Signal::SIGKILL);
-    server.end();
-    handler.line("waiting for it to come back");
+    let (mut handler, vm) = left_by_its_server(&snapshot);
     // What was written does not matter.
     let image = std::fs::File::options().write(true).open(snapshot.path("memory")).unwrap();
     image.write_all_at(&[1], MIB).unwrap();
