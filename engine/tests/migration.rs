@@ -199,6 +199,41 @@ fn a_guest_that_runs_is_not_taken_back() {
 }
 
 #[test]
+fn a_destination_that_refuses_gives_the_guest_back() {
+    prologue!("a_destination_that_refuses");
+    for is_ready in [false, true] {
+        let pair = Pair::start(&Setup::default()).expect("no huge pages");
+        pair.source.hold().expect("not over");
+        pair.source.switch_over(vec![section("cpu", 10)]).expect("may switch over");
+        pair.wait_state();
+        if is_ready {
+            pair.destination.ready().expect("all state is there");
+            pair.wait_source(&SourceEvent::Held);
+        }
+        pair.destination.refuse().expect("it does not run here");
+        pair.wait_destination(&DestinationEvent::Refused);
+        pair.wait_source(&SourceEvent::Refused);
+        pair.wait_source(&SourceEvent::Reclaimed);
+        let ended = |event: &DestinationEvent| matches!(event, DestinationEvent::Ended(_));
+        pair.at_destination.wait("the end at the destination", || pair.dump(), ended);
+        assert!(matches!(pair.destination.ready(), Err(CallError::NotNow(_))));
+        assert!(!pair.at_destination.rest().contains(&DestinationEvent::Run));
+        pair.old.check(pair.setup.seed, pair.setup.content);
+    }
+}
+
+#[test]
+fn a_guest_that_runs_is_not_refused() {
+    prologue!("a_guest_that_runs_is_not_refused");
+    let pair = Pair::start(&Setup::default()).expect("no huge pages");
+    pair.switch(&[]);
+    let refused = pair.destination.refuse().expect_err("it runs here").to_string();
+    assert!(refused.contains("on record that it runs"), "{refused}");
+    pair.finish();
+    pair.check_content();
+}
+
+#[test]
 fn a_fenced_destination_is_told_and_stays_out() {
     prologue!("a_fenced_destination");
     let pair = Pair::start(&Setup::default()).expect("no huge pages");

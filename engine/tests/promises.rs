@@ -50,10 +50,13 @@ fn child_destination() {
     let is_stopped = Arc::new(AtomicBool::new(false));
     while let Some(event) = events.next() {
         match event {
+            DestinationEvent::Attached(_) if stops_at == "refuses" => {
+                destination.refuse().expect("it does not run here");
+            }
             DestinationEvent::State(sections) => {
                 assert_eq!(sections, state());
                 say("state");
-                if stops_at != "state" {
+                if !matches!(stops_at, "state" | "refuses") {
                     destination.ready().expect("may be ready");
                 }
             }
@@ -238,6 +241,24 @@ fn a_given_guest_comes_back_by_agreement_when_its_destination_dies_before_it_ran
     let role = host.destination("nowhere");
     assert_eq!(role.hear("the answer"), "refused");
     assert!(host.recorded().contains("ownership=refused"), "{}", host.recorded());
+    drop(role);
+    host.goes_on("ended");
+}
+
+#[test]
+fn a_given_guest_comes_back_unasked_when_the_next_process_at_its_destination_refuses_it() {
+    prologue!("a_given_guest_comes_back_unasked");
+    let mut host = Host::start("a_given_guest_comes_back_unasked", Release::Keep);
+    host.gives_and_loses();
+    let role = host.destination("refuses");
+    while let line = role.hear("its refusal")
+        && line != "refused"
+    {
+        // It may be all there before that is on record.
+        assert_eq!(line, "state");
+    }
+    assert!(host.recorded().contains("ownership=refused"), "{}", host.recorded());
+    host.side.wait(&SourceEvent::Refused);
     drop(role);
     host.goes_on("ended");
 }

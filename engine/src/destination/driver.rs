@@ -68,6 +68,8 @@ pub(crate) enum Input {
     FaultsFailed(io::Error),
     /// The VMM has restored the device state.
     Ready(Reply),
+    /// The VMM will not run the guest.
+    Refuse(Reply),
     /// The VMM wants no connection.
     Pause(Reply),
     /// The VMM wants a connection again, perhaps somewhere else.
@@ -237,6 +239,10 @@ impl Driver {
             Input::Ready(reply) => {
                 let result = self.session.ready().map_err(CallError::from);
                 // The caller may have given up; likewise below.
+                let _ = reply.send(result);
+            }
+            Input::Refuse(reply) => {
+                let result = self.session.refuse().map_err(CallError::from);
                 let _ = reply.send(result);
             }
             Input::Pause(reply) => drop(reply.send(self.pause())),

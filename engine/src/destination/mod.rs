@@ -187,12 +187,13 @@ pub enum DestinationEvent {
     State(Vec<StateSection>),
     /// The guest may run from now on. Past the point of no return.
     Run,
-    /// The guest must not run here: the source has taken it back, by agreement.
+    /// The guest must not run here, which is on record: the source takes it back, or
+    /// [`Destination::refuse`] was called. [`Ended`](Self::Ended) follows when the source knows it.
     Refused,
     /// The guest must not run here, or not any more: an operator declared this side dead.
     Fenced,
-    /// The source has ended the session, with its reason. What has not arrived never will;
-    /// whoever needs it waits.
+    /// The source has ended the session, with its reason: perhaps it has the guest back. What has
+    /// not arrived never will; whoever needs it waits.
     Ended(String),
     /// The two sides do not fit (another layout), or somebody at the source's address refuses
     /// a guest that runs here already. With the reason, told once. It is tried again: the
@@ -296,6 +297,21 @@ impl Destination {
     /// [`CallError`] before [`DestinationEvent::State`], or if the guest will not run here.
     pub fn ready(&self) -> Result<(), CallError> {
         self.ask(Input::Ready)
+    }
+
+    /// The guest will not run here: its state could not be restored, or the VMM that was to run it
+    /// has ended. [`DestinationEvent::Refused`] follows when that is on record; the source gets the
+    /// guest back as soon as it is connected, even if it had given it away already, and
+    /// [`DestinationEvent::Ended`] tells that it has. Until then this side is kept: a source that
+    /// does not hear of it does not run the guest. A record that could not be written is tried
+    /// again with the next connection.
+    ///
+    /// # Errors
+    /// [`CallError`] once it is on record that the guest runs here (it does then, or its memory is
+    /// lost with whoever was to run it), if the session is over, before a source has offered a
+    /// guest, or for a snapshot.
+    pub fn refuse(&self) -> Result<(), CallError> {
+        self.ask(Input::Refuse)
     }
 
     fn ask(&self, call: impl FnOnce(Reply) -> Input) -> Result<(), CallError> {

@@ -120,6 +120,9 @@ pub enum SourceEvent {
     Running,
     /// The guest is this side's again, for good.
     Reclaimed,
+    /// The destination will not run the guest, on record there, and was not asked:
+    /// [`Reclaimed`](Self::Reclaimed) follows.
+    Refused,
     /// The destination runs the guest already and keeps it.
     ReclaimDenied,
     /// Everything has arrived; the session is over.

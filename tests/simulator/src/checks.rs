@@ -74,13 +74,15 @@ fn i1_once_and_i8_gone(world: &World) -> Result<(), String> {
 }
 
 /// What the source holds for arrived, and its guest has not written since, is at the
-/// destination as it is at the source, also where it is an early copy.
+/// destination as it is at the source, also where it is an early copy. A destination that has
+/// refused the guest for good is not told what is stale.
 fn i1_early_copies(world: &World) -> Result<(), String> {
     let (source, memory) = (&world.source, &world.destination.memory);
     let is_known = source.is_alive
         && source.passes.is_told
         && source.known_memory == Some(world.destination.disk.incarnation);
-    if !is_known || source.session.is_over() {
+    let is_refused = world.destination.disk.ownership == DestinationOwnership::Refused;
+    if !is_known || source.session.is_over() || is_refused {
         return Ok(());
     }
     for &page in &memory.early.current {

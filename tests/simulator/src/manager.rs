@@ -156,8 +156,24 @@ impl World {
     }
 
     fn say_ready(&mut self) {
+        self.refuse_guest(20);
         if !self.is_idle(Side::Destination) && self.random.chance(self.plan.restores_per_mille) {
             let _ = self.with_destination("ready", |session, _| session.ready());
+        }
+    }
+
+    /// The destination's VMM finds that it cannot run the guest, at one of 1000 chances.
+    pub(crate) fn refuse_guest(&mut self, per_mille: u64) {
+        let may = self.plan.refuses && !self.is_idle(Side::Destination);
+        if !may || !self.random.chance(per_mille) {
+            return;
+        }
+        let is_waiting =
+            self.destination.session.record().ownership == DestinationOwnership::Waiting;
+        let was_given = self.source.disk.ownership == SourceOwnership::Given;
+        let refused = self.with_destination("refuse", |session, _| session.refuse());
+        if refused.is_ok() && is_waiting && was_given {
+            self.situation("a destination refused a guest that was given to it");
         }
     }
 

@@ -26,6 +26,8 @@ pub(crate) struct Plan {
     pub(crate) destination_connects: bool,
     pub(crate) releases: bool,
     pub(crate) wants_guest_back: bool,
+    /// The destination cannot run the guest, and finds out at some moment.
+    pub(crate) refuses: bool,
     pub(crate) may_lose_memory: bool,
     pub(crate) disks_fail: bool,
     /// How fast background streams are, in 1000 of the most.
@@ -81,7 +83,7 @@ impl Plan {
         // All of memory comes more than once then.
         let slowest = if does_precopy { 250 } else { 50 };
         let passes = if does_precopy { random.below(4) } else { 0 };
-        Self {
+        let plan = Self {
             kind,
             first_alias,
             pages: first_alias + 8 + random.below(24),
@@ -93,6 +95,7 @@ impl Plan {
             destination_connects: random.chance(600),
             releases,
             wants_guest_back: is_migration && random.chance(300),
+            refuses: false,
             may_lose_memory: random.chance(400),
             disks_fail: random.chance(400),
             sends_per_mille: slowest / 2 + random.below(1000 - slowest / 2),
@@ -113,7 +116,9 @@ impl Plan {
             channels_get_stuck: random.chance(600),
             redials_per_mille: if random.chance(300) { 150 } else { 1000 },
             chaos: 200 + random.below(1800) + passes * 1000,
-        }
+        };
+        // Not drawn by itself: the seeds that catch the rarest broken rules stay what they are.
+        Self { refuses: is_migration && plan.chaos % 8 == 0, ..plan }
     }
 
     /// What a side can do.

@@ -105,6 +105,9 @@ impl World {
         if is_awkward && self.random.chance(2 * self.plan.crashes_per_mille) {
             self.kill(Party::Handler);
         }
+        if is_given && !self.destination.runs {
+            self.refuse_guest(60);
+        }
         // What a channel still carries that is given up may come when its pass has ended.
         let source = &self.source;
         let is_ending =

@@ -1,10 +1,10 @@
 //! Who may run the guest: giving, taking back, fencing.
 
-use crate::harness::{MEMORY, OTHER_MEMORY, Pair};
+use crate::harness::{Disk, MEMORY, OTHER_MEMORY, Pair};
 use afterimage_protocol::session::{
     DestinationEvent, DestinationOwnership, SourceAction, SourceEvent, SourceOwnership,
 };
-use afterimage_protocol::wire::{ControlFrame, RefuseCode};
+use afterimage_protocol::wire::{ControlFrame, RefuseCode, SessionKind};
 
 #[test]
 fn given_is_durable_before_go() {
@@ -118,6 +118,114 @@ fn a_restarted_source_that_forgot_taking_back_gives_the_guest_again() {
     pair.connect().expect("let in");
     pair.pump();
     assert!(pair.destination_runs() && !pair.source.may_run());
+}
+
+/// Pairs in each of which the destination can still refuse.
+fn before_it_runs() -> [(&'static str, Pair); 5] {
+    let mut attached = Pair::migration();
+    attached.connect().expect("let in");
+    attached.pump();
+    let mut ready = Pair::restored();
+    ready.destination.ready().expect("state is there");
+    [
+        ("attached", attached),
+        ("in precopy", Pair::passing()),
+        ("restored", Pair::restored()),
+        ("ready", ready),
+        ("go on its way", Pair::go_on_its_way()),
+    ]
+}
+
+#[test]
+fn a_destination_that_refuses_gives_the_guest_back_unasked() {
+    for (when, mut pair) in before_it_runs() {
+        pair.destination.refuse().expect("it does not run here");
+        assert_eq!(pair.destination_record.ownership, DestinationOwnership::Waiting);
+        assert!(pair.destination.ready().is_err(), "{when}");
+        pair.pump();
+        assert_eq!(pair.destination_record.ownership, DestinationOwnership::Refused, "{when}");
+        assert_eq!(pair.source_ownership(), SourceOwnership::Reclaimed, "{when}");
+        assert!(pair.source.may_run() && !pair.destination_runs(), "{when}");
+        assert!(pair.source_events.contains(&SourceEvent::Refused), "{when}");
+        assert_eq!(pair.source_events.last(), Some(&SourceEvent::Reclaimed), "{when}");
+        assert!(pair.destination_events.contains(&DestinationEvent::Refused), "{when}");
+        assert!(matches!(pair.destination_events.last(), Some(DestinationEvent::Ended(_))));
+        assert!(!pair.destination_events.contains(&DestinationEvent::Run), "{when}");
+    }
+}
+
+#[test]
+fn a_refusal_that_nobody_heard_is_found_at_the_next_connection() {
+    for (restarts_source, restarts_destination) in
+        [(false, false), (true, false), (false, true), (true, true)]
+    {
+        let mut pair = Pair::go_on_its_way();
+        pair.cut();
+        pair.destination.refuse().expect("it does not run here");
+        pair.drain();
+        assert!(!pair.source.may_run(), "it has not heard yet");
+        if restarts_source {
+            pair.restart_source();
+        }
+        if restarts_destination {
+            pair.restart_destination();
+        }
+        pair.connect().expect("let in");
+        pair.pump();
+        assert!(pair.source.may_run() && !pair.destination_runs());
+        assert!(matches!(pair.destination_events.last(), Some(DestinationEvent::Ended(_))));
+    }
+}
+
+#[test]
+fn a_refusal_between_attach_and_begin_is_heard() {
+    for is_ready in [false, true] {
+        let mut pair = Pair::restored();
+        if is_ready {
+            pair.destination.ready().expect("state is there");
+        }
+        pair.cut();
+        pair.connect().expect("let in");
+        pair.pump_until(|pair| pair.to_destination.front() == Some(&ControlFrame::Begin));
+        pair.destination.refuse().expect("it does not run here");
+        pair.pump();
+        assert!(pair.source.may_run() && !pair.destination_runs(), "ready: {is_ready}");
+    }
+}
+
+#[test]
+fn a_refusal_that_could_not_be_recorded_is_recorded_with_the_next_connection() {
+    let mut pair = Pair::go_on_its_way();
+    pair.destination_disk = Disk::Fails;
+    pair.destination.refuse().expect("it does not run here");
+    pair.pump();
+    assert_eq!(pair.destination_events.last(), Some(&DestinationEvent::Disconnected));
+    assert!(pair.destination_events.contains(&DestinationEvent::PersistFailed));
+    assert!(!pair.source.may_run(), "it may still run there, after a restart");
+    pair.destination_disk = Disk::Works;
+    pair.connect().expect("let in");
+    pair.pump();
+    assert_eq!(pair.destination_record.ownership, DestinationOwnership::Refused);
+    assert!(pair.source.may_run() && !pair.destination_runs());
+}
+
+#[test]
+fn a_guest_that_runs_or_may_be_anybodys_is_not_refused() {
+    let mut running = Pair::running();
+    assert!(running.destination.refuse().is_err());
+    let mut starting = Pair::go_on_its_way();
+    starting.deliver_to_destination();
+    assert!(starting.destination.refuse().is_err(), "it is on record");
+    let mut unbound = Pair::migration();
+    assert!(unbound.destination.refuse().is_err(), "by nobody's offer");
+    let mut over = Pair::restored();
+    over.source.reclaim().expect("not given yet");
+    over.pump();
+    assert!(over.destination.refuse().is_err());
+    let mut snapshot = Pair::new(SessionKind::Snapshot);
+    snapshot.connect().expect("let in");
+    snapshot.pump();
+    assert!(snapshot.destination.refuse().is_err());
 }
 
 #[test]

@@ -110,8 +110,8 @@ fn a_source_refuses_each_frame_out_of_place_and_loses_nothing() {
     let rows: [Row; 6] = [
         ("offered", greeted, &[Kind::Attach]),
         ("receiving", receiving, &[Kind::Received]),
-        ("up", up, &[Kind::Ready, Kind::Ack]),
-        ("restored", Pair::restored, &[Kind::Ready, Kind::Ack]),
+        ("up", up, &[Kind::Ready, Kind::Ack, Kind::TakeBackAgreed]),
+        ("restored", Pair::restored, &[Kind::Ready, Kind::Ack, Kind::TakeBackAgreed]),
         (
             "given",
             Pair::go_on_its_way,

@@ -98,7 +98,8 @@ pub enum DestinationEvent {
     StateComplete,
     /// The guest may run from now on.
     Run,
-    /// The guest must never run here: the source has taken it back.
+    /// The guest must never run here, which is on record: the source takes it back, or this side
+    /// has [refused](super::DestinationSession::refuse) it.
     Refused,
     /// The guest must never run here again: an operator declared this side dead.
     Fenced,

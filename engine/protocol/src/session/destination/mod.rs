@@ -52,6 +52,8 @@ pub struct DestinationSession {
     settled: bool,
     state_complete: bool,
     ready: bool,
+    /// The guest is not wanted here, whether or not that is on record yet.
+    refuses: bool,
     /// What the last attach said.
     announced: Phase,
     /// `Run` has been said since this process began.
@@ -80,6 +82,7 @@ impl DestinationSession {
             settled: record.ownership != DestinationOwnership::Waiting,
             state_complete: false,
             ready: false,
+            refuses: false,
             announced: Phase::Fresh,
             told_to_run: false,
             complete: false,
@@ -245,9 +248,15 @@ impl DestinationSession {
                     self.send(ControlFrame::Complete);
                 }
             }
+            // It could not be recorded on the connection before.
+            DestinationOwnership::Waiting if self.refuses => self.persist_refused(),
             // Said by the VMM after the attach.
             DestinationOwnership::Waiting if self.ready && self.announced == Phase::Fresh => {
                 self.send(ControlFrame::Ready);
+            }
+            // Refused after the attach.
+            DestinationOwnership::Refused if self.announced != Phase::Refused => {
+                self.send(ControlFrame::TakeBackAgreed);
             }
             _ => {}
         }

@@ -2,7 +2,7 @@
 
 use super::super::{DestinationOwnership, DestinationRecord, NotNow};
 use super::{DestinationAction, DestinationEvent, DestinationSession, Link, Pending};
-use crate::wire::{ControlFrame, Refusal, RefuseCode};
+use crate::wire::{ControlFrame, Refusal, RefuseCode, SessionId};
 
 impl DestinationSession {
     /// The VMM has restored everything and could run.
@@ -14,8 +14,8 @@ impl DestinationSession {
         let call = "be ready";
         // A snapshot may have arrived whole before anybody was ready to run it.
         let has_everything = self.is_snapshot() && self.complete;
-        if (self.over && !has_everything) || self.record.ownership == DestinationOwnership::Refused
-        {
+        let is_refused = self.refuses || self.record.ownership == DestinationOwnership::Refused;
+        if (self.over && !has_everything) || is_refused {
             return Err(NotNow { call, reason: "the guest will not run here" });
         }
         if !self.state_complete
@@ -36,8 +36,50 @@ impl DestinationSession {
         Ok(())
     }
 
+    /// The guest will not run here, whatever the source says: it could not be restored, or the VMM
+    /// that was to run it has ended. Durable before [`Refused`](DestinationEvent::Refused) is told;
+    /// the source gets the guest back when it is connected, even if it has given it already, and
+    /// [`Ended`](DestinationEvent::Ended) says that it has. A record that could not be made
+    /// durable is tried again with the next connection; the guest does not run here meanwhile.
+    ///
+    /// # Errors
+    /// [`NotNow`] once it is on record that the guest runs here, after the session is over, before
+    /// this memory belongs to one, or for a snapshot.
+    pub fn refuse(&mut self) -> Result<(), NotNow> {
+        let call = "refuse the guest";
+        if self.is_snapshot() {
+            return Err(NotNow { call, reason: "a snapshot is given by nobody" });
+        }
+        match self.record.ownership {
+            DestinationOwnership::Running => {
+                Err(NotNow { call, reason: "it is on record that it runs here" })
+            }
+            DestinationOwnership::Refused => Ok(()),
+            DestinationOwnership::Waiting if self.over => {
+                Err(NotNow { call, reason: "the session is over" })
+            }
+            DestinationOwnership::Waiting if self.record.session == SessionId::UNKNOWN => {
+                Err(NotNow { call, reason: "no source has offered one yet" })
+            }
+            DestinationOwnership::Waiting => {
+                self.refuses = true;
+                self.persist_refused();
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn persist_refused(&mut self) {
+        let next = DestinationRecord { ownership: DestinationOwnership::Refused, ..self.record };
+        self.persist(next, Pending::Refused);
+    }
+
     pub(super) fn go(&mut self) -> Result<(), Refusal> {
         match self.record.ownership {
+            // It could not be recorded when it was decided.
+            DestinationOwnership::Waiting if self.refuses && self.pending.is_none() => {
+                self.persist_refused();
+            }
             DestinationOwnership::Waiting if !self.ready => {
                 return Err(Refusal::new(
                     RefuseCode::Protocol,
@@ -59,11 +101,7 @@ impl DestinationSession {
 
     pub(super) fn take_back(&mut self) {
         match self.record.ownership {
-            DestinationOwnership::Waiting if self.pending.is_none() => {
-                let next =
-                    DestinationRecord { ownership: DestinationOwnership::Refused, ..self.record };
-                self.persist(next, Pending::Refused);
-            }
+            DestinationOwnership::Waiting if self.pending.is_none() => self.persist_refused(),
             // A go was first: once it is recorded, the source hears that this side runs.
             DestinationOwnership::Waiting => {}
             DestinationOwnership::Running => self.send(ControlFrame::TakeBackDenied),

@@ -148,6 +148,9 @@ pub enum SourceEvent {
     Running,
     /// The guest is the source's again, for good.
     Reclaimed,
+    /// The destination will not run the guest, and was not asked to give it back;
+    /// [`Reclaimed`](Self::Reclaimed) follows.
+    Refused,
     /// The destination runs the guest already and keeps it.
     ReclaimDenied,
     /// Everything has arrived; the session is over.

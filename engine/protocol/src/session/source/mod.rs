@@ -225,12 +225,12 @@ impl SourceSession {
             (ControlFrame::PassTaken { number, last }, Link::Up) => {
                 self.pass_taken(number, last)?;
             }
-            // Also the answer to a go, from a destination that has refused before this
+            // Also from a destination that refuses of its own accord, or has refused before this
             // source was restarted.
             (ControlFrame::TakeBackAgreed, Link::Up)
-                if self.was_given() && !self.knows_it_runs() =>
+                if !self.is_snapshot() && !self.knows_it_runs() =>
             {
-                self.agreed();
+                self.refused();
             }
             (ControlFrame::TakeBackDenied, Link::Up) if self.was_given() => {
                 if self.reclaim_wanted {
@@ -295,13 +295,7 @@ impl SourceSession {
                 }
             }
             Phase::Ready => self.ready(),
-            Phase::Refused if self.reclaim_wanted => self.agreed(),
-            // It refused somebody's taking back that this side has forgotten; it will not
-            // run, so the guest can only go on here.
-            Phase::Refused => {
-                self.reclaim_wanted = true;
-                self.agreed();
-            }
+            Phase::Refused => self.refused(),
             Phase::Running | Phase::Complete => {
                 self.running();
             }

@@ -53,6 +53,15 @@ impl SourceSession {
         }
     }
 
+    /// The destination will not run the guest: asked, of its own accord, or by an agreement that
+    /// this side has forgotten. So the guest can only go on here.
+    pub(super) fn refused(&mut self) {
+        if !std::mem::replace(&mut self.reclaim_wanted, true) {
+            self.actions.push_back(SourceAction::Event(SourceEvent::Refused));
+        }
+        self.agreed();
+    }
+
     fn give(&mut self) {
         let Some(incarnation) = self.incarnation else { return };
         let mut next = self.record;
