@@ -64,6 +64,7 @@ fn a_driver_may_come_before_the_memory() {
     expect(&driver, &[AttachmentEvent::State(state())]);
     driver.ready();
     expect(&driver, &[AttachmentEvent::Run]);
+    driver.started();
     runs_to_the_end(&origin, vmm);
     expect(&driver, &[AttachmentEvent::AllArrived, AttachmentEvent::Finished]);
     assert_eq!(client.end().0, 0);
@@ -91,6 +92,7 @@ fn the_source_is_connected_to_when_a_driver_is_there_and_another_may_go_on() {
     driver.ready();
     expect(&driver, &[AttachmentEvent::Run]);
     // It has done its part.
+    driver.started();
     drop(driver);
     runs_to_the_end(&origin, vmm);
     assert_eq!(client.end().0, 0);
@@ -143,6 +145,7 @@ fn a_driver_may_die_at_each_step_and_another_goes_on() {
     let driver = Driver::connect(&host.attach_path(), "guest").unwrap();
     expect(&driver, &[AttachmentEvent::Attached, AttachmentEvent::State(state())]);
     expect(&driver, &[AttachmentEvent::Run]);
+    driver.started();
     runs_to_the_end(&origin, vmm);
     expect(&driver, &[AttachmentEvent::AllArrived, AttachmentEvent::Finished]);
     assert_eq!(client.end().0, 0);
@@ -169,6 +172,9 @@ fn page_client_may_die_at_each_step_and_the_driver_notices_nothing() {
     client.line("the device state has arrived");
     driver.ready();
     expect(&driver, &[AttachmentEvent::Run]);
+    dies(&mut client);
+    // Said to whoever is there, and to each that comes.
+    driver.started();
     dies(&mut client);
     runs_to_the_end(&origin, vmm);
     expect(&driver, &[AttachmentEvent::AllArrived, AttachmentEvent::Finished]);
@@ -207,10 +213,35 @@ fn a_guest_that_nobody_has_started_is_waited_for_after_the_end() {
     let last = [AttachmentEvent::AllArrived, AttachmentEvent::Finished];
     expect(&driver, &[AttachmentEvent::Attached, AttachmentEvent::Run]);
     expect(&driver, &last);
+    driver.started();
     let mut vmm_again = Words::back(&host.attach_path());
     vmm_again.expect(&["attached", "run", "all_arrived", "finished"]);
     assert_eq!(client.end().0, 0);
     assert_eq!(host.kept(), 0);
+    vmm.check();
+    vmm.memory.all_arrived();
+}
+
+#[test]
+fn a_driver_that_dies_before_it_has_started_the_guest_is_waited_for_though_all_is_there() {
+    let origin = Origin::start(PAGES);
+    let host = Host::alone(&origin.address);
+    let mut client = host.open_client();
+    let vmm = Vmm::attach_driven(&host.attach_path(), PAGES);
+    origin.source.switch_over(state()).unwrap();
+    let mut driver = start_driver(&host.attach_path(), true);
+    origin.hurry();
+    vmm.until(|event| *event == AttachmentEvent::AllArrived);
+    origin.until(&SourceEvent::Finished);
+    driver.kill().unwrap();
+    driver.wait().unwrap();
+    client.line("waiting for the process that drives");
+    let driver = Driver::connect(&host.attach_path(), "guest").unwrap();
+    expect(&driver, &[AttachmentEvent::Attached, AttachmentEvent::State(state())]);
+    expect(&driver, &[AttachmentEvent::Run, AttachmentEvent::AllArrived]);
+    expect(&driver, &[AttachmentEvent::Finished]);
+    driver.started();
+    assert_eq!(client.end().0, 0);
     vmm.check();
     vmm.memory.all_arrived();
 }
@@ -234,6 +265,7 @@ fn the_newest_driver_drives_and_the_one_before_is_told() {
     expect(&third, &[AttachmentEvent::Attached, AttachmentEvent::State(state())]);
     third.ready();
     expect(&third, &[AttachmentEvent::Run]);
+    third.started();
     runs_to_the_end(&origin, vmm);
     assert_eq!(client.end().0, 0);
 }
@@ -285,6 +317,7 @@ fn a_driver_that_gives_the_guest_up_lets_the_memory_go() {
     assert_eq!(status, 3, "{said:#?}");
     assert!(report.contains(r#""outcome":"withdrawn""#), "{report}");
     assert_eq!(host.kept(), 0);
-    // The source has it back.
-    origin.source.reclaim().unwrap();
+    // The source has it back, and did not ask.
+    origin.until(&SourceEvent::Refused);
+    origin.until(&SourceEvent::Reclaimed);
 }

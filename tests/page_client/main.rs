@@ -5,6 +5,7 @@ mod command;
 mod deaths;
 mod driven;
 mod farewell;
+mod giving_back;
 mod host;
 mod network;
 mod precopy;

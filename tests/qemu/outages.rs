@@ -164,6 +164,39 @@ fn a_guest_that_was_paused_stays_so_though_receive_is_killed_when_it_is_there() 
 }
 
 #[test]
+fn a_guest_that_was_given_goes_on_at_the_source_if_the_other_qemu_dies_before_it_ran() {
+    if !require::qemu_system() {
+        return;
+    }
+    let scene = Scene::new(1, Backing::File);
+    let survival = Survival::start();
+    let pages = scene.unix("pages");
+    let mut served: Vec<_> = survival.arguments.iter().map(String::as_str).collect();
+    served.extend(["--connect", &pages]);
+    let mut source = Qemu::start(&scene, Side::Source);
+    source.serial.wait_rounds(1, ROUNDS);
+    let mut client = scene.client_until(Some("destination:Persist+Running"), &served);
+    let destination = Qemu::start(&scene, Side::Destination);
+    let mut receive = scene.receive();
+    receive.line("waiting for the guest");
+    let mut send = send(&scene);
+    assert!(client.is_killed());
+    send.line("the guest is given to the destination");
+    destination.daemon.kill();
+
+    let (status, report, lines) = scene.client(&served).report();
+    assert_eq!((status, &report["outcome"]), (5, &Value::from("vmm_died")), "{lines:#?}");
+    let (status, _, lines) = receive.report();
+    assert!([1, 3].contains(&status), "it has heard of it, or QEMU has ended: {lines:#?}");
+    let (status, report, lines) = send.report();
+    assert_eq!((status, &report["outcome"]), (3, &Value::from("not_moved")), "{lines:#?}");
+    assert!(report["error"].as_str().unwrap().contains("has refused it"), "{report:#}");
+    source.serial.wait_rounds(1, ROUNDS);
+    assert_eq!(source.status(), "running");
+    check_lived_on(&source.last_words(), &[], 1, 0);
+}
+
+#[test]
 fn a_guest_whose_destination_was_fenced_and_lives_is_stopped_there() {
     if !require::qemu_system() {
         return;

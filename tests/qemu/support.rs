@@ -111,12 +111,20 @@ impl Scene {
         format!("unix:{}", self.path(name).display())
     }
 
-    /// The arguments of page-client, but for where the source is.
+    /// With the arguments of page-client, but for where its guest comes in.
     pub(crate) fn client(&self, more: &[&str]) -> Daemon {
+        self.client_until(None, more)
+    }
+
+    /// One that is killed when the engine comes to this step.
+    pub(crate) fn client_until(&self, step: Option<&str>, more: &[&str]) -> Daemon {
         let attach = self.unix("attach");
-        let mut arguments = vec!["--attach", &attach, "--json"];
-        arguments.extend(more);
-        Daemon::start(CLIENT, &arguments)
+        let mut command = Command::new(CLIENT);
+        command.args(["--attach", &attach, "--json"]).args(more);
+        if let Some(step) = step {
+            command.env("AFTERIMAGE_KILL_AT", step);
+        }
+        Daemon::of(command)
     }
 }
 

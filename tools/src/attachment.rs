@@ -107,6 +107,8 @@ pub(crate) enum Word {
     Ready,
     /// VMM or driver: it has failed, and gives the guest up. Nothing has run in this memory.
     Withdrawn,
+    /// Driver: the guest runs, or stays paused as it was; nothing is left to be done for it.
+    Started,
     /// page-client: the guest may run; it is on record.
     Run,
     /// page-client: every page is in place, the userfaultfd may be closed.

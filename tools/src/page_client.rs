@@ -162,6 +162,7 @@ fn serve_at(
         journal,
         desk,
         file_server,
+        is_taken_over: socket.is_none(),
         is_held,
     };
     let mut serving = Serving::new(session, served, place, state, runs);
@@ -228,9 +229,13 @@ fn check_no_record(state: Option<&DestinationStateFile>) -> Result<(), Failure> 
         state.record().is_some_and(|record| record.ownership != DestinationOwnership::Waiting)
     };
     let Some(state) = state.filter(has_run) else { return Ok(()) };
+    if farewell::is_given_back(state) {
+        return Ok(());
+    }
     Err(Failure::new(format!(
         "the state file {} is of a guest whose memory is at no keeper any more: if it ran here it \
-         is lost here, and the source can be fenced; remove the file to begin with another",
+         is lost here, and unless the source runs it already it can be fenced there; remove the file \
+         to begin with another",
         state.path().display()
     )))
 }
@@ -424,6 +429,9 @@ fn record_of(
              state file of that guest; without it nobody knows whether the guest has run",
             state.path().display()
         ))),
+        Some(_) if !has_begun && farewell::is_given_back(state) => {
+            state.begin_anew(&layout, fresh).map_err(failed())
+        }
         Some(record) if has_begun || record.ownership != DestinationOwnership::Waiting => {
             if record.incarnation == served.incarnation {
                 return state.begin(&layout, fresh).map_err(failed());

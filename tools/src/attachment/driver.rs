@@ -45,8 +45,15 @@ impl Driver {
         self.line.ready();
     }
 
-    /// The guest cannot be restored here, and its memory is let go of. Does nothing once it may
-    /// run.
+    /// The guest runs, after [`AttachmentEvent::Run`], or stays paused as it was at its source.
+    /// page-client waits for this word at the end, from this driver or the next: nobody else would
+    /// start the guest. Said again to a successor of page-client without a call.
+    pub fn started(&self) {
+        self.line.started();
+    }
+
+    /// The guest cannot be restored here: its memory is let go of, and the source gets it back,
+    /// even if it had given it already. Does nothing once it is on record that it may run.
     pub fn withdraw(&self) {
         self.line.withdraw();
     }

@@ -93,6 +93,7 @@ pub(super) struct Line {
 struct Shared {
     socket: Option<UnixStream>,
     is_ready: bool,
+    has_started: bool,
     is_dropped: bool,
 }
 
@@ -119,6 +120,15 @@ impl Line {
         if let Some(socket) = &shared.socket {
             // If it is gone, its successor is told.
             let _ = framing::send(socket, &Word::Ready);
+        }
+    }
+
+    pub(super) fn started(&self) {
+        let mut shared = lock(&self.shared);
+        shared.has_started = true;
+        if let Some(socket) = &shared.socket {
+            // Likewise.
+            let _ = framing::send(socket, &Word::Started);
         }
     }
 
@@ -258,7 +268,7 @@ impl Listening {
             Word::Attached if told.is_known(Once::Attached) => return Ok(false),
             Word::Attached if self.drives() => AttachmentEvent::Attached,
             Word::Attached => return Ok(false),
-            word @ (Word::Ready | Word::Withdrawn) => {
+            word @ (Word::Ready | Word::Withdrawn | Word::Started) => {
                 let what = format!("page-client says {word:?}");
                 return Err(io::Error::new(io::ErrorKind::InvalidData, what));
             }
@@ -309,6 +319,9 @@ impl Listening {
         }
         if shared.is_ready {
             framing::send(&socket, &Word::Ready).map_err(wrap())?;
+        }
+        if shared.has_started {
+            framing::send(&socket, &Word::Started).map_err(wrap())?;
         }
         shared.socket = Some(socket.try_clone().map_err(wrap())?);
         Ok(socket)

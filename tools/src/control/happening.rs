@@ -186,6 +186,9 @@ impl From<&SourceEvent> for Happening {
             SourceEvent::Reclaimed => {
                 Self::new("reclaimed").effect(Effect::Phase(Phase::Reclaimed))
             }
+            SourceEvent::Refused => {
+                Self::trouble("refused", "the destination will not run the guest: see what it says")
+            }
             SourceEvent::ReclaimDenied => {
                 Self::new("reclaim_denied").effect(Effect::Phase(Phase::Running))
             }
@@ -237,7 +240,7 @@ impl From<&DestinationEvent> for Happening {
                     .effect(Effect::Phase(Phase::Restoring))
             }
             DestinationEvent::Run => Self::new("run").effect(Effect::Phase(Phase::Running)),
-            DestinationEvent::Refused => not_here("refused", "the source has taken the guest back"),
+            DestinationEvent::Refused => not_here("refused", "the guest goes on at its source"),
             DestinationEvent::Fenced => not_here("fenced", "an operator has fenced this side"),
             DestinationEvent::Ended(reason) => not_here("ended", reason),
             DestinationEvent::TurnedAway(reason) => Self::trouble("turned_away", reason),

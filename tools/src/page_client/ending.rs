@@ -1,4 +1,8 @@
-//! The end, which the VMM and a driver are to hear of: they may be on their way back.
+//! The end, which the VMM, a driver and the source are to hear of: they may be on their way back.
+//!
+//! Invariant: a process that ends by itself leaves no guest that nobody would run. It waits for a
+//! driver that has not started the guest, and for a source that does not know yet that it has the
+//! guest back.
 
 use std::time::Instant;
 
@@ -15,6 +19,9 @@ pub(super) struct Ending {
     until: Instant,
     vmm: Knows,
     driver: Knows,
+    /// The connection on which a driver has heard the last word.
+    driver_told: Option<u64>,
+    source: Knows,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,18 +32,45 @@ enum Knows {
 }
 
 impl Ending {
+    /// The session is over.
     pub(super) fn new(outcome: Outcome, last_word: Word, driven_by: DrivenBy) -> Self {
         let driver = match driven_by {
             DrivenBy::Vmm => Knows::Settled,
             DrivenBy::Driver => Knows::NotYet,
         };
-        let until = Instant::now() + FAREWELL;
-        Self { outcome, last_word, until, vmm: Knows::NotYet, driver }
+        Self {
+            outcome,
+            last_word,
+            until: Instant::now() + FAREWELL,
+            vmm: Knows::NotYet,
+            driver,
+            driver_told: None,
+            source: Knows::Settled,
+        }
+    }
+
+    /// The same, and the source is still to hear that it has the guest back.
+    pub(super) fn refused(outcome: Outcome, last_word: Word, driven_by: DrivenBy) -> Self {
+        Self { source: Knows::NotYet, ..Self::new(outcome, last_word, driven_by) }
     }
 
     /// Whether nobody needs to be waited for.
     pub(super) fn is_known(&self) -> bool {
-        (self.vmm, self.driver) == (Knows::Settled, Knows::Settled)
+        [self.vmm, self.driver, self.source] == [Knows::Settled; 3]
+    }
+
+    /// Whether the source is waited for.
+    pub(super) fn waits_for_source(&self) -> bool {
+        self.source == Knows::NotYet
+    }
+
+    pub(super) fn source_knows(&mut self) {
+        self.source = Knows::Settled;
+    }
+
+    /// The VMM has ended, and with it what a driver could do.
+    pub(super) fn vmm_died(&mut self) {
+        (self.vmm, self.driver) = (Knows::Settled, Knows::Settled);
     }
 
     pub(super) fn tell_vmm(&mut self, vmm: &mut Party, progress: &Progress) {
@@ -51,17 +85,20 @@ impl Ending {
         }
     }
 
-    /// Until a driver has heard that the guest may run, it stands still, and nobody else would
-    /// start it.
+    /// Until a driver has started the guest, it stands still, and nobody else would start it.
     pub(super) fn tell_driver(&mut self, driver: &mut Party, need: DriverNeed, say: &Progress) {
         if self.driver == Knows::Settled {
             return;
         }
-        let may_be_away = match self.outcome {
+        let connection = Some(driver.number());
+        if self.driver_told != connection && driver.tell(&self.last_word, say) {
+            self.driver_told = connection;
+        }
+        let is_settled = match self.outcome {
             Outcome::Finished => need == DriverNeed::Over,
-            _ => self.is_late(),
+            _ => self.driver_told == connection || self.is_late(),
         };
-        if driver.tell(&self.last_word, say) || may_be_away {
+        if is_settled {
             self.driver = Knows::Settled;
         }
     }

@@ -3,16 +3,18 @@
 //! Invariant: nothing stays at the keeper that nobody needs, and the last word reaches a VMM that
 //! is still there, whichever process says it.
 
-use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use afterimage::DestinationStateFile;
+use afterimage::{DestinationOwnership, DestinationStateFile};
 
 use super::Failure;
+use super::adapter::Native;
 use super::door::{Door, News};
 use super::drivers;
 use super::guest::Served;
 use super::options::Options;
+use super::party::Party;
 use super::report::Outcome;
 use crate::attachment::{Arrival, DrivenBy, Word};
 use crate::handoff::framing;
@@ -24,7 +26,7 @@ use crate::page_server::wait::Waiter;
 const ENDED: &str = "ended";
 /// In the state file: the VMM has heard so, or has had its time.
 const TOLD: &str = "told";
-/// In the state file: a driver has heard that the guest may run.
+/// In the state file: a driver has started the guest.
 const STARTED: &str = "started";
 /// How long a VMM may be away when it is to hear the last word.
 pub(super) const FAREWELL: Duration = Duration::from_secs(30);
@@ -50,12 +52,18 @@ pub(super) fn note_end(state: Option<&DestinationStateFile>, outcome: Outcome, s
     note(state, ENDED, how, say);
 }
 
-/// Whether a driver has heard that the guest may run.
+/// Whether the guest was refused here, and its source knows: another may begin.
+pub(super) fn is_given_back(state: &DestinationStateFile) -> bool {
+    let is_refused = state.record().is_some_and(|it| it.ownership == DestinationOwnership::Refused);
+    is_refused && state.noted(TOLD).is_some()
+}
+
+/// Whether a driver has said that it has started the guest.
 pub(super) fn was_started(state: &DestinationStateFile) -> bool {
     state.noted(STARTED).is_some()
 }
 
-/// Records that one has.
+/// Records that one has said so.
 pub(super) fn note_start(state: Option<&DestinationStateFile>, say: &Progress) {
     note(state, STARTED, "yes", say);
 }
@@ -108,9 +116,12 @@ pub(super) fn after_the_end(
             let was_told = state.is_some_and(|state| state.noted(TOLD).is_some());
             let is_started = state.is_some_and(was_started);
             let is_driver_owed = served.driven_by == DrivenBy::Driver && !is_started;
-            let mut owed = Owed { vmm: true, driver: is_driver_owed };
-            if !was_told && !last_words.is_empty() {
+            let mut owed = Owed::new(true, is_driver_owed);
+            if (!was_told || owed.driver) && !last_words.is_empty() {
                 owed.say_it_again(options, &served, &last_words, waiter, progress);
+            }
+            if is_driver_owed && !owed.driver {
+                note_start(state, progress);
             }
             if owed.driver && outcome == Outcome::Finished {
                 progress.say(
@@ -128,10 +139,19 @@ pub(super) fn after_the_end(
 /// Who may not have heard the last words, because the process before this one has died.
 struct Owed {
     vmm: bool,
+    /// It has not said that it has started the guest.
     driver: bool,
+    /// The driver that is connected.
+    party: Party,
+    connections: u64,
 }
 
 impl Owed {
+    fn new(vmm: bool, driver: bool) -> Self {
+        let party = Party::new("the driver", Arc::new(Native));
+        Self { vmm, driver, party, connections: 0 }
+    }
+
     /// Says them to whoever comes back, for a while.
     fn say_it_again(
         &mut self,
@@ -156,7 +176,7 @@ impl Owed {
             let left = until.saturating_duration_since(Instant::now());
             match door.news.try_recv() {
                 Ok(News::Died) => (self.vmm, self.driver) = (false, false),
-                Ok(news) => self.answer(news, served, last_words, progress),
+                Ok(news) => self.answer(news, served, last_words, &door, progress),
                 // A signal ends it.
                 Err(_) if left.is_zero() || !matches!(waiter.wait(left), Ok(0)) => return,
                 Err(_) => {}
@@ -164,21 +184,31 @@ impl Owed {
         }
     }
 
-    fn answer(&mut self, news: News, served: &Served, last_words: &[Word], progress: &Progress) {
-        let say = |socket: &UnixStream| {
-            let all = [&[Word::Attached], last_words].concat();
-            all.iter().all(|word| framing::send(socket, word).is_ok())
-        };
+    fn answer(
+        &mut self,
+        news: News,
+        served: &Served,
+        last_words: &[Word],
+        door: &Door,
+        progress: &Progress,
+    ) {
+        let all = [&[Word::Attached], last_words].concat();
         match news {
             News::Arrived(Arrival::Return { socket, .. }) if served.is_the_vmm(&socket) => {
-                self.vmm &= !say(&socket);
+                self.vmm &= !all.iter().all(|word| framing::send(&socket, word).is_ok());
             }
             News::Arrived(Arrival::Drive { name, socket }) => {
-                match drivers::refusal(served, &name) {
-                    None => self.driver &= !say(&socket),
-                    Some(reason) => drivers::turn_away(&socket, reason, progress),
+                if let Some(reason) = drivers::refusal(served, &name) {
+                    return drivers::turn_away(&socket, reason, progress);
+                }
+                drivers::replace(&mut self.party, progress);
+                self.connections += 1;
+                self.party.take(socket, self.connections, door, progress);
+                for word in &all {
+                    self.party.tell(word, progress);
                 }
             }
+            News::Said(number, Word::Started) if self.party.is(number) => self.driver = false,
             _ => {}
         }
     }

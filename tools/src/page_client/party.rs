@@ -45,6 +45,11 @@ impl Party {
         }
     }
 
+    /// Of the last connection; 0 before the first.
+    pub(super) const fn number(&self) -> u64 {
+        self.number
+    }
+
     /// Whether what is heard as `number` comes from here: also what was said before it hung up.
     pub(super) const fn is(&self, number: u64) -> bool {
         self.number == number

@@ -6,7 +6,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use afterimage::{Destination, DestinationEvent, DestinationStateFile, Events, StateSection};
+use afterimage::{
+    Destination, DestinationEvent, DestinationOwnership, DestinationStateFile, Events, StateSection,
+};
 
 use super::Failure;
 use super::adapter::{Adapter, Manner, Native, OnFailure, Restoring};
@@ -43,6 +45,8 @@ pub(super) struct Session {
     pub(super) desk: Desk,
     /// The source, if it is in this process.
     pub(super) file_server: Option<FileServer>,
+    /// The guest was served by a process before this one.
+    pub(super) is_taken_over: bool,
     /// The destination was started paused: the source is connected to when a driver is there.
     pub(super) is_held: bool,
 }
@@ -54,7 +58,7 @@ pub(super) enum DriverNeed {
     Unsaid,
     /// It does, and it was said that one is waited for.
     Said,
-    /// One has heard that the guest may run.
+    /// One has said that it has started the guest.
     Over,
 }
 
@@ -84,6 +88,8 @@ pub(super) struct Serving {
     state: Option<Vec<StateSection>>,
     runs: bool,
     has_all: bool,
+    /// The source may have given the guest, as far as this process knows.
+    may_be_given: bool,
     /// Why the guest does not run here, if it is so.
     not_here: Option<String>,
     ending: Option<Ending>,
@@ -111,14 +117,22 @@ impl Serving {
             journal,
             desk,
             file_server,
+            is_taken_over,
             is_held,
         } = session;
+        let is_refused = record
+            .as_ref()
+            .and_then(DestinationStateFile::record)
+            .is_some_and(|it| it.ownership == DestinationOwnership::Refused);
         let need = match &record {
             Some(record) if runs && farewell::was_started(record) => DriverNeed::Over,
             _ => DriverNeed::Unsaid,
         };
-        Self {
-            manner: adapter.manner(),
+        let manner = adapter.manner();
+        // Of a snapshot nothing is given.
+        let may_be_given = is_taken_over && manner.restoring == Restoring::IsSaid;
+        let mut serving = Self {
+            manner,
             destination,
             events,
             door,
@@ -139,11 +153,16 @@ impl Serving {
             state: None,
             runs,
             has_all: false,
+            may_be_given,
             not_here: None,
             ending: None,
             fails_at: None,
             signals: 0,
+        };
+        if is_refused {
+            serving.refused();
         }
+        serving
     }
 
     /// Serves to the end.
@@ -245,7 +264,7 @@ impl Serving {
         self.vmm.tell(word, &self.progress);
         if self.is_driven() {
             let is_heard = self.driver.tell(word, &self.progress);
-            self.expect_driver(word, is_heard);
+            self.expect_driver(is_heard);
         }
     }
 
@@ -260,12 +279,8 @@ impl Serving {
         }
     }
 
-    /// Notes what the driver has heard, or that it is waited for.
-    fn expect_driver(&mut self, word: &Word, is_heard: bool) {
-        if is_heard && *word == Word::Run && self.need != DriverNeed::Over {
-            self.need = DriverNeed::Over;
-            farewell::note_start(self.record.as_ref(), &self.progress);
-        }
+    /// Says that a driver is waited for, if there is none that hears.
+    fn expect_driver(&mut self, is_heard: bool) {
         if !is_heard && self.need == DriverNeed::Unsaid {
             self.need = DriverNeed::Said;
             let name = &self.served.name;
@@ -280,7 +295,7 @@ impl Serving {
             return;
         }
         let is_heard = self.driver.tell_state(state, &self.progress);
-        self.expect_driver(&Word::State { sections: Vec::new() }, is_heard);
+        self.expect_driver(is_heard);
     }
 
     fn take_event(&mut self, event: DestinationEvent) {
@@ -301,6 +316,7 @@ impl Serving {
             }
             DestinationEvent::State(state) => {
                 self.note("state", "the device state has arrived");
+                self.may_be_given = true;
                 self.state = Some(state);
                 self.tell_state();
             }
@@ -325,7 +341,7 @@ impl Serving {
                 self.note("finished", "the source knows it; the session is over");
                 self.end(Outcome::Finished, Word::Finished);
             }
-            DestinationEvent::Refused => self.not_here("the source has taken the guest back"),
+            DestinationEvent::Refused => self.refused(),
             DestinationEvent::Fenced => self.not_here("an operator has fenced this side"),
             DestinationEvent::Ended(reason) => {
                 self.not_here(&format!("the source has ended the session: {reason}"));
@@ -381,7 +397,12 @@ impl Serving {
         }
     }
 
+    /// The session is over, and the guest is elsewhere, as the source knows.
     fn not_here(&mut self, reason: &str) {
+        if let Some(ending) = self.ending.as_mut().filter(|ending| ending.waits_for_source()) {
+            ending.source_knows();
+            return self.note("given_back", "the source has the guest back");
+        }
         self.note("not_here", &format!("the guest does not run here: {reason}"));
         if self.manner.failure == OnFailure::End {
             return self.end_if_it_cannot_go_on(reason);
@@ -396,8 +417,57 @@ impl Serving {
         }
     }
 
+    /// It is on record that the guest does not run here; the source is still to hear so.
+    fn refused(&mut self) {
+        if self.ending.is_some() {
+            return;
+        }
+        let reason = "the source has taken the guest back";
+        self.note("not_here", &format!("the guest does not run here: {reason}"));
+        self.end_refused(Outcome::NotHere, reason);
+    }
+
+    /// Ends once the source knows that it has the guest back: nobody else would run it.
+    fn end_refused(&mut self, outcome: Outcome, reason: &str) {
+        let last_word = Word::NotHere { reason: reason.to_owned() };
+        self.ending = Some(Ending::refused(outcome, last_word, self.served.driven_by));
+        // No driver is needed for that.
+        self.release();
+    }
+
+    /// The guest will not run here. `None` if its VMM or driver is heard further: until the source
+    /// has it back, or because it is on record that it runs.
+    fn give_up(&mut self, outcome: Outcome, reason: &str) -> Option<Outcome> {
+        if self.ending.is_some() {
+            return None;
+        }
+        if !self.may_be_given {
+            return Some(outcome);
+        }
+        let Err(error) = self.destination.refuse() else {
+            self.progress.say("giving the guest back to its source");
+            self.end_refused(outcome, reason);
+            return None;
+        };
+        // Whatever keeps it from being refused was told before.
+        while let Some(event) = self.events.try_next() {
+            self.take_event(event);
+        }
+        if self.runs {
+            self.progress.say("too late: it is on record that the guest runs here");
+        }
+        if self.runs || self.ending.is_some() {
+            return None;
+        }
+        tracing::info!(%error, "nothing is given back");
+        Some(outcome)
+    }
+
     fn signalled(&mut self, came: usize) -> Option<Outcome> {
         self.signals += came;
+        if self.ending.as_ref().is_some_and(Ending::waits_for_source) {
+            return self.signalled_at_the_end();
+        }
         let stats = self.destination.stats();
         let missing = stats.pages_total - stats.pages_complete;
         if self.has_all {
@@ -424,5 +494,21 @@ impl Serving {
             ),
         );
         None
+    }
+
+    /// The guest was refused, and stands still until the source hears of it.
+    fn signalled_at_the_end(&mut self) -> Option<Outcome> {
+        let rest = if self.record.is_some() && self.place.is_some() {
+            "started again, page-client tells it"
+        } else {
+            "without --state and --keeper nobody tells it, and it has to be fenced there"
+        };
+        let ends = self.signals > 1;
+        let what = if ends { "a second signal: stopping;" } else { "not stopping yet:" };
+        self.note(
+            "signal",
+            &format!("{what} the source does not know that it has the guest back; {rest}"),
+        );
+        ends.then_some(Outcome::Abandoned)
     }
 }

@@ -127,6 +127,9 @@ impl Migration {
                 ));
                 return None;
             }
+            SourceEvent::Refused => {
+                ("refused", "the destination will not run the guest: see what it says there", None)
+            }
             SourceEvent::ReclaimDenied => {
                 ("reclaim_denied", "the destination runs the guest already and keeps it", None)
             }

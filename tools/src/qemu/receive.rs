@@ -76,7 +76,9 @@ pub(super) fn run(
     let driver =
         Driver::connect(attach, &options.guest).map_err(|error| Failure::new(chain(&error)))?;
     let vcpus = Vcpus::Run;
-    Receiving { machine, driver, taking, door: None, vcpus, observer }.until_the_end()
+    let receiving =
+        Receiving { machine, driver, taking, door: None, vcpus, is_lost: false, observer };
+    receiving.until_the_end()
 }
 
 struct Receiving<'a> {
@@ -87,6 +89,8 @@ struct Receiving<'a> {
     door: Option<Door>,
     /// What they were at the source when the guest was stopped.
     vcpus: Vcpus,
+    /// page-client is gone.
+    is_lost: bool,
     observer: &'a mut dyn Observer,
 }
 
@@ -96,7 +100,10 @@ impl Receiving<'_> {
             if self.observer.is_stopped()? {
                 return Ok(Ended::Stopped);
             }
-            let Some(event) = self.driver.next(LOOK) else { continue };
+            let Some(event) = self.driver.next(LOOK) else {
+                self.check_lives()?;
+                continue;
+            };
             match event {
                 AttachmentEvent::Attached => {
                     if self.taking == Taking::Waits {
@@ -119,15 +126,29 @@ impl Receiving<'_> {
                 }
                 AttachmentEvent::Refused(reason) => return Err(Failure::new(reason)),
                 AttachmentEvent::Lost => {
+                    self.is_lost = true;
                     let line = "page-client is gone; whoever touches a missing page waits for \
                                 page-client to be started again";
                     self.observer.hear(Heard::Line(line.to_owned()));
                 }
                 AttachmentEvent::Back => {
+                    self.is_lost = false;
                     self.observer.hear(Heard::Line("page-client is there again".to_owned()));
                 }
                 AttachmentEvent::Failed(reason) => self.observer.hear(Heard::Line(reason)),
             }
+        }
+    }
+
+    /// page-client ends with the QEMU that it serves, and nobody would come back.
+    fn check_lives(&mut self) -> Result<(), Failure> {
+        if !self.is_lost {
+            return Ok(());
+        }
+        match self.machine.status() {
+            Err(error @ QmpError::Ended { .. }) => Err(error.into()),
+            // It may be busy.
+            _ => Ok(()),
         }
     }
 
@@ -169,6 +190,10 @@ impl Receiving<'_> {
             if ended.is_some() { Err(Failure::new("it was given up")) } else { Ok(()) }
         });
         if ended.is_some() {
+            // page-client may see the end of QEMU first, and does not know why.
+            if let Err(error @ QmpError::Ended { .. }) = self.machine.status() {
+                return Err(state::not_loaded(error));
+            }
             return Ok(ended);
         }
         loaded?;
@@ -181,10 +206,12 @@ impl Receiving<'_> {
     fn resume(&mut self) -> Result<(), Failure> {
         self.observer.hear(Heard::Run);
         if self.vcpus == Vcpus::Stopped {
+            self.driver.started();
             self.observer.hear(Heard::Resumed(None));
             return Ok(());
         }
         if self.taking == Taking::Runs {
+            self.driver.started();
             return Ok(());
         }
         let at = self.cont().map_err(|error| {
@@ -195,6 +222,7 @@ impl Receiving<'_> {
             ))
         })?;
         self.taking = Taking::Runs;
+        self.driver.started();
         self.observer.hear(Heard::Resumed(Some(at)));
         Ok(())
     }

@@ -342,7 +342,7 @@ impl Door {
 }
 
 /// QEMU ends if it cannot load what it is given.
-fn not_loaded(error: QmpError) -> Failure {
+pub(super) fn not_loaded(error: QmpError) -> Failure {
     match error {
         QmpError::Ended { who, .. } => Failure::new(format!(
             "{who} ended while it was loading the device state: its standard error says why; both \

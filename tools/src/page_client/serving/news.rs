@@ -6,8 +6,9 @@ use std::os::unix::net::UnixStream;
 use super::super::adapter::{HangUp, NoArrival};
 use super::super::door::News;
 use super::super::drivers;
+use super::super::farewell;
 use super::super::report::Outcome;
-use super::{DEATH_SHOWS, DriverNeed, Serving};
+use super::{DEATH_SHOWS, DriverNeed, Ending, Serving};
 use crate::attachment::{Arrival, Word};
 use crate::control::Happening;
 use crate::processes;
@@ -50,8 +51,16 @@ impl Serving {
             News::HungUp(number) if self.driver.is(number) => {
                 self.driver.hang_up();
                 self.mark("driver_hung_up");
+                if self.runs {
+                    // Nobody else would start the guest.
+                    self.expect_driver(false);
+                }
             }
             News::Said(..) | News::HungUp(_) => {}
+            News::Died if self.ending.as_ref().is_some_and(Ending::waits_for_source) => {
+                self.mark("vmm_died");
+                self.ends_without_vmm();
+            }
             News::Died if self.ending.is_some() => {
                 self.note(
                     "vmm_died",
@@ -62,17 +71,36 @@ impl Serving {
             News::Died if self.manner.hang_up == HangUp::IsTheEnd => {
                 return Some(self.died("the VM has ended"));
             }
-            News::Died => {
-                let line = if self.runs {
-                    "the process that ran the guest has ended; without release the source can be \
-                     fenced, and goes on from the switchover"
-                } else {
-                    "the process that was to run the guest has ended before it did"
-                };
-                return Some(self.died(line));
-            }
+            News::Died => return self.vmm_died(),
         }
         None
+    }
+
+    /// Its memory is lost. The guest is not, if it has not run here.
+    fn vmm_died(&mut self) -> Option<Outcome> {
+        let reason = "the process that was to run the guest has ended before it did";
+        if !self.runs {
+            self.note("vmm_died", reason);
+            self.desk.note(Happening::new("vmm_died"));
+            let outcome = self.give_up(self.manner.death, reason);
+            self.ends_without_vmm();
+            if !self.runs {
+                return outcome;
+            }
+        }
+        let line = "the process that ran the guest has ended; without release the source can be \
+                    fenced, and goes on from the switchover";
+        Some(self.died(line))
+    }
+
+    /// Nobody waits for a VMM that has ended; a driver is told, if it is there.
+    fn ends_without_vmm(&mut self) {
+        let is_driven = self.is_driven();
+        let Some(ending) = &mut self.ending else { return };
+        if is_driven {
+            ending.tell_driver(&mut self.driver, self.need, &self.progress);
+        }
+        ending.vmm_died();
     }
 
     fn died(&mut self, line: &str) -> Outcome {
@@ -135,7 +163,7 @@ impl Serving {
         self.tell_state();
         for word in self.said() {
             let is_heard = self.driver.tell(&word, &self.progress);
-            self.expect_driver(&word, is_heard);
+            self.expect_driver(is_heard);
         }
     }
 
@@ -153,7 +181,7 @@ impl Serving {
             Word::Withdrawn if !self.runs => {
                 let line = "the VMM has failed to attach, and given its guest up before it ran; \
                             started again, page-client takes another";
-                return Some(self.withdrawn(line));
+                return self.withdrawn(line, line);
             }
             other => tracing::warn!(?other, "the VMM says this out of turn"),
         }
@@ -165,9 +193,15 @@ impl Serving {
             Word::Ready => self.take_ready("driver_ready"),
             Word::Withdrawn if !self.runs => {
                 let reason = "its driver has given it up before it ran";
-                self.vmm.tell(&Word::NotHere { reason: reason.to_owned() }, &self.progress);
                 let line = format!("{reason}; started again, page-client takes another guest");
-                return Some(self.withdrawn(&line));
+                return self.withdrawn(reason, &line);
+            }
+            Word::Started if self.runs => {
+                if self.need != DriverNeed::Over {
+                    self.need = DriverNeed::Over;
+                    self.mark("driver_started");
+                    farewell::note_start(self.record.as_ref(), &self.progress);
+                }
             }
             other => tracing::warn!(?other, "the driver says this out of turn"),
         }
@@ -183,12 +217,14 @@ impl Serving {
         }
     }
 
-    fn withdrawn(&mut self, line: &str) -> Outcome {
+    fn withdrawn(&mut self, reason: &str, line: &str) -> Option<Outcome> {
         self.note("withdrawn", line);
-        if self.is_driven() {
-            let reason = "the guest was given up before it ran".to_owned();
-            self.driver.tell(&Word::NotHere { reason }, &self.progress);
+        let outcome = self.give_up(Outcome::Withdrawn, reason);
+        if outcome.is_some() && self.is_driven() {
+            let word = Word::NotHere { reason: reason.to_owned() };
+            self.vmm.tell(&word, &self.progress);
+            self.driver.tell(&word, &self.progress);
         }
-        Outcome::Withdrawn
+        outcome
     }
 }

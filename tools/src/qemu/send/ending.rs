@@ -46,6 +46,13 @@ impl Sending {
             self.say(&failure.to_string());
             (outcome, self.reason) = (Outcome::Failed, Some(failure));
         }
+        // What the destination's side says of it is better than that it has refused.
+        if self.was_refused
+            && let Some(failure) = self.hear_out()
+        {
+            self.say(&failure.to_string());
+            self.reason = Some(failure);
+        }
         // Whoever is on the way back is to hear how it ended.
         let is_away = !self.is_attached && self.reason.is_some();
         if (is_finished && self.parts.record.is_kept()) || is_away {

@@ -71,6 +71,8 @@ pub(super) struct Sending {
     /// A destination that has everything is waited for until then.
     pub(super) farewell: Option<Instant>,
     pub(super) has_unreadable: bool,
+    /// By the destination, of its own accord.
+    pub(super) was_refused: bool,
 }
 
 impl Sending {
@@ -245,6 +247,16 @@ impl Sending {
             SourceEvent::Finished => {
                 self.note("finished", "every page has arrived; the guest is the destination's");
                 return Some(Outcome::Finished);
+            }
+            SourceEvent::Refused => {
+                self.was_refused = true;
+                self.note("refused", "the destination will not run the guest");
+                self.reason.get_or_insert_with(|| {
+                    Failure::new(
+                        "the destination has refused it: see what page-client and afterimage-qemu \
+                         receive say there",
+                    )
+                });
             }
             SourceEvent::Reclaimed => {
                 self.parts.journal.note("reclaimed");
