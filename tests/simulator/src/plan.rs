@@ -118,7 +118,7 @@ impl Plan {
             chaos: 200 + random.below(1800) + passes * 1000,
         };
         // Not drawn by itself: the seeds that catch the rarest broken rules stay what they are.
-        Self { refuses: is_migration && plan.chaos % 8 == 0, ..plan }
+        Self { refuses: is_migration && plan.chaos.is_multiple_of(8), ..plan }
     }
 
     /// What a side can do.
