@@ -38,6 +38,8 @@ pub(super) enum At {
     Stopped(Instant),
     /// Here, stopped, and being taken back.
     ComingBack,
+    /// Here, and coming back because the destination does not want it.
+    Refused,
     /// The destination's.
     Gone,
 }
@@ -71,8 +73,6 @@ pub(super) struct Sending {
     /// A destination that has everything is waited for until then.
     pub(super) farewell: Option<Instant>,
     pub(super) has_unreadable: bool,
-    /// By the destination, of its own accord.
-    pub(super) was_refused: bool,
 }
 
 impl Sending {
@@ -249,7 +249,7 @@ impl Sending {
                 return Some(Outcome::Finished);
             }
             SourceEvent::Refused => {
-                self.was_refused = true;
+                self.at = At::Refused;
                 self.note("refused", "the destination will not run the guest");
                 self.reason.get_or_insert_with(|| {
                     Failure::new(
@@ -313,6 +313,7 @@ impl Sending {
             News::Ended(Err(failure)) => match self.at {
                 At::Here | At::Stopped(_) => self.take_back(failure),
                 At::ComingBack => {}
+                At::Refused => self.reason = Some(failure),
                 At::Gone => self.say(&failure.to_string()),
             },
         }
@@ -336,11 +337,11 @@ impl Sending {
                 return Some(Outcome::NotMoved);
             }
             At::Here | At::Stopped(_) => self.take_back(Failure::new("stopped by a signal")),
-            At::ComingBack if self.signals > 1 => {
+            At::ComingBack | At::Refused if self.signals > 1 => {
                 self.say("a second signal: the guest is stopped here, and was not given away");
                 return Some(Outcome::NotResumed);
             }
-            At::ComingBack => {}
+            At::ComingBack | At::Refused => {}
             At::Gone if self.signals > 1 || self.farewell.is_some() => {
                 self.say(&format!("a second signal: stopped; {}", self.what_goes_on()));
                 return Some(Outcome::Stopped);
