@@ -62,6 +62,16 @@ pub(super) enum DriverNeed {
     Over,
 }
 
+/// What has become of the guest at its source, as far as this process knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AtSource {
+    /// It runs there, or will by itself.
+    Runs,
+    /// It may have been stopped, and given away: it stands still until somebody says what becomes
+    /// of it.
+    Stopped,
+}
+
 pub(super) struct Serving {
     adapter: Arc<dyn Adapter>,
     manner: Manner,
@@ -88,8 +98,7 @@ pub(super) struct Serving {
     state: Option<Vec<StateSection>>,
     runs: bool,
     has_all: bool,
-    /// The source may have given the guest, as far as this process knows.
-    may_be_given: bool,
+    at_source: AtSource,
     /// Why the guest does not run here, if it is so.
     not_here: Option<String>,
     ending: Option<Ending>,
@@ -130,7 +139,11 @@ impl Serving {
         };
         let manner = adapter.manner();
         // Of a snapshot nothing is given.
-        let may_be_given = is_taken_over && manner.restoring == Restoring::IsSaid;
+        let at_source = if is_taken_over && manner.restoring == Restoring::IsSaid {
+            AtSource::Stopped
+        } else {
+            AtSource::Runs
+        };
         let mut serving = Self {
             manner,
             destination,
@@ -153,7 +166,7 @@ impl Serving {
             state: None,
             runs,
             has_all: false,
-            may_be_given,
+            at_source,
             not_here: None,
             ending: None,
             fails_at: None,
@@ -316,7 +329,7 @@ impl Serving {
             }
             DestinationEvent::State(state) => {
                 self.note("state", "the device state has arrived");
-                self.may_be_given = true;
+                self.at_source = AtSource::Stopped;
                 self.state = Some(state);
                 self.tell_state();
             }
@@ -441,7 +454,7 @@ impl Serving {
         if self.ending.is_some() {
             return None;
         }
-        if !self.may_be_given {
+        if self.at_source == AtSource::Runs {
             return Some(outcome);
         }
         let Err(error) = self.destination.refuse() else {

@@ -88,7 +88,6 @@ pub(super) fn run(options: &SourceOptions, mut parts: Parts) -> Result<Report, F
         signals: 0,
         farewell: None,
         has_unreadable: false,
-        was_refused: false,
     };
     sending.go_on_from(past)?;
     let outcome = sending.until_the_end()?;

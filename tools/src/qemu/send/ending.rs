@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::Parts;
-use super::sending::Sending;
+use super::sending::{At, Sending};
 use crate::page_server::{Failure, PageCounts};
 use crate::qemu::QmpError;
 use crate::qemu::companion::News;
@@ -47,7 +47,7 @@ impl Sending {
             (outcome, self.reason) = (Outcome::Failed, Some(failure));
         }
         // What the destination's side says of it is better than that it has refused.
-        if self.was_refused
+        if self.at == At::Refused
             && let Some(failure) = self.hear_out()
         {
             self.say(&failure.to_string());
