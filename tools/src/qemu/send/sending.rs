@@ -105,13 +105,14 @@ impl Sending {
         self.parts.waiter.watch(&self.events).map_err(Failure::of("wait for the session"))?;
         loop {
             let Turn { events, news, signals } = self.turn()?;
-            for event in events {
-                if let Some(outcome) = self.take_event(&event) {
+            // First: after the last event nobody would look at them.
+            for news in news {
+                if let Some(outcome) = self.take_news(news) {
                     return Ok(outcome);
                 }
             }
-            for news in news {
-                if let Some(outcome) = self.take_news(news) {
+            for event in events {
+                if let Some(outcome) = self.take_event(&event) {
                     return Ok(outcome);
                 }
             }
