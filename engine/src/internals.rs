@@ -69,7 +69,8 @@ impl Installer {
     fn fill(&self, fill: Fill<'_>, offset: u64, length: u64) {
         let region = &self.memory.layout.regions()[0];
         let start = RegisteredAddress(region.registered.unwrap_or_default().0 + offset);
-        let filled = fill::run(self.memory.uffd(), fill, start, length, region.page_size.bytes());
+        let filled =
+            fill::run(self.memory.uffd(), fill, start, length, region.page_size.bytes(), None);
         assert_eq!(filled.installed, length, "{filled:?}");
     }
 }

@@ -1,11 +1,15 @@
 //! Guest memory as Firecracker has it: mappings, the userfaultfd, and the message about both.
 
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use nix::libc;
+use nix::sched::{CloneFlags, unshare};
 use serde::{Deserialize, Serialize};
 
 use crate::support::{PAGE, word_of};
@@ -23,7 +27,11 @@ pub(crate) enum Kind {
     Huge,
     /// The same in a memfd.
     SharedHuge,
+    /// The same where [`ROOM`] huge pages are to be had, and no more.
+    ScarceHuge,
 }
+
+pub(crate) const ROOM: u64 = 4;
 
 impl Kind {
     pub(crate) fn page_size(self) -> u64 {
@@ -31,11 +39,11 @@ impl Kind {
     }
 
     fn is_huge(self) -> bool {
-        matches!(self, Self::Huge | Self::SharedHuge)
+        matches!(self, Self::Huge | Self::SharedHuge | Self::ScarceHuge)
     }
 
     fn is_shared(self) -> bool {
-        matches!(self, Self::Shared | Self::SharedHuge)
+        matches!(self, Self::Shared | Self::SharedHuge | Self::ScarceHuge)
     }
 }
 
@@ -207,6 +215,11 @@ fn userfaultfd() -> OwnedFd {
 }
 
 pub(crate) fn memory_file(kind: Kind, bytes: u64) -> OwnedFd {
+    if kind == Kind::ScarceHuge {
+        let file = scarce_file().unwrap();
+        file.set_len(bytes).unwrap();
+        return file.into();
+    }
     let huge = if kind.is_huge() { libc::MFD_HUGETLB } else { 0 };
     // SAFETY: a name that ends, and flags.
     let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC | huge) };
@@ -215,6 +228,35 @@ pub(crate) fn memory_file(kind: Kind, bytes: u64) -> OwnedFd {
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(bytes).unwrap();
     file.into()
+}
+
+/// A file on a hugetlbfs of its own, mounted where only a thread that has ended since could see
+/// it.
+pub(crate) fn scarce_file() -> std::io::Result<File> {
+    thread::spawn(|| {
+        let place = tempfile::tempdir()?;
+        let path = CString::new(place.path().as_os_str().as_bytes())?;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let options = CString::new(format!("pagesize=2M,size={}", ROOM * HUGE))?;
+        mount(c"none", c"/", libc::MS_REC | libc::MS_PRIVATE, c"")?;
+        mount(c"hugetlbfs", &path, 0, &options)?;
+        let file = File::create_new(place.path().join("guest"));
+        // The file keeps the file system alive; the directory must be empty to be removed.
+        // SAFETY: detaching touches no memory; the path is a string of C.
+        unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+        file
+    })
+    .join()
+    .expect("mounting does not panic")
+}
+
+fn mount(kind: &CStr, place: &CStr, flags: libc::c_ulong, options: &CStr) -> std::io::Result<()> {
+    let (kind, options) = (kind.as_ptr(), options.as_ptr().cast());
+    // SAFETY: strings of C that live through the call.
+    match unsafe { libc::mount(kind, place.as_ptr(), kind, flags, options) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
 }
 
 fn reserve(bytes: u64) -> u64 {
@@ -229,7 +271,8 @@ fn map_at(kind: Kind, at: u64, length: u64, file: Option<&OwnedFd>, offset: u64)
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let huge = if kind == Kind::Huge { libc::MAP_HUGETLB } else { 0 };
     let (flags, fd) = match file {
-        Some(file) => (libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd()),
+        // As Firecracker does: nothing is set aside.
+        Some(file) => (libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE, file.as_raw_fd()),
         None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | huge, -1),
     };
     // SAFETY: inside of what was reserved for it.

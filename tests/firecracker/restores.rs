@@ -1,8 +1,10 @@
 //! VMs that are restored, and have every page.
 
+use std::os::unix::process::ExitStatusExt;
+
 use afterimage_tools::require;
 
-use crate::memory::{HUGE, Kind};
+use crate::memory::{HUGE, Kind, ROOM, scarce_file};
 use crate::support::PAGE;
 use crate::vm::{GIB, MIB, OF_1_GIB, OF_4_GIB, Snapshot, ended};
 
@@ -115,6 +117,25 @@ fn what_the_kernel_touches_comes_too() {
     vm.does("check 0 100");
     vm.does("check-in-kernel 0 1024");
     ended(handler, 0, "finished");
+}
+
+/// The kernel says of a page for which there is no room that it is there already.
+#[test]
+fn a_vm_for_which_there_are_too_few_huge_pages_fails_and_reads_nothing_wrong() {
+    let Some(_pages) = require::hugetlb(ROOM) else { return };
+    if require::or_skip("mount", scarce_file()).is_none() {
+        return;
+    }
+    for bandwidth in ["on-request", "unlimited"] {
+        let snapshot = Snapshot::new(Kind::ScarceHuge, &[6 * HUGE]);
+        let handler = snapshot.local_handler("uffd", &["--bandwidth", bandwidth]);
+        let mut vm = snapshot.loaded("uffd");
+        vm.begins(&format!("check 0 {}", snapshot.layout.pages()));
+        let report = ended(handler, 1, "failed");
+        assert!(report["error"].as_str().unwrap().contains("no huge page left"), "{report}");
+        assert!(report["pages_complete"].as_u64().unwrap() <= ROOM, "{report}");
+        assert_eq!(vm.end().signal(), Some(9), "it would wait for pages that do not come");
+    }
 }
 
 #[test]

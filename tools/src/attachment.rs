@@ -93,6 +93,13 @@ pub(crate) struct RegionOfVmm {
     pub(crate) file: Option<(usize, u64)>,
 }
 
+impl RegionOfVmm {
+    /// Whether it has huge pages, and no file that they are in.
+    pub(crate) const fn has_huge_pages_of_its_own(&self) -> bool {
+        self.file.is_none() && self.page_size > 4096
+    }
+}
+
 /// What either says after that.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "say", rename_all = "snake_case")]

@@ -109,6 +109,8 @@ pub(super) struct FaultThread {
     /// There were such pages before.
     has_poison: bool,
     again: Vec<MissingPage>,
+    /// There was no room for them.
+    short_of_room: Vec<MissingPage>,
     faults: Vec<MissingPage>,
     outgoing: Vec<u8>,
     next_retry: Instant,
@@ -138,6 +140,7 @@ impl FaultThread {
             poisoned: Vec::new(),
             has_poison: false,
             again: Vec::new(),
+            short_of_room: Vec::new(),
             faults: Vec::new(),
             outgoing: Vec::new(),
             next_retry: Instant::now() + RETRY_AFTER,
@@ -240,7 +243,7 @@ impl FaultThread {
 
     /// Waits for news, and says where it is.
     fn block(&mut self, events: &mut Events) -> io::Result<Look> {
-        let timeout = (!self.asked.is_empty())
+        let timeout = (!self.asked.is_empty() || !self.short_of_room.is_empty())
             .then(|| self.gives_up_at().map_or(self.next_retry, |at| at.min(self.next_retry)))
             .map(|at| at.saturating_duration_since(Instant::now()));
         // mio tells of readiness once, at its edge. An edge that came while we polled is told
@@ -274,6 +277,10 @@ impl FaultThread {
                 FaultAnswer::BeingWritten => {}
                 FaultAnswer::EventPending => self.again.push(fault),
                 FaultAnswer::Ask => self.ask(fault.page),
+                FaultAnswer::NoRoom(error) => {
+                    drop(self.arrived.failed(error));
+                    self.short_of_room.push(fault);
+                }
             }
         }
         self.faults = faults;

@@ -11,6 +11,7 @@ use super::kept::Kept;
 use crate::sys::fill::{self, Fill, Stopped};
 use crate::sys::mapping::{self, Alias};
 use crate::sys::maps::{self, MappingError};
+use crate::sys::presence::Presence;
 use crate::sys::uffd::{self, FaultScope, Features, UffdError};
 use afterimage_protocol::layout::{
     Backing, GuestAddress, GuestLayout, LayoutError, LocalAddress, PageSize, Region,
@@ -203,6 +204,8 @@ pub struct DestinationMemory {
     uffd: Uffd,
     pub(crate) has_events: bool,
     pub(crate) kept: Kept,
+    /// What is there in the process that has this memory, where the kernel does not say.
+    presence: Option<Presence>,
     is_taken_over: bool,
     is_unregistered: AtomicBool,
 }
@@ -264,7 +267,8 @@ impl DestinationMemory {
         };
         let kept = kept.map_err(MemoryError::Planes)?;
         let (is_taken_over, is_unregistered) = (kept.has_begun(), AtomicBool::new(false));
-        Ok(Self { layout, files, uffd, has_events, kept, is_taken_over, is_unregistered })
+        let presence = None;
+        Ok(Self { layout, files, uffd, has_events, kept, presence, is_taken_over, is_unregistered })
     }
 
     fn empty(&self) -> Result<(), MemoryError> {
@@ -321,6 +325,31 @@ impl DestinationMemory {
         }
     }
 
+    /// Whether pages of a region are huge and copied: the kernel does not say then whether one is
+    /// there or there is no room for it.
+    pub(crate) fn copies_huge_pages(&self, region: usize) -> bool {
+        let page_size = self.layout.regions()[region].page_size;
+        self.files[region].is_none() && page_size != PageSize::KIB_4
+    }
+
+    /// What says whether a page of this region is there, where the kernel does not.
+    pub(crate) fn presence(&self, region: usize) -> Option<&Presence> {
+        self.presence.as_ref().filter(|_| self.copies_huge_pages(region))
+    }
+
+    /// Whether pages can be told from missing ones, without which nothing must be put in place.
+    pub(crate) fn check_presence(&self) -> io::Result<()> {
+        let is_needed = (0..self.files.len()).any(|region| self.copies_huge_pages(region));
+        if is_needed && self.presence.is_none() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "huge pages were handed over without a file: say which process has them \
+                 (DestinationMemory::of_process)",
+            ));
+        }
+        Ok(())
+    }
+
     /// The userfaultfd.
     pub(crate) const fn uffd(&self) -> &Uffd {
         &self.uffd
@@ -350,7 +379,7 @@ impl DestinationMemory {
         let (start, page) = (region.registered.unwrap_or_default(), region.page_size.bytes());
         self.has_events
             && self.is_unregistered.load(Ordering::Acquire)
-            && fill::run(&self.uffd, Fill::Zero, start, page, page).stopped
+            && fill::run(&self.uffd, Fill::Zero, start, page, page, None).stopped
                 == Some(Stopped::EventPending)
     }
 

@@ -244,6 +244,7 @@ impl Destination {
         endpoint: Endpoint,
         options: DestinationOptions,
     ) -> Result<(Self, Events<DestinationEvent>), StartError> {
+        memory.check_presence()?;
         let poll = Poll::new()?;
         let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
         let (sender, events) = events::channel()?;

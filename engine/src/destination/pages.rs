@@ -36,6 +36,7 @@ use afterimage_protocol::layout::{
 use discarded::DiscardedInFlight;
 use early::Early;
 use hold::{Place, pass};
+use nix::errno::Errno;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -70,7 +71,7 @@ pub(crate) enum InstallError {
         /// The page.
         page: PageNumber,
     },
-    /// The file behind the memory has no page there to write to.
+    /// There is no page there to write to.
     #[error(
         "page {page} cannot be written ({errno}): its file is cut short, or there is no room or no \
          huge page left for it; make room, and it is tried again"
@@ -262,7 +263,8 @@ impl Pages {
 
     fn fill(&self, fill: Fill<'_>, run: &RegionRun) -> fill::Filled {
         let (uffd, page_bytes) = (self.memory.uffd(), self.page_bytes(run));
-        let filled = fill::run(uffd, fill, self.address_of(run), run.length, page_bytes);
+        let (address, presence) = (self.address_of(run), self.memory.presence(run.region));
+        let filled = fill::run(uffd, fill, address, run.length, page_bytes, presence);
         #[cfg(test)]
         self.shown.fetch_add(filled.installed / page_bytes, Ordering::Relaxed);
         filled
@@ -276,6 +278,9 @@ impl Pages {
             Stopped::NotRegistered => InstallError::NotRegistered { page, address },
             Stopped::EventPending => {
                 InstallError::Kernel { page, address, errno: io::ErrorKind::WouldBlock }
+            }
+            Stopped::Failed(Errno::ENOMEM) => {
+                InstallError::NoMemory { page, errno: io::ErrorKind::OutOfMemory }
             }
             Stopped::Failed(errno) => {
                 InstallError::Kernel { page, address, errno: io::Error::from(errno).kind() }

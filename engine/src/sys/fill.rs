@@ -6,8 +6,10 @@
 //! kernel refuses to cross in one call. It never retries what
 //! only time or another thread can change; it returns instead, saying where it stands.
 
+use super::presence::Presence;
 use afterimage_protocol::layout::RegisteredAddress;
 use nix::errno::Errno;
+use std::io;
 use std::os::fd::AsRawFd;
 use userfaultfd::Uffd;
 
@@ -88,18 +90,26 @@ nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, RangeArgument);
 nix::ioctl_readwrite!(uffdio_continue, 0xAA, 0x07, RangeArgument);
 nix::ioctl_readwrite!(uffdio_poison, 0xAA, 0x08, RangeArgument);
 
+/// Times that a page is copied to which is said to be there, and is not: it may have been
+/// dropped in between.
+const DOUBTS: u32 = 3;
+
 /// Places `length` bytes from `start`, whole pages of `page_size` bytes, and wakes whoever
 /// waits for a page that this call placed. Who waits for a page that was there already is
 /// left to the caller to wake.
+///
+/// That a page is there already is believed where no `presence` is given, and else looked up.
 pub(crate) fn run(
     uffd: &Uffd,
     fill: Fill<'_>,
     start: RegisteredAddress,
     length: u64,
     page_size: u64,
+    presence: Option<&Presence>,
 ) -> Filled {
     let mut filled = Filled::default();
     let mut limit = length;
+    let mut doubts = 0;
     while filled.reached() < length {
         let at = filled.reached();
         let asked = limit.min(length - at);
@@ -114,7 +124,27 @@ pub(crate) fn run(
             Err(Errno::ENOENT) if asked > page_size => {
                 limit = (asked / 2).next_multiple_of(page_size);
             }
-            Err(Errno::EEXIST) => filled.present += page_size,
+            Err(Errno::EEXIST) => {
+                let there = RegisteredAddress(start.0 + at + placed);
+                match presence.map_or(Ok(true), |it| it.is_there(there)) {
+                    Ok(true) => (filled.present, doubts) = (filled.present + page_size, 0),
+                    Ok(false) if doubts < DOUBTS => doubts += 1,
+                    Ok(false) => {
+                        filled.stopped = Some(Stopped::Failed(Errno::ENOMEM));
+                        return filled;
+                    }
+                    // Its page map ends with its memory.
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                        filled.stopped = Some(Stopped::ProcessGone);
+                        return filled;
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, address = %there, "a page map cannot be read");
+                        filled.stopped = Some(Stopped::Failed(Errno::EIO));
+                        return filled;
+                    }
+                }
+            }
             Err(Errno::EFAULT) if matches!(fill, Fill::Continue) => filled.holes += page_size,
             Err(errno) => {
                 filled.stopped = Some(match errno {

@@ -12,6 +12,7 @@ pub(crate) mod mapping;
 pub(crate) mod maps;
 pub(crate) mod messages;
 pub(crate) mod pagemap_scan;
+pub(crate) mod presence;
 pub(crate) mod scheduling;
 pub(crate) mod socket;
 #[cfg(test)]

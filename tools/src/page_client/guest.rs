@@ -171,8 +171,20 @@ impl Served {
         let regions = regions_of(&self.regions, &self.files)
             .map_err(Failure::of("understand the guest's memory"))?;
         let duplicate = |file: &OwnedFd| file.try_clone().map_err(Failure::of("duplicate a file"));
-        DestinationMemory::attach_kept(duplicate(&self.uffd)?, regions, duplicate(&self.planes)?)
-            .map_err(Failure::of("serve the guest's memory"))
+        let (uffd, planes) = (duplicate(&self.uffd)?, duplicate(&self.planes)?);
+        let memory = DestinationMemory::attach_kept(uffd, regions, planes)
+            .map_err(Failure::of("serve the guest's memory"))?;
+        if !self.regions.iter().any(RegionOfVmm::has_huge_pages_of_its_own) {
+            return Ok(memory);
+        }
+        // Its number may be another's by now, if it has ended: then nothing can be placed.
+        memory.of_process(self.pid.unsigned_abs()).map_err(|error| {
+            Failure::new(format!(
+                "could not read the page map of process {}, without which its huge pages cannot be \
+                 served: {error}; run page-client as the VMM's user, or as root",
+                self.pid
+            ))
+        })
     }
 }
 

@@ -70,7 +70,7 @@ impl FaultThread {
 
     /// Asks again for what was asked for a while ago.
     pub(super) fn retry_if_due(&mut self) {
-        if self.asked.is_empty() {
+        if self.asked.is_empty() && self.short_of_room.is_empty() {
             return;
         }
         let now = Instant::now();
@@ -78,6 +78,7 @@ impl FaultThread {
             return;
         }
         self.next_retry = now + RETRY_AFTER;
+        self.again.append(&mut self.short_of_room);
         if !self.outgoing.is_empty() {
             // The source has not taken what it was asked already.
             return;

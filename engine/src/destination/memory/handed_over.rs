@@ -5,6 +5,7 @@
 
 use super::{DestinationMemory, DestinationRegion, MemoryError};
 use crate::destination::kept;
+use crate::sys::presence::Presence;
 use crate::sys::uffd::UffdError;
 use afterimage_protocol::layout::GuestLayout;
 use std::io;
@@ -61,6 +62,21 @@ impl DestinationMemory {
     /// What the system says.
     pub fn planes_file() -> io::Result<OwnedFd> {
         kept::new_file()
+    }
+
+    /// Says which process has this memory. Needed where huge pages were handed over without a file
+    /// ([`Destination::start`](crate::Destination::start) fails otherwise): whether such a page is
+    /// there, or there is no room for it, only the process's page map (`/proc/PID/pagemap`) tells.
+    ///
+    /// One that has ended is no error here: nothing can be put in place in its memory, whose number
+    /// ever `process` may be by now.
+    ///
+    /// # Errors
+    /// The page map cannot be opened: the process is another user's (root may, and the same user,
+    /// unless the process forbids it by `PR_SET_DUMPABLE`).
+    pub fn of_process(mut self, process: u32) -> io::Result<Self> {
+        self.presence = Some(Presence::of(process)?);
+        Ok(self)
     }
 
     /// Whether pages of this memory may have arrived by a process before this one.

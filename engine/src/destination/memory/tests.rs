@@ -234,7 +234,7 @@ fn fill_guest(
                     due.push(fault.page);
                     false
                 }
-                FaultAnswer::BeingWritten => panic!("nobody is writing"),
+                other => panic!("nobody is writing, and there is room: {other:?}"),
             });
             due.retain(|&page: &PageNumber| {
                 pages.urgent(page, &content(page.0)).unwrap() == Urgent::EventPending

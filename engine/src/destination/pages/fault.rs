@@ -1,7 +1,7 @@
 //! Faults: reading events, and answering those whose page has arrived.
 
 use super::hold::{Place, pass};
-use super::{DiscardedInFlight, Pages};
+use super::{DiscardedInFlight, InstallError, Pages, populate};
 use crate::destination::memory::keep_forever;
 use crate::sys::fill::{Fill, Stopped};
 use crate::sys::messages::{Message, Messages, child_of};
@@ -34,6 +34,8 @@ pub(crate) enum FaultAnswer {
     BeingWritten,
     /// An event must be read first; try again.
     EventPending,
+    /// There is no room for the zeros that it is to get; try again in a while.
+    NoRoom(InstallError),
 }
 
 /// What one look at a userfaultfd brought.
@@ -153,11 +155,10 @@ impl Pages {
         for _ in 0..4 {
             if !continues && backing == Backing::Hugetlb {
                 // No ZEROPAGE there; an allocated huge page is zero.
-                if let Some(file) = self.file_of(run) {
-                    // Where there is none to be had, the fault comes again.
-                    if let Err(error) = file.alias.populate(run.offset, run.length) {
-                        tracing::error!(%error, page = run.pages.start.0, "no huge page for zeros");
-                    }
+                if let Some(file) = self.file_of(run)
+                    && let Err(error) = populate(run, file)
+                {
+                    return FaultAnswer::NoRoom(error);
                 }
                 continues = true;
             }
@@ -176,6 +177,9 @@ impl Pages {
                 Some(_) if self.remaining() == 0 => break,
                 Some(stopped) => {
                     let error = self.install_error(run, filled.reached(), stopped);
+                    if matches!(error, InstallError::NoMemory { .. }) {
+                        return FaultAnswer::NoRoom(error);
+                    }
                     tracing::error!(%error, "a fault stays unanswered");
                     return FaultAnswer::Answered;
                 }

@@ -2,6 +2,7 @@
 
 use super::{Fill, Filled, Stopped, run};
 use crate::sys::mapping::Alias;
+use crate::sys::presence::Presence;
 use crate::sys::testing::{self, Area, Child, Kind};
 use crate::sys::uffd::Features;
 use afterimage_protocol::layout::RegisteredAddress;
@@ -66,7 +67,7 @@ impl Registered {
             How::Continue => Fill::Continue,
         };
         let start = RegisteredAddress(self.area.address() + first * page);
-        run(&self.uffd, fill, start, count * page, page)
+        run(&self.uffd, fill, start, count * page, page, None)
     }
 
     fn first_word(&self, page: u64) -> u64 {
@@ -211,7 +212,7 @@ fn content_that_cannot_be_read_is_the_callers_failure() {
     // SAFETY: never read by this program; the kernel finds that nothing is mapped there.
     let nowhere = unsafe { std::slice::from_raw_parts(4096 as *const u8, 8192) };
     let start = RegisteredAddress(memory.area.address());
-    let filled = run(&memory.uffd, Fill::Copy(nowhere), start, 8192, 4096);
+    let filled = run(&memory.uffd, Fill::Copy(nowhere), start, 8192, 4096, None);
     assert_eq!(filled.stopped, Some(Stopped::Failed(Errno::EFAULT)));
 }
 
@@ -232,11 +233,11 @@ fn a_process_that_has_ended_is_told_from_memory_that_is_not_registered() {
     // SAFETY: the child has just handed over a userfaultfd; ownership moves.
     let uffd = unsafe { Uffd::from_raw_fd(descriptors.remove(0).into_raw_fd()) };
     let start = RegisteredAddress(words[0]);
-    let placed = run(&uffd, Fill::Copy(&[1; 4096]), start, 4096, 4096);
+    let placed = run(&uffd, Fill::Copy(&[1; 4096]), start, 4096, 4096, None);
     assert_eq!(placed, Filled { installed: 4096, ..Filled::default() });
     assert!(child.end());
     for fill in [Fill::Copy(&[1; 4096]), Fill::Zero] {
-        let filled = run(&uffd, fill, start, 4096, 4096);
+        let filled = run(&uffd, fill, start, 4096, 4096, None);
         assert_eq!(filled, Filled { stopped: Some(Stopped::ProcessGone), ..Filled::default() });
     }
 }
@@ -258,4 +259,38 @@ fn a_run_that_loses_its_registration_half_way_says_where() {
     memory.uffd.unregister((memory.area.address() + 11 * 4096) as *mut _, 4096).unwrap();
     let expected = Filled { stopped: Some(Stopped::NotRegistered), ..memory.pages(11, 0, 0) };
     assert_eq!(memory.fill(How::Copy, 0, 16), expected);
+}
+
+#[test]
+fn a_huge_page_for_which_there_is_no_room_is_not_taken_for_one_that_is_there() {
+    const HUGE: u64 = 2 << 20;
+    let Some(uffd) = testing::userfaultfd(Features::MISSING_HUGETLBFS) else { return };
+    let Some(area) = Area::narrow(6, 4) else { return };
+    uffd.register(area.address() as *mut _, area.length as usize).unwrap();
+    let presence = Presence::of(std::process::id()).unwrap();
+    let content = vec![7; area.length as usize];
+    let copy = |first: u64, pages: u64| {
+        let start = RegisteredAddress(area.address() + first * HUGE);
+        let content = Fill::Copy(&content[..(pages * HUGE) as usize]);
+        run(&uffd, content, start, pages * HUGE, HUGE, Some(&presence))
+    };
+    let no_room = Some(Stopped::Failed(Errno::ENOMEM));
+    let full = Filled { installed: 4 * HUGE, stopped: no_room, ..Filled::default() };
+    assert_eq!(copy(0, 6), full);
+    // What is there is still told from it.
+    let again = Filled { present: 4 * HUGE, stopped: no_room, ..Filled::default() };
+    assert_eq!(copy(0, 6), again);
+    // Two give way.
+    let file = area.file.as_ref().unwrap();
+    crate::sys::mapping::punch_hole(file, 0, 2 * HUGE).unwrap();
+    assert_eq!(copy(4, 2), Filled { installed: 2 * HUGE, ..Filled::default() });
+    assert_eq!(area.word(5 * HUGE).load(Ordering::Relaxed), u64::from_le_bytes([7; 8]));
+}
+
+#[test]
+fn nothing_is_there_of_a_process_that_has_ended() {
+    // No process has this number.
+    let presence = Presence::of(u32::MAX).unwrap();
+    let error = presence.is_there(RegisteredAddress(0)).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
 }

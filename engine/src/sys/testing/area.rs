@@ -5,7 +5,7 @@ use crate::destination::DestinationRegion;
 use afterimage_protocol::layout::{GuestAddress, PageSize};
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, unshare};
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -81,6 +81,28 @@ impl Area {
                 None
             }
             Err(error) => panic!("cannot map {kind:?}: {error}"),
+        }
+    }
+
+    /// `pages` huge pages of which only `room` can be there at a time; `None` (said aloud) where
+    /// the machine has no such memory.
+    pub(crate) fn narrow(pages: u64, room: u64) -> Option<Self> {
+        let (kind, length) = (Kind::Hugetlb, pages * PageSize::MIB_2.bytes());
+        HUGE_PAGES.take(pages);
+        let options = format!("pagesize=2M,size={}", room * kind.page_bytes());
+        let file = mounted(c"hugetlbfs", &options).and_then(|file| {
+            file.set_len(length)?;
+            Ok(file)
+        });
+        // Not set aside for it: there is not so much room.
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        match file.and_then(|file| Ok((map_with(flags, length, Some(&file))?, file))) {
+            Ok((start, file)) => Some(Self { kind, start, length, file: Some(file) }),
+            Err(error) => {
+                HUGE_PAGES.give(pages);
+                skip("hugetlb", format_args!("cannot mount hugetlbfs: {error}"));
+                None
+            }
         }
     }
 
@@ -175,10 +197,12 @@ fn memfd(flags: u32, length: u64) -> File {
 }
 
 fn map(length: u64, file: Option<&File>) -> io::Result<u64> {
-    let (flags, fd) = match file {
-        None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
-        Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
-    };
+    let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    map_with(if file.is_some() { libc::MAP_SHARED } else { private }, length, file)
+}
+
+fn map_with(flags: i32, length: u64, file: Option<&File>) -> io::Result<u64> {
+    let fd = file.map_or(-1, AsRawFd::as_raw_fd);
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let whole = (length + ALIGNMENT) as usize;
@@ -197,16 +221,29 @@ fn map(length: u64, file: Option<&File>) -> io::Result<u64> {
     }
 }
 
-/// A file on a tmpfs of its own with huge pages, mounted where only a thread that has ended
-/// since could see it.
+/// A file on a tmpfs of its own with huge pages.
 fn tmpfs_huge(length: u64) -> io::Result<File> {
-    let file = std::thread::spawn(move || -> io::Result<File> {
+    let file = mounted(c"tmpfs", "huge=always")?;
+    file.set_len(length)?;
+    file.write_all_at(&[0], 5 * 4096)?;
+    if file.metadata()?.blocks() * 512 < ALIGNMENT.min(length) {
+        return Err(io::Error::other("it has no huge pages"));
+    }
+    super::super::mapping::punch_hole(&file, 0, length)?;
+    Ok(file)
+}
+
+/// A file on a file system of its own, mounted where only a thread that has ended since could
+/// see it.
+fn mounted(kind: &'static CStr, options: &str) -> io::Result<File> {
+    let options = CString::new(options)?;
+    std::thread::spawn(move || -> io::Result<File> {
         let place = tempfile::tempdir()?;
         let path = CString::new(place.path().as_os_str().as_bytes())?;
         unshare(CloneFlags::CLONE_NEWNS)?;
         let private = libc::MS_REC | libc::MS_PRIVATE;
         mount(c"none", c"/", c"", private, c"")?;
-        mount(c"tmpfs", &path, c"tmpfs", 0, c"huge=always")?;
+        mount(kind, &path, kind, 0, &options)?;
         let file = nix::fcntl::open(
             &place.path().join("guest"),
             OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_CLOEXEC,
@@ -219,22 +256,15 @@ fn tmpfs_huge(length: u64) -> io::Result<File> {
         Ok(file?)
     })
     .join()
-    .expect("mounting does not panic")?;
-    file.set_len(length)?;
-    file.write_all_at(&[0], 5 * 4096)?;
-    if file.metadata()?.blocks() * 512 < ALIGNMENT.min(length) {
-        return Err(io::Error::other("it has no huge pages"));
-    }
-    super::super::mapping::punch_hole(&file, 0, length)?;
-    Ok(file)
+    .expect("mounting does not panic")
 }
 
 fn mount(
-    what: &std::ffi::CStr,
-    place: &std::ffi::CStr,
-    kind: &std::ffi::CStr,
+    what: &CStr,
+    place: &CStr,
+    kind: &CStr,
     flags: libc::c_ulong,
-    options: &std::ffi::CStr,
+    options: &CStr,
 ) -> io::Result<()> {
     // SAFETY: four strings of C that live through the call.
     let result = unsafe {

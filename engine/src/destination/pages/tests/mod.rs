@@ -5,6 +5,7 @@ mod early;
 mod faults;
 mod once;
 mod placing;
+mod room;
 mod stress;
 mod takeover;
 

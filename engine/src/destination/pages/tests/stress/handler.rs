@@ -28,6 +28,7 @@ impl World {
                     self.ask(fault.page.0, &mut source, random);
                     false
                 }
+                FaultAnswer::NoRoom(error) => panic!("{error}"),
             });
             let now = Instant::now();
             let (due, later) = source.answers.drain(..).partition(|answer| answer.0 <= now);
