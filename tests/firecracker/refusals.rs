@@ -36,10 +36,12 @@ fn a_variant_that_is_not_known_is_refused() {
 #[test]
 fn a_memory_file_of_another_vm_is_refused() {
     let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
-    let other = Snapshot::new(Kind::Private, &[MIB]);
-    let memory = other.path("memory").display().to_string();
-    let handler = snapshot.handler("uffd", &["--memory", &memory]);
-    refused(&snapshot, handler, "hand-over", "has 1048576 bytes");
+    for (length, expected) in [(MIB, "has 1048576 bytes"), (5 * MIB, "the VM has 4194304")] {
+        let other = Snapshot::new(Kind::Private, &[length]);
+        let memory = other.path("memory").display().to_string();
+        let handler = snapshot.handler("uffd", &["--memory", &memory]);
+        refused(&snapshot, handler, "hand-over", expected);
+    }
 }
 
 #[test]

@@ -65,12 +65,27 @@ impl Origin {
     }
 }
 
+/// A snapshot's memory file is exactly as long as the memory. One that is shorter cannot be mapped.
+fn check_length(path: &Path, layout: &GuestLayout) -> Result<(), Failure> {
+    let length = std::fs::metadata(path).map_err(Failure::of("look at the memory file"))?.len();
+    if length <= layout.bytes() {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "{} has {length} bytes, and the VM has {} of memory: give the memory file of the snapshot \
+         that was loaded",
+        path.display(),
+        layout.bytes()
+    )))
+}
+
 /// Serves the file to this very process. Its guest addresses are the file's offsets.
 fn serve(
     path: &Path,
     options: &Options,
     layout: &GuestLayout,
 ) -> Result<(Endpoint, FileServer), Failure> {
+    check_length(path, layout)?;
     let pieces = layout.regions().iter().map(|region| Placed {
         guest_address: region.guest_address.0,
         length: region.length,
