@@ -46,6 +46,23 @@ fn at_each_step(slow: &[&str], end: (i32, &str), ends: impl Fn(&mut Vm)) {
 }
 
 #[test]
+fn a_server_does_not_wait_for_vms_that_have_ended() {
+    let snapshot = Snapshot::new(Kind::Private, OF_4_GIB);
+    let mut server = snapshot.server(&["--bandwidth", "on-request", "--json"]);
+    for _ in 0..3 {
+        let handler = snapshot.handler("uffd", &["--connect", &snapshot.pages()]);
+        let mut vm = snapshot.loaded("uffd");
+        vm.does("check 0 10");
+        vm.kill();
+        ended(handler, 0, "vm_ended");
+        server.line("needs no more");
+    }
+    server.signal(Signal::SIGTERM);
+    let (status, report, said) = server.end();
+    assert_eq!(status, 0, "{report} {said:#?}");
+}
+
+#[test]
 fn a_vm_may_be_killed_at_each_step() {
     at_each_step(&["--bandwidth", "1M"], (0, "vm_ended"), |vm| {
         vm.child.kill().unwrap();

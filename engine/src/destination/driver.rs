@@ -70,6 +70,8 @@ pub(crate) enum Input {
     Ready(Reply),
     /// The VMM will not run the guest.
     Refuse(Reply),
+    /// Nobody needs the rest of a snapshot.
+    Leave(Reply),
     /// The VMM wants no connection.
     Pause(Reply),
     /// The VMM wants a connection again, perhaps somewhere else.
@@ -239,6 +241,12 @@ impl Driver {
             Input::Ready(reply) => {
                 let result = self.session.ready().map_err(CallError::from);
                 // The caller may have given up; likewise below.
+                let _ = reply.send(result);
+            }
+            Input::Leave(reply) => {
+                let result = self.session.leave().map_err(CallError::from);
+                // Said before it is dropped, which says something else.
+                self.act();
                 let _ = reply.send(result);
             }
             Input::Refuse(reply) => {

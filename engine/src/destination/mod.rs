@@ -315,6 +315,16 @@ impl Destination {
         self.ask(Input::Refuse)
     }
 
+    /// Nobody needs the rest of a snapshot, because its VM has ended: the server is told so, if it is
+    /// connected, and does not wait for this destination to come back. Pages that are missing stay
+    /// so.
+    ///
+    /// # Errors
+    /// [`CallError`] for a migration, or if the session is over.
+    pub fn leave(&self) -> Result<(), CallError> {
+        self.ask(Input::Leave)
+    }
+
     fn ask(&self, call: impl FnOnce(Reply) -> Input) -> Result<(), CallError> {
         let (reply, answer) = crossbeam_channel::bounded(1);
         if !self.outlet.send(call(reply)) {

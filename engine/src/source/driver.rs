@@ -461,6 +461,7 @@ impl Driver {
                 self.drop_passes();
                 SourceEvent::Reclaimed
             }
+            Said::Left => SourceEvent::Left,
             Said::Refused => SourceEvent::Refused,
             Said::ReclaimDenied => SourceEvent::ReclaimDenied,
             Said::Finished => {

@@ -53,7 +53,7 @@ enum Presence {
     Connected,
     /// Its connection is gone; it may come back, unless its place is needed.
     Away,
-    /// It has everything.
+    /// It has everything that it needs.
     Done,
 }
 
@@ -252,7 +252,7 @@ impl Template {
             // Ends with the session's thread.
             while let Some(event) = events.next() {
                 let presence = match event {
-                    SourceEvent::Finished => Some(Presence::Done),
+                    SourceEvent::Finished | SourceEvent::Left => Some(Presence::Done),
                     SourceEvent::Disconnected => Some(Presence::Away),
                     SourceEvent::Attached(_) => Some(Presence::Connected),
                     _ => None,

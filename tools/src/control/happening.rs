@@ -192,6 +192,7 @@ impl From<&SourceEvent> for Happening {
             SourceEvent::ReclaimDenied => {
                 Self::new("reclaim_denied").effect(Effect::Phase(Phase::Running))
             }
+            SourceEvent::Left => Self::new("left"),
             SourceEvent::Finished => Self::new("finished").effect(Effect::Phase(Phase::Finished)),
             SourceEvent::PersistFailed => Self::trouble(
                 "persist_failed",

@@ -84,6 +84,7 @@ impl Snapshot {
             SourceEvent::Attached(_) => ("attached", "is attached", Presence::Connected),
             SourceEvent::Disconnected => ("disconnected", "is away", Presence::Away),
             SourceEvent::Finished => ("finished", "has every page", Presence::Done),
+            SourceEvent::Left => ("left", "needs no more: its VM has ended", Presence::Done),
             _ => return,
         };
         let known = self.destinations.entry(name);
@@ -96,6 +97,10 @@ impl Snapshot {
         self.progress.say(&format!("destination {name} {line}"));
         if self.destinations.len() > MAX_REMEMBERED {
             self.destinations.retain(|_, it| it.presence != Presence::Done);
+        }
+        if self.destinations.len() > MAX_REMEMBERED {
+            // Far more than can be connected: they have died without a word.
+            self.destinations.retain(|_, it| it.presence == Presence::Connected);
         }
     }
 
@@ -133,7 +138,7 @@ impl Snapshot {
         if count > 0 {
             let away = self.owed().filter(|it| it.presence == Presence::Away).count();
             self.progress.say(&format!(
-                "not stopping: {count} destinations, {away} of them away, lack {missing} pages; a \
+                "not stopping: {count} destination(s), {away} of them away, lack {missing} pages; a \
                  second signal abandons them"
             ));
         }

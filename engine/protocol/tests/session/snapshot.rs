@@ -124,3 +124,29 @@ fn a_claim_to_own_the_guest_of_a_snapshot_is_refused() {
         assert_eq!(pair.source_ownership(), SourceOwnership::Owner);
     }
 }
+
+#[test]
+fn a_destination_that_leaves_a_snapshot_is_not_waited_for() {
+    let mut pair = Pair::new(SessionKind::Snapshot);
+    pair.connect().expect("let in");
+    pair.pump();
+    pair.destination.leave().expect("it is a snapshot");
+    pair.pump();
+    assert_eq!(pair.source_events.last(), Some(&SourceEvent::Left));
+    assert!(pair.destination.is_over() && pair.destination.leave().is_err());
+    // Another one, or the same memory again, is served as before.
+    pair.lose_destination(OTHER_MEMORY);
+    pair.connect().expect("let in");
+    pair.pump();
+    assert!(matches!(pair.source_events.last(), Some(SourceEvent::Attached(_))));
+}
+
+#[test]
+fn nobody_leaves_a_migration() {
+    let mut pair = Pair::restored();
+    assert!(pair.destination.leave().is_err());
+    pair.source
+        .frame(ControlFrame::Refuse(Refusal::new(RefuseCode::Ended, "out of place")), pair.now);
+    pair.drain();
+    assert!(!pair.source_events.contains(&SourceEvent::Left));
+}

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use super::super::adapter::{HangUp, NoArrival};
+use super::super::adapter::{HangUp, NoArrival, Restoring};
 use super::super::door::News;
 use super::super::drivers;
 use super::super::farewell;
@@ -106,6 +106,11 @@ impl Serving {
     fn died(&mut self, line: &str) -> Outcome {
         self.note("vmm_died", line);
         self.desk.note(Happening::new("vmm_died"));
+        if self.manner.restoring == Restoring::IsNotOurs
+            && let Err(error) = self.destination.leave()
+        {
+            tracing::info!(%error, "the server is not told");
+        }
         self.manner.death
     }
 

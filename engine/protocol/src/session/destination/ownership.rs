@@ -69,6 +69,24 @@ impl DestinationSession {
         }
     }
 
+    /// Nobody needs the rest of a snapshot. Its source is told so if it is connected; nothing
+    /// follows.
+    ///
+    /// # Errors
+    /// [`NotNow`] for a migration, or after the session is over.
+    pub fn leave(&mut self) -> Result<(), NotNow> {
+        let call = "leave the session";
+        if self.over {
+            return Err(NotNow { call, reason: "it is over" });
+        }
+        if !self.is_snapshot() {
+            return Err(NotNow { call, reason: "it is not that of a snapshot" });
+        }
+        self.over = true;
+        self.lose_link(Some(Refusal::new(RefuseCode::Ended, "nobody needs the rest")));
+        Ok(())
+    }
+
     pub(super) fn persist_refused(&mut self) {
         let next = DestinationRecord { ownership: DestinationOwnership::Refused, ..self.record };
         self.persist(next, Pending::Refused);

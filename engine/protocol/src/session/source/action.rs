@@ -153,6 +153,8 @@ pub enum SourceEvent {
     Refused,
     /// The destination runs the guest already and keeps it.
     ReclaimDenied,
+    /// The destination of a snapshot needs nothing more, although it lacks pages.
+    Left,
     /// Everything has arrived; the session is over.
     Finished,
     /// A record could not be made durable; what needed it did not happen.

@@ -195,8 +195,10 @@ impl SourceSession {
             }
             (ControlFrame::Refuse(refusal), _) => {
                 // They hang up; nothing is sent back.
-                let _ = refusal;
                 self.lose_link(None);
+                if self.is_snapshot() && refusal.code == RefuseCode::Ended {
+                    self.actions.push_back(SourceAction::Event(SourceEvent::Left));
+                }
             }
             (ControlFrame::Attach(attach), Link::Offered) => self.attached(&attach)?,
             (ControlFrame::Received { range, segment, last }, Link::Receiving(phase)) => {
