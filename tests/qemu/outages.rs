@@ -230,6 +230,12 @@ fn a_guest_whose_destination_was_fenced_and_lives_is_stopped_there() {
     drop((server, client));
 }
 
+/// What is changed for a migration.
+fn settings_of(qemu: &mut Qemu) -> [Value; 2] {
+    ["query-migrate-capabilities", "query-migrate-parameters"]
+        .map(|query| qemu.qmp.execute(query, &json!({})).unwrap())
+}
+
 #[test]
 fn send_killed_at_any_step_lets_the_guest_live_on_exactly_one_side() {
     if !require::qemu_system() {
@@ -240,6 +246,7 @@ fn send_killed_at_any_step_lets_the_guest_live_on_exactly_one_side() {
         let scene = Scene::new(2, Backing::File);
         let mut source = Qemu::start(&scene, Side::Source);
         source.serial.wait_rounds(scene.vcpus, ROUNDS);
+        let settings = settings_of(&mut source);
         let client = scene.client(&["--connect", &scene.unix("pages")]);
         let mut destination = Qemu::start(&scene, Side::Destination);
         let mut receive = scene.receive();
@@ -266,6 +273,7 @@ fn send_killed_at_any_step_lets_the_guest_live_on_exactly_one_side() {
                 source.serial.wait_rounds(scene.vcpus, ROUNDS);
                 assert_eq!(source.status(), "running", "{step}");
                 assert_ne!(destination.status(), "running", "{step}");
+                assert_eq!(settings_of(&mut source), settings, "{step}");
             }
         }
         let (before, after) = (source.last_words(), destination.last_words());

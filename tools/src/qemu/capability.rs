@@ -61,6 +61,16 @@ impl Capabilities {
         set(qmp, self.before.iter().map(|(name, _)| (name.as_str(), true)))
     }
 
+    /// What they were before.
+    pub(super) fn before(&self) -> &[(String, bool)] {
+        &self.before
+    }
+
+    /// What they were before a process before this one has switched them on.
+    pub(super) fn were(&mut self, before: Vec<(String, bool)>) {
+        self.before = before;
+    }
+
     /// As they were before.
     pub(super) fn restore(&self, qmp: &mut Qmp) -> Result<(), QmpError> {
         set(qmp, self.before.iter().map(|(name, was)| (name.as_str(), *was)))

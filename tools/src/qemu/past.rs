@@ -13,11 +13,14 @@ use afterimage::{GuestLayout, SourceOptions, SourceOwnership, SourceStateFile, S
 use serde::{Deserialize, Serialize};
 
 use super::machine::Vcpus;
+use super::state::Settings;
 use crate::page_server::Failure;
 use crate::page_server::failure::chain;
 
 /// The guest is stopped for the migration; the value says whether it ran before.
 const STOPPED: &str = "stopped";
+/// How QEMU was set before, as JSON.
+const SETTINGS: &str = "qemu";
 /// It was taken back and goes on here.
 const RESUMED: &str = "resumed";
 /// The destination was told that the session is over; as page-server notes it.
@@ -120,10 +123,17 @@ impl Record {
         Ok(())
     }
 
-    /// The guest is about to be stopped.
-    pub(super) fn note_stop(&self, before: Vcpus) -> Result<(), Failure> {
+    /// The guest is about to be stopped, and QEMU prepared for that.
+    pub(super) fn note_stop(&self, before: Vcpus, settings: &Settings) -> Result<(), Failure> {
+        let settings = serde_json::to_string(settings);
+        self.note(SETTINGS, &settings.expect("text and numbers are always JSON"))?;
         let before = if before == Vcpus::Run { RAN } else { PAUSED };
         self.note(STOPPED, before)
+    }
+
+    /// How QEMU was set before the guest was stopped for this session, if it was.
+    pub(super) fn settings(&self) -> Option<Settings> {
+        serde_json::from_str(&self.0.as_ref()?.noted(SETTINGS)?).ok()
     }
 
     /// It goes on here.

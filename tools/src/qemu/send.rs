@@ -43,6 +43,12 @@ pub(super) struct Parts {
 /// Gives the guest away, or goes on with that.
 pub(super) fn run(options: &SourceOptions, mut parts: Parts) -> Result<Report, Failure> {
     let past = parts.record.past();
+    // Of a session that is over nothing is left to be undone.
+    if past != Past::Over
+        && let Some(settings) = parts.record.settings()
+    {
+        settings.were(&mut parts.machine);
+    }
     match past {
         Past::Open | Past::Over => {
             parts.machine.check_can_leave()?;

@@ -97,9 +97,30 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Everything that can be done before the guest is stopped.
 pub(super) fn prepare_to_save(machine: &mut Machine) -> Result<(), QmpError> {
     machine.capabilities.switch_on(&mut machine.qmp)?;
-    let parameters = machine.qmp.execute("query-migrate-parameters", &json!({}))?;
-    machine.bandwidth_before = parameters["max-bandwidth"].as_u64();
     set_bandwidth(machine, BANDWIDTH)
+}
+
+/// What is changed in QEMU for the migration, as it was before.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Settings {
+    capabilities: Vec<(String, bool)>,
+    bandwidth: Option<u64>,
+}
+
+impl Settings {
+    /// Remembers it, for [`undo_saving`].
+    pub(super) fn learn(machine: &mut Machine) -> Result<Self, QmpError> {
+        let parameters = machine.qmp.execute("query-migrate-parameters", &json!({}))?;
+        machine.bandwidth_before = parameters["max-bandwidth"].as_u64();
+        let capabilities = machine.capabilities.before().to_vec();
+        Ok(Self { capabilities, bandwidth: machine.bandwidth_before })
+    }
+
+    /// Remembers what a process before this one has learnt.
+    pub(super) fn were(self, machine: &mut Machine) {
+        machine.capabilities.were(self.capabilities);
+        machine.bandwidth_before = self.bandwidth;
+    }
 }
 
 fn set_bandwidth(machine: &mut Machine, limit: u64) -> Result<(), QmpError> {

@@ -11,7 +11,7 @@ use crate::qemu::machine::Vcpus;
 use crate::qemu::past::Past;
 use crate::qemu::receive::{Ended, Heard};
 use crate::qemu::report::{Outcome, micros};
-use crate::qemu::state::{self, Description, Saving};
+use crate::qemu::state::{self, Description, Saving, Settings};
 use crate::qemu::unix_now;
 use afterimage::{Events, Source, SourceEvent};
 
@@ -175,8 +175,8 @@ impl Sending {
         // It may have been paused, or ended, since it was looked at.
         let before = machine.check_can_leave()?;
         self.before = Some(before);
+        self.parts.record.note_stop(before, &Settings::learn(machine)?)?;
         state::prepare_to_save(machine)?;
-        self.parts.record.note_stop(before)?;
         let begun = Instant::now();
         self.at = At::Stopped(begun + self.ready_within);
         let mut saving = Saving::begin(machine)?;
