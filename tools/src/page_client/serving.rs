@@ -1,5 +1,6 @@
 //! Serving one guest until every page is in place and the source knows it.
 
+mod giving_back;
 mod news;
 
 use std::os::fd::AsFd;
@@ -430,52 +431,6 @@ impl Serving {
         }
     }
 
-    /// It is on record that the guest does not run here; the source is still to hear so.
-    fn refused(&mut self) {
-        if self.ending.is_some() {
-            return;
-        }
-        let reason = "the source has taken the guest back";
-        self.note("not_here", &format!("the guest does not run here: {reason}"));
-        self.end_refused(Outcome::NotHere, reason);
-    }
-
-    /// Ends once the source knows that it has the guest back: nobody else would run it.
-    fn end_refused(&mut self, outcome: Outcome, reason: &str) {
-        let last_word = Word::NotHere { reason: reason.to_owned() };
-        self.ending = Some(Ending::refused(outcome, last_word, self.served.driven_by));
-        // No driver is needed for that.
-        self.release();
-    }
-
-    /// The guest will not run here. `None` if its VMM or driver is heard further: until the source
-    /// has it back, or because it is on record that it runs.
-    fn give_up(&mut self, outcome: Outcome, reason: &str) -> Option<Outcome> {
-        if self.ending.is_some() {
-            return None;
-        }
-        if self.at_source == AtSource::Runs {
-            return Some(outcome);
-        }
-        let Err(error) = self.destination.refuse() else {
-            self.progress.say("giving the guest back to its source");
-            self.end_refused(outcome, reason);
-            return None;
-        };
-        // Whatever keeps it from being refused was told before.
-        while let Some(event) = self.events.try_next() {
-            self.take_event(event);
-        }
-        if self.runs {
-            self.progress.say("too late: it is on record that the guest runs here");
-        }
-        if self.runs || self.ending.is_some() {
-            return None;
-        }
-        tracing::info!(%error, "nothing is given back");
-        Some(outcome)
-    }
-
     fn signalled(&mut self, came: usize) -> Option<Outcome> {
         self.signals += came;
         if self.ending.as_ref().is_some_and(Ending::waits_for_source) {
@@ -507,21 +462,5 @@ impl Serving {
             ),
         );
         None
-    }
-
-    /// The guest was refused, and stands still until the source hears of it.
-    fn signalled_at_the_end(&mut self) -> Option<Outcome> {
-        let rest = if self.record.is_some() && self.place.is_some() {
-            "started again, page-client tells it"
-        } else {
-            "without --state and --keeper nobody tells it, and it has to be fenced there"
-        };
-        let ends = self.signals > 1;
-        let what = if ends { "a second signal: stopping;" } else { "not stopping yet:" };
-        self.note(
-            "signal",
-            &format!("{what} the source does not know that it has the guest back; {rest}"),
-        );
-        ends.then_some(Outcome::Abandoned)
     }
 }
