@@ -141,11 +141,11 @@ pub use events::{Events, NoEvent, Stamped};
 pub use probe::{Finding, FindingState, Need, Probe, probe};
 pub use reconnect::{FirstConnection, Reconnect};
 pub use source::{
-    Background, CallError, Checksums, Endpoint, Incarnation, MemoryLifetime, PassReport, Passes,
-    Precopy, Release, ReleaseError, ReleaseLedger, SessionId, SnapshotServer, SnapshotStats,
-    Source, SourceEvent, SourceLedger, SourceMemory, SourceMemoryError, SourceOptions,
-    SourceOwnership, SourcePages, SourceRecord, SourceRegion, StartError, StateSection,
-    SwitchoverCause,
+    AfterRefusal, Background, CallError, Checksums, Endpoint, Incarnation, MemoryLifetime,
+    PassReport, Passes, Precopy, Release, ReleaseError, ReleaseLedger, SessionId, SnapshotServer,
+    SnapshotStats, Source, SourceEvent, SourceLedger, SourceMemory, SourceMemoryError,
+    SourceOptions, SourceOwnership, SourcePages, SourceRecord, SourceRegion, StartError,
+    StateSection, SwitchoverCause,
 };
 pub use state_file::{
     DestinationStateFile, LayoutDigest, SourceStateFile, StateFile, StateFileError, StateRecord,

@@ -107,7 +107,7 @@ fn a_source_that_is_away_hears_of_it_later_also_from_a_successor() {
     driver.expect(&["attached", "not_here"]);
     has_it_back(&origin);
     vmm.until(|event| matches!(event, AttachmentEvent::NotHere(_)));
-    ends(&host, client, 3, "not_here");
+    ends(&host, client, 3, "withdrawn");
 }
 
 /// A VMM that says that its guest could run, and waits to be killed.
@@ -199,4 +199,48 @@ fn a_guest_that_is_on_record_to_run_here_is_not_given_back() {
     ends(&host, client, 0, "finished");
     vmm.check();
     vmm.memory.all_arrived();
+}
+
+#[test]
+fn whoever_withdraws_a_guest_and_hangs_up_is_not_waited_for() {
+    let origin = Origin::start(64);
+    let host = Host::with_keeper(&origin.address);
+    let client = host.open_client();
+    let (_map, memory) = register(64, true);
+    let mut vmm = Words::attach(&host.attach_path(), &memory);
+    origin.source.switch_over(state()).unwrap();
+    vmm.expect(&["attached", "state"]);
+    vmm.say(&json!({"say": "withdrawn"}));
+    drop(vmm);
+    has_it_back(&origin);
+    let (status, _, said) = client.end();
+    assert_eq!(status, 3, "{said:#?}");
+    assert!(!said.iter().any(|line| line.contains("has not come back")), "{said:#?}");
+    assert_eq!(host.kept(), 0);
+}
+
+#[test]
+fn a_successor_does_not_wait_for_a_source_that_knew() {
+    let origin = Origin::start(64);
+    let host = Host::with_keeper(&origin.address);
+    let mut client = host.open_client();
+    // The process that has the memory is not there to hear of it.
+    let (_map, memory) = register(64, true);
+    drop(Words::attach_driven(&host.attach_path(), &memory));
+    let mut driver = Words::drive(&host.attach_path(), "guest");
+    origin.source.switch_over(state()).unwrap();
+    driver.expect(&["attached", "state"]);
+    driver.say(&json!({"say": "withdrawn"}));
+    client.line("the source has the guest back");
+    client.signal(Signal::SIGKILL);
+    client.end();
+    has_it_back(&origin);
+    drop(origin);
+    let mut client = host.client();
+    client.line("the source has the guest back");
+    let mut vmm = Words::back(&host.attach_path());
+    vmm.expect(&["attached", "not_here"]);
+    let mut driver = Words::drive(&host.attach_path(), "guest");
+    driver.expect(&["attached", "not_here"]);
+    ends(&host, client, 3, "withdrawn");
 }

@@ -30,16 +30,27 @@ impl Words {
 
     /// A VMM that offers memory of one region in a file.
     pub(crate) fn attach(path: &Path, memory: &DestinationMemory) -> Self {
+        Self::offer(path, memory, false)
+    }
+
+    /// The same, and another process drives it.
+    pub(crate) fn attach_driven(path: &Path, memory: &DestinationMemory) -> Self {
+        Self::offer(path, memory, true)
+    }
+
+    fn offer(path: &Path, memory: &DestinationMemory, driven: bool) -> Self {
         let mut words = Self::connect(path);
         let region = &memory.layout().regions()[0];
         let (file, offset) = memory.file(0).unwrap().expect("it has a file");
-        words.say(&json!({"say": "attach", "name": "guest", "files": 1, "regions": [{
-            "guest_address": region.guest_address.0,
-            "address": region.registered.unwrap().0,
-            "length": region.length,
-            "page_size": region.page_size.bytes(),
-            "file": [0, offset],
-        }]}));
+        words.say(
+            &json!({"say": "attach", "name": "guest", "files": 1, "driven": driven, "regions": [{
+                "guest_address": region.guest_address.0,
+                "address": region.registered.unwrap().0,
+                "length": region.length,
+                "page_size": region.page_size.bytes(),
+                "file": [0, offset],
+            }]}),
+        );
         let uffd = memory.userfaultfd().unwrap();
         let files = [uffd.as_raw_fd(), file.as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&files)];

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Child;
 
-use afterimage::{GuestAddress, StateSection};
+use afterimage::{DestinationEvent, GuestAddress, StateSection};
 use afterimage_tools::handoff::{GiveError, Piece, give};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -145,6 +145,31 @@ fn the_only_copy_of_a_guest_is_not_dropped_at_the_first_signal() {
     assert_eq!(report["pages_missing"], 2 * PAGES);
     vmm.kill().unwrap();
     vmm.wait().unwrap();
+}
+
+/// Its VMM has gone: nobody but another destination could run it.
+#[test]
+fn the_only_copy_of_a_guest_that_was_refused_is_had_by_the_next_destination() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut server, path) = server(directory.path());
+    let address = server.address();
+    let mut vmm = vmm(&path);
+    line_of(&mut vmm, "taken as ");
+    vmm.kill().unwrap();
+    vmm.wait().unwrap();
+    let regions = [(0, LENGTH), (HIGH, LENGTH)];
+    let mut first = Target::connect(&regions, &address);
+    first.until_attached();
+    first.destination.refuse().unwrap();
+    server.line("will not run the guest");
+    first.until(|event| matches!(event, DestinationEvent::Ended(_)));
+    assert!(server.is_running());
+    let fetched = Target::connect(&regions, &address).finish();
+    assert_eq!(sha256(&fetched.contents[0]), sha256(&pattern(PAGES, 30)));
+    assert_eq!(sha256(&fetched.contents[1]), sha256(&pattern(PAGES, 31)));
+    assert_eq!(fetched.state(), state());
+    assert!(!first.said.contains(&DestinationEvent::Run));
+    assert_eq!(server.end().0, 0);
 }
 
 #[test]

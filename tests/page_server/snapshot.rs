@@ -96,7 +96,7 @@ fn a_destination_that_dies_in_the_middle_harms_nobody() {
     server.line("has every page");
     server.signal(Signal::SIGTERM);
     let line = server.line("not stopping");
-    assert!(line.contains("1 destinations, 1 of them away"), "{line}");
+    assert!(line.contains("1 (1 of them away)"), "{line}");
     server.signal(Signal::SIGTERM);
     let (status, report, _) = server.end();
     assert_eq!((status, report["outcome"].as_str()), (4, Some("abandoned")), "{report}");

@@ -25,8 +25,8 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use afterimage::{
-    Checksums, Endpoint, Listener, Plaintext, Release, ReleaseLedger, SnapshotServer, Source,
-    SourceMemory, SourceOptions, SourceOwnership, SourceRecord,
+    AfterRefusal, Checksums, Endpoint, Listener, Plaintext, Release, ReleaseLedger, SnapshotServer,
+    Source, SourceMemory, SourceOptions, SourceOwnership, SourceRecord,
 };
 use clap::Parser;
 
@@ -361,6 +361,8 @@ fn source_options(options: &Options) -> SourceOptions {
     source.silence = options.silence;
     source.checksums = if options.checksums { Checksums::On } else { Checksums::Off };
     source.plaintext = plaintext(options);
+    // Who has handed it over is gone, or reads files: nobody would run it here.
+    source.after_refusal = AfterRefusal::OfferAgain;
     if options.release {
         source.release = Release::Free(ReleaseLedger::volatile());
     }

@@ -22,6 +22,21 @@ pub(crate) fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, OwnedFd)> {
     Ok((pid, descriptor))
 }
 
+/// The number of a process now; `None` if it has ended.
+///
+/// # Errors
+/// Also if it is in no name space of numbers that this one sees.
+pub(crate) fn number(process: BorrowedFd<'_>) -> io::Result<Option<u32>> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", process.as_raw_fd()))?;
+    let number =
+        info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
+    match number {
+        Some(-1) => Ok(None),
+        Some(number @ 1..) => Ok(Some(number.unsigned_abs())),
+        _ => Err(io::Error::other("it is in another name space of processes")),
+    }
+}
+
 /// Kills a process.
 pub(crate) fn kill(process: BorrowedFd<'_>) -> io::Result<()> {
     let (fd, signal) = (process.as_raw_fd(), libc::SIGKILL);

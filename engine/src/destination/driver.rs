@@ -251,6 +251,8 @@ impl Driver {
             }
             Input::Refuse(reply) => {
                 let result = self.session.refuse().map_err(CallError::from);
+                // Who asks may be killed as soon as it hears of it.
+                self.act();
                 let _ = reply.send(result);
             }
             Input::Pause(reply) => drop(reply.send(self.pause())),

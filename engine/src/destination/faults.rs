@@ -111,6 +111,8 @@ pub(super) struct FaultThread {
     again: Vec<MissingPage>,
     /// There was no room for them.
     short_of_room: Vec<MissingPage>,
+    /// The VMM has been told of that.
+    lacks_room: bool,
     faults: Vec<MissingPage>,
     outgoing: Vec<u8>,
     next_retry: Instant,
@@ -141,6 +143,7 @@ impl FaultThread {
             has_poison: false,
             again: Vec::new(),
             short_of_room: Vec::new(),
+            lacks_room: false,
             faults: Vec::new(),
             outgoing: Vec::new(),
             next_retry: Instant::now() + RETRY_AFTER,
@@ -278,11 +281,15 @@ impl FaultThread {
                 FaultAnswer::EventPending => self.again.push(fault),
                 FaultAnswer::Ask => self.ask(fault.page),
                 FaultAnswer::NoRoom(error) => {
-                    drop(self.arrived.failed(error));
+                    // Told once, until there is room again.
+                    if !std::mem::replace(&mut self.lacks_room, true) {
+                        drop(self.arrived.failed(error));
+                    }
                     self.short_of_room.push(fault);
                 }
             }
         }
+        self.lacks_room = !self.short_of_room.is_empty();
         self.faults = faults;
     }
 

@@ -30,8 +30,8 @@ use crate::sys::words::LazyWords;
 use crate::threads::{self, ThreadHook, ThreadRole};
 use crate::transport::{Acceptor, Address, Dialer, Listener, Plaintext};
 use afterimage_protocol::layout::{PageNumber, PageRange};
+pub use afterimage_protocol::session::{AfterRefusal, SourceOwnership, SourcePages, SourceRecord};
 use afterimage_protocol::session::{Book, NotNow, SourceSession};
-pub use afterimage_protocol::session::{SourceOwnership, SourcePages, SourceRecord};
 use afterimage_protocol::wire::SessionKind;
 pub use afterimage_protocol::wire::{Incarnation, SessionId};
 use driver::{Call, Driver, Input, Passing};
@@ -121,7 +121,8 @@ pub enum SourceEvent {
     /// The guest is this side's again, for good.
     Reclaimed,
     /// The destination will not run the guest, on record there, and was not asked:
-    /// [`Reclaimed`](Self::Reclaimed) follows.
+    /// [`Reclaimed`](Self::Reclaimed) follows, or the next destination may have it
+    /// ([`SourceOptions::after_refusal`]).
     Refused,
     /// The destination runs the guest already and keeps it.
     ReclaimDenied,

@@ -1,5 +1,6 @@
 //! How a source is asked to serve, and why it cannot start so.
 
+use super::AfterRefusal;
 use super::pacing::Background;
 use super::precopy::Precopy;
 use super::release::{Release, ReleaseError};
@@ -47,6 +48,9 @@ pub struct SourceOptions {
     pub ledger: SourceLedger,
     /// Whether pages are freed here once they have arrived, while the migration runs.
     pub release: Release,
+    /// What becomes of a guest that the destination refuses
+    /// ([`Destination::refuse`](crate::Destination::refuse)).
+    pub after_refusal: AfterRefusal,
     /// Called on every thread of the engine.
     pub threads: ThreadHook,
 }
@@ -79,6 +83,7 @@ impl Default for SourceOptions {
             record: SourceRecord::new(SessionId(crate::sys::random_id())),
             ledger: SourceLedger::volatile(),
             release: Release::Keep,
+            after_refusal: AfterRefusal::TakeBack,
             threads: ThreadHook::default(),
         }
     }
@@ -111,6 +116,7 @@ impl SourceOptions {
             silence: self.silence,
             capabilities: self.capabilities(),
             releasing: self.release.releasing(),
+            after_refusal: self.after_refusal,
         }
     }
 

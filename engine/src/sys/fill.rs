@@ -11,6 +11,7 @@ use afterimage_protocol::layout::RegisteredAddress;
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 use userfaultfd::Uffd;
 
 /// How the pages of a run come to be.
@@ -90,9 +91,11 @@ nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, RangeArgument);
 nix::ioctl_readwrite!(uffdio_continue, 0xAA, 0x07, RangeArgument);
 nix::ioctl_readwrite!(uffdio_poison, 0xAA, 0x08, RangeArgument);
 
-/// Times that a page is copied to which is said to be there, and is not: it may have been
-/// dropped in between.
-const DOUBTS: u32 = 3;
+/// How long it is waited, each time twice as long as before, for a page that is said to be there,
+/// and is not: it may have been dropped in between, or be on its way to another place in memory.
+const DOUBT: Duration = Duration::from_millis(1);
+/// How often.
+const DOUBTS: u32 = 6;
 
 /// Places `length` bytes from `start`, whole pages of `page_size` bytes, and wakes whoever
 /// waits for a page that this call placed. Who waits for a page that was there already is
@@ -115,6 +118,9 @@ pub(crate) fn run(
         let asked = limit.min(length - at);
         let (placed, result) = once(uffd, fill, start.0 + at, at, asked);
         filled.installed += placed;
+        if placed > 0 {
+            doubts = 0;
+        }
         match result {
             Ok(()) => limit = limit.saturating_mul(2),
             // Fewer than asked for, and some: the next call says what is in the way.
@@ -128,7 +134,10 @@ pub(crate) fn run(
                 let there = RegisteredAddress(start.0 + at + placed);
                 match presence.map_or(Ok(true), |it| it.is_there(there)) {
                     Ok(true) => (filled.present, doubts) = (filled.present + page_size, 0),
-                    Ok(false) if doubts < DOUBTS => doubts += 1,
+                    Ok(false) if doubts < DOUBTS => {
+                        std::thread::sleep(DOUBT * 2_u32.pow(doubts));
+                        doubts += 1;
+                    }
                     Ok(false) => {
                         filled.stopped = Some(Stopped::Failed(Errno::ENOMEM));
                         return filled;

@@ -29,7 +29,10 @@ impl Presence {
     pub(crate) fn of(process: u32) -> io::Result<Self> {
         match File::open(format!("/proc/{process}/pagemap")) {
             Ok(map) => Ok(Self { map: Some(map) }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self { map: None }),
+            // The second one while its end has not been taken note of by its parent.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
+                Ok(Self { map: None })
+            }
             Err(error) => Err(error),
         }
     }

@@ -228,6 +228,14 @@ impl World {
         }
     }
 
+    /// Whether the destination has refused, and knows that the guest is offered to another.
+    fn has_refused_for_another(&self) -> bool {
+        self.destination.session.is_over()
+            && self.destination.disk.ownership == DestinationOwnership::Refused
+            && self.source.is_alive
+            && !self.source.session.is_over()
+    }
+
     fn start_again(&mut self) {
         if !self.source.is_alive {
             self.restart_source();
@@ -235,6 +243,9 @@ impl World {
             self.replace_destination();
         } else if !self.destination.is_alive {
             self.restart_handler();
+        } else if self.has_refused_for_another() {
+            self.situation("a guest that was refused was offered again");
+            self.crash_vmm();
         }
     }
 }

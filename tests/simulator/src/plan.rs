@@ -4,6 +4,7 @@
 use crate::network::Side;
 use crate::random::Random;
 use afterimage_protocol::layout::{Backing, GuestAddress, GuestLayout, PageSize, Region};
+use afterimage_protocol::session::AfterRefusal;
 use afterimage_protocol::wire::{Capabilities, SessionKind};
 
 /// What is drawn once for a run.
@@ -119,6 +120,15 @@ impl Plan {
         };
         // Not drawn by itself: the seeds that catch the rarest broken rules stay what they are.
         Self { refuses: is_migration && plan.chaos.is_multiple_of(8), ..plan }
+    }
+
+    /// What becomes of a guest that was refused.
+    pub(crate) const fn after_refusal(&self) -> AfterRefusal {
+        if self.chaos.is_multiple_of(16) {
+            AfterRefusal::OfferAgain
+        } else {
+            AfterRefusal::TakeBack
+        }
     }
 
     /// What a side can do.

@@ -97,6 +97,7 @@ fn config(plan: &Plan) -> SourceConfig {
         heartbeat: Duration::from_millis(500),
         silence: Duration::from_secs(2),
         capabilities: plan.capabilities(Side::Source),
+        after_refusal: plan.after_refusal(),
         releasing: if plan.releases { Releasing::AfterRunning } else { Releasing::Never },
     }
 }

@@ -22,6 +22,7 @@ pub(super) struct Ending {
     /// The connection on which a driver has heard the last word.
     driver_told: Option<u64>,
     source: Knows,
+    is_refusal: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,12 +47,29 @@ impl Ending {
             driver,
             driver_told: None,
             source: Knows::Settled,
+            is_refusal: false,
         }
     }
 
     /// The same, and the source is still to hear that it has the guest back.
     pub(super) fn refused(outcome: Outcome, last_word: Word, driven_by: DrivenBy) -> Self {
-        Self { source: Knows::NotYet, ..Self::new(outcome, last_word, driven_by) }
+        let (source, is_refusal) = (Knows::NotYet, true);
+        Self { source, is_refusal, ..Self::new(outcome, last_word, driven_by) }
+    }
+
+    /// Of a guest that was refused: the outcome, and whether the source knows.
+    pub(super) fn refusal(&self) -> Option<(Outcome, bool)> {
+        self.is_refusal.then_some((self.outcome, self.source == Knows::Settled))
+    }
+
+    /// The VMM has said so itself.
+    pub(super) fn vmm_knows(&mut self) {
+        self.vmm = Knows::Settled;
+    }
+
+    /// The driver has said so itself.
+    pub(super) fn driver_knows(&mut self) {
+        self.driver = Knows::Settled;
     }
 
     /// Whether nobody needs to be waited for.

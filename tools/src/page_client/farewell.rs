@@ -28,6 +28,10 @@ const ENDED: &str = "ended";
 const TOLD: &str = "told";
 /// In the state file: a driver has started the guest.
 const STARTED: &str = "started";
+/// In the state file: why the guest was refused here, as the outcome.
+const REFUSED: &str = "refused";
+/// In the state file: the source knows that it has the guest back.
+const GIVEN_BACK: &str = "given_back";
 /// How long a VMM may be away when it is to hear the last word.
 pub(super) const FAREWELL: Duration = Duration::from_secs(30);
 
@@ -50,6 +54,31 @@ pub(super) fn note_end(state: Option<&DestinationStateFile>, outcome: Outcome, s
         Outcome::Abandoned | Outcome::Failed | Outcome::Withdrawn | Outcome::VmEnded => return,
     };
     note(state, ENDED, how, say);
+}
+
+/// Records why the guest is refused.
+pub(super) fn note_refusal(state: Option<&DestinationStateFile>, why: Outcome, say: &Progress) {
+    if state.is_some_and(|state| state.noted(REFUSED).is_none()) {
+        note(state, REFUSED, why.name(), say);
+    }
+}
+
+/// Why it was, if that is known.
+pub(super) fn refused_as(state: &DestinationStateFile) -> Option<Outcome> {
+    let why = state.noted(REFUSED)?;
+    [Outcome::Withdrawn, Outcome::VmmDied].into_iter().find(|outcome| outcome.name() == why)
+}
+
+/// Records that the source knows that it has the guest back.
+pub(super) fn note_source_knows(state: Option<&DestinationStateFile>, say: &Progress) {
+    if !state.is_some_and(source_knew) {
+        note(state, GIVEN_BACK, "yes", say);
+    }
+}
+
+/// Whether it did already.
+pub(super) fn source_knew(state: &DestinationStateFile) -> bool {
+    state.noted(GIVEN_BACK).is_some()
 }
 
 /// Whether the guest was refused here, and its source knows: another may begin.

@@ -177,11 +177,13 @@ impl Served {
         if !self.regions.iter().any(RegionOfVmm::has_huge_pages_of_its_own) {
             return Ok(memory);
         }
-        // Its number may be another's by now, if it has ended: then nothing can be placed.
-        memory.of_process(self.pid.unsigned_abs()).map_err(|error| {
+        // No process has the number 0: nothing is there of one that has ended.
+        let process = processes::number(self.vmm.as_fd()).map(Option::unwrap_or_default);
+        process.and_then(|process| memory.of_process(process)).map_err(|error| {
             Failure::new(format!(
                 "could not read the page map of process {}, without which its huge pages cannot be \
-                 served: {error}; run page-client as the VMM's user, or as root",
+                 served: {error}; run page-client as the VMM's user, or as root, where it sees that \
+                 process",
                 self.pid
             ))
         })

@@ -65,9 +65,10 @@ impl Origin {
     }
 }
 
-/// A snapshot's memory file is exactly as long as the memory. One that is shorter cannot be mapped.
+/// A snapshot's memory file is exactly as long as the memory.
 fn check_length(path: &Path, layout: &GuestLayout) -> Result<(), Failure> {
     let length = std::fs::metadata(path).map_err(Failure::of("look at the memory file"))?.len();
+    // One that is shorter cannot be mapped, which is said then.
     if length <= layout.bytes() {
         return Ok(());
     }

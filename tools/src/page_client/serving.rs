@@ -196,6 +196,7 @@ impl Serving {
         };
         if !is_cared_for {
             self.adapter.forsake(self.served.vmm.as_fd(), &self.progress);
+            self.leave_snapshot();
         }
         let outcome = outcome?;
         let stats = self.destination.stats();
@@ -325,6 +326,12 @@ impl Serving {
             DestinationEvent::Paused => {
                 self.note("paused", "paused at the control socket; recover goes on");
             }
+            // Its device state follows.
+            DestinationEvent::SourceStopped | DestinationEvent::Section(_)
+                if self.manner.restoring == Restoring::IsSaid =>
+            {
+                self.at_source = AtSource::Stopped;
+            }
             DestinationEvent::State(_) if self.manner.restoring == Restoring::IsNotOurs => {
                 self.take_ready("ready");
             }
@@ -413,9 +420,8 @@ impl Serving {
 
     /// The session is over, and the guest is elsewhere, as the source knows.
     fn not_here(&mut self, reason: &str) {
-        if let Some(ending) = self.ending.as_mut().filter(|ending| ending.waits_for_source()) {
-            ending.source_knows();
-            return self.note("given_back", "the source has the guest back");
+        if self.ending.as_ref().is_some_and(Ending::waits_for_source) {
+            return self.source_knows();
         }
         self.note("not_here", &format!("the guest does not run here: {reason}"));
         if self.manner.failure == OnFailure::End {
@@ -433,8 +439,8 @@ impl Serving {
 
     fn signalled(&mut self, came: usize) -> Option<Outcome> {
         self.signals += came;
-        if self.ending.as_ref().is_some_and(Ending::waits_for_source) {
-            return self.signalled_at_the_end();
+        if let Some(ending) = self.ending.as_ref().and_then(Ending::refusal) {
+            return self.signalled_at_the_end(ending);
         }
         let stats = self.destination.stats();
         let missing = stats.pages_total - stats.pages_complete;

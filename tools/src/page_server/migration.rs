@@ -54,6 +54,7 @@ impl Migration {
             while let Some(event) = self.events.try_next() {
                 self.desk.note(&event);
                 is_given |= matches!(event, SourceEvent::Given | SourceEvent::Running);
+                is_given &= event != SourceEvent::Refused;
                 if let Some(outcome) = self.take(&event) {
                     return Ok(self.close(outcome));
                 }
@@ -128,7 +129,9 @@ impl Migration {
                 return None;
             }
             SourceEvent::Refused => {
-                ("refused", "the destination will not run the guest: see what it says there", None)
+                let line = "the destination will not run the guest (see what it says there); the next \
+                            one may have it";
+                ("refused", line, None)
             }
             SourceEvent::ReclaimDenied => {
                 ("reclaim_denied", "the destination runs the guest already and keeps it", None)

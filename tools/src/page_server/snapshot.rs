@@ -138,8 +138,8 @@ impl Snapshot {
         if count > 0 {
             let away = self.owed().filter(|it| it.presence == Presence::Away).count();
             self.progress.say(&format!(
-                "not stopping: {count} destination(s), {away} of them away, lack {missing} pages; a \
-                 second signal abandons them"
+                "not stopping: destinations that lack pages: {count} ({away} of them away), \
+                 {missing} pages; a second signal abandons them"
             ));
         }
     }

@@ -174,7 +174,7 @@ impl Receiving<'_> {
             return Ok(None);
         }
         let begun = Instant::now();
-        let mut ended = None;
+        let (mut ended, mut is_lost) = (None, self.is_lost);
         let door = self.door.take().map_or_else(|| Door::open(&mut self.machine), Ok)?;
         let Self { machine, driver, observer, .. } = self;
         let loaded = state::load(machine, door, bytes, &mut || {
@@ -183,12 +183,15 @@ impl Receiving<'_> {
             }
             match driver.next(Duration::ZERO) {
                 Some(AttachmentEvent::NotHere(reason)) => ended = Some(Ended::NotHere(reason)),
+                Some(AttachmentEvent::Lost) => is_lost = true,
+                Some(AttachmentEvent::Back) => is_lost = false,
                 // Another process drives it now: nothing follows.
                 Some(AttachmentEvent::Refused(reason)) => return Err(Failure::new(reason)),
                 _ => {}
             }
             if ended.is_some() { Err(Failure::new("it was given up")) } else { Ok(()) }
         });
+        self.is_lost = is_lost;
         if ended.is_some() {
             // page-client may see the end of QEMU first, and does not know why.
             if let Err(error @ QmpError::Ended { .. }) = self.machine.status() {

@@ -39,7 +39,7 @@ mod source;
 pub use book::{Book, InFlight, MAX_IN_FLIGHT_RUNS};
 pub use destination::{DestinationAction, DestinationConfig, DestinationEvent, DestinationSession};
 pub use pulse::Pulse;
-pub use source::{Releasing, SourceAction, SourceConfig, SourceEvent, SourceSession};
+pub use source::{AfterRefusal, Releasing, SourceAction, SourceConfig, SourceEvent, SourceSession};
 
 use crate::layout::PageNumber;
 use crate::wire::{Epoch, Incarnation, SessionId};

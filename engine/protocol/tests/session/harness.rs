@@ -5,7 +5,7 @@ use afterimage_protocol::layout::{
     Backing, GuestAddress, GuestLayout, PageNumber, PageRange, PageSize, Region,
 };
 use afterimage_protocol::session::{
-    DestinationAction, DestinationConfig, DestinationEvent, DestinationOwnership,
+    AfterRefusal, DestinationAction, DestinationConfig, DestinationEvent, DestinationOwnership,
     DestinationRecord, DestinationSession, LostPages, PersistFailed, Releasing, SourceAction,
     SourceConfig, SourceEvent, SourceOwnership, SourceRecord, SourceSession,
 };
@@ -64,6 +64,7 @@ pub(crate) struct Pair {
     pub(crate) connected: bool,
     /// Whether the source is to free pages, and what it then misses at the destination.
     pub(crate) releasing: Releasing,
+    pub(crate) after_refusal: AfterRefusal,
     pub(crate) lost: Option<LostPages>,
     /// What each side can do, from its next process on.
     pub(crate) source_capabilities: Capabilities,
@@ -128,6 +129,7 @@ impl Pair {
             now: Duration::ZERO,
             connected: false,
             releasing: Releasing::Never,
+            after_refusal: AfterRefusal::TakeBack,
             lost: None,
             source_capabilities,
             destination_capabilities,
@@ -337,6 +339,7 @@ impl Pair {
         self.cut_quietly();
         let config = SourceConfig {
             releasing: self.releasing,
+            after_refusal: self.after_refusal,
             capabilities: self.source_capabilities,
             ..source_config(self.kind)
         };
@@ -421,6 +424,7 @@ pub(crate) fn source_config(kind: SessionKind) -> SourceConfig {
         silence: Duration::from_secs(5),
         capabilities: Capabilities::CHECKSUMS,
         releasing: Releasing::Never,
+        after_refusal: AfterRefusal::TakeBack,
     }
 }
 

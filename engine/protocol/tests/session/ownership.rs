@@ -2,7 +2,8 @@
 
 use crate::harness::{Disk, MEMORY, OTHER_MEMORY, Pair};
 use afterimage_protocol::session::{
-    DestinationEvent, DestinationOwnership, SourceAction, SourceEvent, SourceOwnership,
+    AfterRefusal, DestinationEvent, DestinationOwnership, SourceAction, SourceEvent,
+    SourceOwnership,
 };
 use afterimage_protocol::wire::{ControlFrame, RefuseCode, SessionKind};
 
@@ -151,6 +152,50 @@ fn a_destination_that_refuses_gives_the_guest_back_unasked() {
         assert!(pair.destination_events.contains(&DestinationEvent::Refused), "{when}");
         assert!(matches!(pair.destination_events.last(), Some(DestinationEvent::Ended(_))));
         assert!(!pair.destination_events.contains(&DestinationEvent::Run), "{when}");
+    }
+}
+
+#[test]
+fn a_guest_that_was_refused_may_be_had_by_other_memory_of_a_source_that_offers_it_again() {
+    for is_given in [false, true] {
+        let mut pair = Pair::restored();
+        pair.after_refusal = AfterRefusal::OfferAgain;
+        pair.restart_source();
+        pair.source.bring_state().expect("the same state, after a restart");
+        pair.connect().expect("let in");
+        pair.pump();
+        if is_given {
+            pair.destination.ready().expect("all state is there");
+            pair.drain();
+            pair.deliver_to_source();
+            assert_eq!(pair.source_ownership(), SourceOwnership::Given);
+            pair.cut();
+        }
+        pair.destination.refuse().expect("it does not run here");
+        pair.drain();
+        if is_given {
+            pair.connect().expect("let in");
+        }
+        pair.pump();
+        assert_eq!(pair.source_ownership(), SourceOwnership::Owner, "given: {is_given}");
+        assert_eq!(pair.source_events.last(), Some(&SourceEvent::Disconnected));
+        assert!(pair.source_events.contains(&SourceEvent::Refused) && !pair.source.is_over());
+        assert!(matches!(pair.destination_events.last(), Some(DestinationEvent::Ended(_))));
+        assert!(!pair.source.may_run(), "it is frozen, for the next one");
+
+        // The same memory is no next one.
+        pair.restart_destination();
+        pair.connect().expect("let in");
+        pair.pump();
+        assert!(pair.destination.is_over() && !pair.destination_runs());
+
+        pair.lose_destination(OTHER_MEMORY);
+        pair.connect().expect("let in");
+        pair.pump();
+        pair.destination.ready().expect("all state is there");
+        pair.pump();
+        assert!(pair.destination_runs() && !pair.may_both_run(), "given: {is_given}");
+        assert_eq!(pair.source_record.incarnation, OTHER_MEMORY);
     }
 }
 

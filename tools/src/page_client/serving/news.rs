@@ -106,12 +106,19 @@ impl Serving {
     fn died(&mut self, line: &str) -> Outcome {
         self.note("vmm_died", line);
         self.desk.note(Happening::new("vmm_died"));
-        if self.manner.restoring == Restoring::IsNotOurs
-            && let Err(error) = self.destination.leave()
-        {
+        self.leave_snapshot();
+        self.manner.death
+    }
+
+    /// Whoever has the snapshot need not wait for this VM.
+    pub(super) fn leave_snapshot(&self) {
+        if self.manner.restoring != Restoring::IsNotOurs {
+            return;
+        }
+        // Where it is no snapshot, it may be given back yet.
+        if let Err(error) = self.destination.leave().or_else(|_| self.destination.refuse()) {
             tracing::info!(%error, "the server is not told");
         }
-        self.manner.death
     }
 
     /// A VMM that keeps its connection as long as it lives has ended it.
@@ -186,7 +193,11 @@ impl Serving {
             Word::Withdrawn if !self.runs => {
                 let line = "the VMM has failed to attach, and given its guest up before it ran; \
                             started again, page-client takes another";
-                return self.withdrawn(line, line);
+                let outcome = self.withdrawn(line, line);
+                if let Some(ending) = &mut self.ending {
+                    ending.vmm_knows();
+                }
+                return outcome;
             }
             other => tracing::warn!(?other, "the VMM says this out of turn"),
         }
@@ -199,7 +210,13 @@ impl Serving {
             Word::Withdrawn if !self.runs => {
                 let reason = "its driver has given it up before it ran";
                 let line = format!("{reason}; started again, page-client takes another guest");
-                return self.withdrawn(reason, &line);
+                let outcome = self.withdrawn(reason, &line);
+                if let Some(ending) = &mut self.ending {
+                    // It may have hung up by now.
+                    ending.tell_driver(&mut self.driver, self.need, &self.progress);
+                    ending.driver_knows();
+                }
+                return outcome;
             }
             Word::Started if self.runs => {
                 if self.need != DriverNeed::Over {

@@ -315,7 +315,11 @@ impl Sending {
                 At::Here | At::Stopped(_) => self.take_back(failure),
                 At::ComingBack => {}
                 At::Refused => self.reason = Some(failure),
-                At::Gone => self.say(&failure.to_string()),
+                At::Gone => {
+                    self.say(&failure.to_string());
+                    // If the destination gives it back, this is why.
+                    self.reason.get_or_insert(failure);
+                }
             },
         }
         None
@@ -339,7 +343,7 @@ impl Sending {
             }
             At::Here | At::Stopped(_) => self.take_back(Failure::new("stopped by a signal")),
             At::ComingBack | At::Refused if self.signals > 1 => {
-                self.say("a second signal: the guest is stopped here, and was not given away");
+                self.say("a second signal: the guest is stopped here, and coming back");
                 return Some(Outcome::NotResumed);
             }
             At::ComingBack | At::Refused => {}

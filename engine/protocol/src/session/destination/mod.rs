@@ -211,7 +211,8 @@ impl DestinationSession {
             DestinationOwnership::Running => Phase::Running,
             // What is being recorded counts once it is durable.
             DestinationOwnership::Waiting if self.complete && self.is_snapshot() => Phase::Complete,
-            DestinationOwnership::Waiting if self.ready => Phase::Ready,
+            // One that is to be refused, and could not be yet, is not asked for.
+            DestinationOwnership::Waiting if self.ready && !self.refuses => Phase::Ready,
             DestinationOwnership::Waiting if !self.settled => Phase::Early,
             DestinationOwnership::Waiting => Phase::Fresh,
         }

@@ -28,6 +28,8 @@ pub struct SourceConfig {
     pub capabilities: Capabilities,
     /// Whether pages that have arrived are freed here.
     pub releasing: Releasing,
+    /// What becomes of a guest that the destination refuses.
+    pub after_refusal: AfterRefusal,
 }
 
 /// Whether a source frees pages that have arrived.
@@ -38,6 +40,18 @@ pub enum Releasing {
     Never,
     /// It may, once the destination of a migration is known to run the guest.
     AfterRunning,
+}
+
+/// What becomes of a guest that a destination has refused of its own accord, whether it had been
+/// given to it or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AfterRefusal {
+    /// The source takes it back, and the session is over.
+    #[default]
+    TakeBack,
+    /// It is offered to the next destination, with other memory: for a source that cannot run it.
+    OfferAgain,
 }
 
 impl SourceConfig {
@@ -149,7 +163,8 @@ pub enum SourceEvent {
     /// The guest is the source's again, for good.
     Reclaimed,
     /// The destination will not run the guest, and was not asked to give it back;
-    /// [`Reclaimed`](Self::Reclaimed) follows.
+    /// [`Reclaimed`](Self::Reclaimed) follows, or another destination may have it
+    /// ([`AfterRefusal`]).
     Refused,
     /// The destination runs the guest already and keeps it.
     ReclaimDenied,

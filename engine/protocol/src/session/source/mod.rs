@@ -11,7 +11,7 @@ mod passes;
 mod record;
 mod release;
 
-pub use action::{Releasing, SourceAction, SourceConfig, SourceEvent};
+pub use action::{AfterRefusal, Releasing, SourceAction, SourceConfig, SourceEvent};
 
 use super::pulse::Pulse;
 use super::{LostPages, SourceOwnership, SourceRecord};
@@ -29,6 +29,8 @@ use std::time::Duration;
 enum Pending {
     Epoch,
     Given,
+    /// It was refused, and is to be offered again.
+    Owner,
     Reclaimed,
     Fenced,
     Finished,

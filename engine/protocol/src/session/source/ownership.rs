@@ -1,8 +1,8 @@
 //! Whose the guest is: what the destination says of it, and what the source gives.
 
 use super::super::{SourceOwnership, SourcePages};
-use super::{Link, Pending, SourceAction, SourceEvent, SourceSession};
-use crate::wire::{ControlFrame, Phase, Refusal, RefuseCode};
+use super::{AfterRefusal, Link, Pending, SourceAction, SourceEvent, SourceSession};
+use crate::wire::{ControlFrame, Incarnation, Phase, Refusal, RefuseCode};
 
 impl SourceSession {
     /// Whether a phase can be true, by what is known. What cannot is refused, so that a
@@ -56,10 +56,24 @@ impl SourceSession {
     /// The destination will not run the guest: asked, of its own accord, or by an agreement that
     /// this side has forgotten. So the guest can only go on here.
     pub(super) fn refused(&mut self) {
+        if self.config.after_refusal == AfterRefusal::OfferAgain && !self.reclaim_wanted {
+            self.actions.push_back(SourceAction::Event(SourceEvent::Refused));
+            let mut next = self.record;
+            (next.ownership, next.incarnation) = (SourceOwnership::Owner, Incarnation::default());
+            return self.persist(next, Pending::Owner);
+        }
         if !std::mem::replace(&mut self.reclaim_wanted, true) {
             self.actions.push_back(SourceAction::Event(SourceEvent::Refused));
         }
         self.agreed();
+    }
+
+    /// Whoever has refused the guest is told that nothing follows; other memory may have it.
+    pub(super) fn offer_again(&mut self) {
+        let reason = "the source has the guest, and offers it to another destination";
+        self.lose_link(Some(Refusal::new(RefuseCode::Ended, reason)));
+        self.incarnation = None;
+        self.destination_ready = false;
     }
 
     fn give(&mut self) {

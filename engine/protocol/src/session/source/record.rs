@@ -52,6 +52,7 @@ impl SourceSession {
                     });
                 }
             }
+            Pending::Owner => self.offer_again(),
             Pending::Reclaimed => self
                 .reclaimed(Refusal::new(RefuseCode::Ended, "the source has taken the guest back")),
             Pending::Fenced => {
