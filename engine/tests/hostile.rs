@@ -207,9 +207,9 @@ fn wrong_frames_on_the_control_channel_end_the_connection_with_a_reason() {
         ("complete", |epoch| ControlFrame::Complete.encode(stamp(epoch, 1), false), "Complete"),
         ("the future", |epoch| ControlFrame::Ready.encode(stamp(epoch + 1, 1), false), "stamped"),
         (
-            "agreement to nothing",
-            |epoch| ControlFrame::TakeBackAgreed.encode(stamp(epoch, 1), false),
-            "TakeBackAgreed",
+            "denial of nothing",
+            |epoch| ControlFrame::TakeBackDenied.encode(stamp(epoch, 1), false),
+            "TakeBackDenied",
         ),
     ];
     for (name, bytes, says) in cases {
