@@ -115,6 +115,7 @@ impl Scene {
         driving.until(&AttachmentEvent::State(Vec::new()));
         driving.driver.ready();
         driving.until(&AttachmentEvent::Run);
+        driving.driver.started();
         driving
     }
 
