@@ -124,10 +124,9 @@ impl Plan {
 
     /// What becomes of a guest that was refused.
     pub(crate) const fn after_refusal(&self) -> AfterRefusal {
-        if self.chaos.is_multiple_of(16) {
-            AfterRefusal::OfferAgain
-        } else {
-            AfterRefusal::TakeBack
+        match self.chaos % 16 {
+            8 => AfterRefusal::OfferAgain,
+            _ => AfterRefusal::TakeBack,
         }
     }
 
