@@ -160,7 +160,7 @@ fn the_only_copy_of_a_guest_that_was_refused_is_had_by_the_next_destination() {
     let regions = [(0, LENGTH), (HIGH, LENGTH)];
     let mut first = Target::connect(&regions, &address);
     first.until_attached();
-    first.destination.refuse().unwrap();
+    first.refuse();
     server.line("will not run the guest");
     first.until(|event| matches!(event, DestinationEvent::Ended(_)));
     assert!(server.is_running());

@@ -148,6 +148,7 @@ pub(crate) struct Target {
     pub(crate) said: Vec<DestinationEvent>,
     is_quiet: bool,
     is_snapshot: bool,
+    has_refused: bool,
 }
 
 impl Target {
@@ -173,7 +174,15 @@ impl Target {
         let mut options = DestinationOptions::default();
         options.checksums = checksums;
         let (destination, events) = Destination::start(memory, endpoint, options).unwrap();
-        Self { pieces, destination, events, said: Vec::new(), is_quiet: false, is_snapshot: false }
+        Self {
+            pieces,
+            destination,
+            events,
+            said: Vec::new(),
+            is_quiet: false,
+            is_snapshot: false,
+            has_refused: false,
+        }
     }
 
     pub(crate) fn connect(regions: &[(u64, u64)], address: &Address) -> Self {
@@ -188,6 +197,12 @@ impl Target {
     /// One of a snapshot.
     pub(crate) fn of_snapshot(regions: &[(u64, u64)], address: &Address) -> Self {
         Self { is_snapshot: true, ..Self::connect(regions, address) }
+    }
+
+    /// The guest is not to run here. Its state may be on its way.
+    pub(crate) fn refuse(&mut self) {
+        self.has_refused = true;
+        self.destination.refuse().unwrap();
     }
 
     pub(crate) fn until_attached(&mut self) {
@@ -205,6 +220,7 @@ impl Target {
         match &event {
             // A snapshot has no state to wait for.
             DestinationEvent::Attached(_) if self.is_snapshot => self.destination.ready().unwrap(),
+            DestinationEvent::State(_) if self.has_refused => {}
             DestinationEvent::State(_) => self.destination.ready().unwrap(),
             DestinationEvent::Run if !self.is_quiet => self.touch(),
             _ => {}
