@@ -167,6 +167,16 @@ fn ready_comes_after_the_state_and_may_be_said_twice() {
     pair.check_content();
 }
 
+/// The source has its guest, and nothing runs at the destination.
+fn stays_at_the_source(pair: &Pair) {
+    pair.wait_source(&SourceEvent::Reclaimed);
+    let ended = |event: &DestinationEvent| matches!(event, DestinationEvent::Ended(_));
+    pair.at_destination.wait("the end at the destination", || pair.dump(), ended);
+    assert!(matches!(pair.destination.ready(), Err(CallError::NotNow(_))));
+    assert!(!pair.at_destination.rest().contains(&DestinationEvent::Run));
+    pair.old.check(pair.setup.seed, pair.setup.content);
+}
+
 #[test]
 fn a_guest_taken_back_before_ready_stays_at_the_source() {
     prologue!("a_guest_taken_back");
@@ -174,12 +184,7 @@ fn a_guest_taken_back_before_ready_stays_at_the_source() {
     pair.source.switch_over(vec![section("cpu", 10)]).expect("may switch over");
     pair.wait_state();
     pair.source.reclaim().expect("nothing was given yet");
-    pair.wait_source(&SourceEvent::Reclaimed);
-    let ended = |event: &DestinationEvent| matches!(event, DestinationEvent::Ended(_));
-    pair.at_destination.wait("the end at the destination", || pair.dump(), ended);
-    assert!(matches!(pair.destination.ready(), Err(CallError::NotNow(_))));
-    assert!(!pair.at_destination.rest().contains(&DestinationEvent::Run));
-    pair.old.check(pair.setup.seed, pair.setup.content);
+    stays_at_the_source(&pair);
 }
 
 #[test]
@@ -213,12 +218,7 @@ fn a_destination_that_refuses_gives_the_guest_back() {
         pair.destination.refuse().expect("it does not run here");
         pair.wait_destination(&DestinationEvent::Refused);
         pair.wait_source(&SourceEvent::Refused);
-        pair.wait_source(&SourceEvent::Reclaimed);
-        let ended = |event: &DestinationEvent| matches!(event, DestinationEvent::Ended(_));
-        pair.at_destination.wait("the end at the destination", || pair.dump(), ended);
-        assert!(matches!(pair.destination.ready(), Err(CallError::NotNow(_))));
-        assert!(!pair.at_destination.rest().contains(&DestinationEvent::Run));
-        pair.old.check(pair.setup.seed, pair.setup.content);
+        stays_at_the_source(&pair);
     }
 }
 

@@ -11,7 +11,7 @@ mod waiting;
 
 use super::arrivals::{Arrivals, Arrived};
 use super::driver::Input;
-use super::pages::{FaultAnswer, MissingPage, Urgent};
+use super::pages::{FaultAnswer, MissingPage};
 use crate::inbox::{Inbox, Outlet};
 use crate::patience::Patience;
 use crate::polling::{AdaptivePolling, Idle};
@@ -494,25 +494,5 @@ impl FaultThread {
             }
         }
         Ok(())
-    }
-
-    fn place(&mut self, page: PageNumber, content: &[u8]) -> io::Result<()> {
-        match self.arrived.pages.urgent(page, content) {
-            Ok(Urgent::Installed | Urgent::Discarded) => {
-                // The page is there and who waited is awake: the rest is bookkeeping.
-                self.waited(page);
-                self.arrived.acknowledge(PageRange::one(page));
-            }
-            Ok(Urgent::Late | Urgent::BeingWritten) => drop(self.asked.remove(&page)),
-            Ok(Urgent::EventPending) => self.held.push(Held { page, content: content.to_vec() }),
-            Err(error) => return Err(self.arrived.failed(error)),
-        }
-        Ok(())
-    }
-
-    fn waited(&mut self, page: PageNumber) {
-        if let Some(Asked { since: Some(since), .. }) = self.asked.remove(&page) {
-            self.arrived.counters.waited(since.elapsed());
-        }
     }
 }

@@ -101,7 +101,8 @@ const DOUBTS: u32 = 6;
 /// waits for a page that this call placed. Who waits for a page that was there already is
 /// left to the caller to wake.
 ///
-/// That a page is there already is believed where no `presence` is given, and else looked up.
+/// That a page is there already is believed where no `presence` is given, and else looked up before
+/// it is copied to. (What was made to fail is there too, and no page map shows it.)
 pub(crate) fn run(
     uffd: &Uffd,
     fill: Fill<'_>,
@@ -110,6 +111,7 @@ pub(crate) fn run(
     page_size: u64,
     presence: Option<&Presence>,
 ) -> Filled {
+    let presence = presence.filter(|_| matches!(fill, Fill::Copy(_) | Fill::Early(_)));
     let mut filled = Filled::default();
     let mut limit = length;
     let mut doubts = 0;

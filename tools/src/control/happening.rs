@@ -33,6 +33,8 @@ enum Effect {
     Hold(Option<&'static str>),
     /// Something went wrong.
     Trouble,
+    /// The same: the destination has refused the guest, which is the source's again.
+    Refused,
 }
 
 impl Happening {
@@ -129,7 +131,10 @@ impl Happening {
                     state.hold = None;
                 }
             }
-            Effect::Trouble => {
+            Effect::Trouble | Effect::Refused => {
+                if matches!(self.effect, Effect::Refused) {
+                    state.was_refused();
+                }
                 let (event, at_us, fields) = (self.event, now.at_us, self.fields.clone());
                 state.trouble = Some(Trouble { event, at_us, fields });
             }
@@ -188,6 +193,7 @@ impl From<&SourceEvent> for Happening {
             }
             SourceEvent::Refused => {
                 Self::trouble("refused", "the destination will not run the guest: see what it says")
+                    .effect(Effect::Refused)
             }
             SourceEvent::ReclaimDenied => {
                 Self::new("reclaim_denied").effect(Effect::Phase(Phase::Running))
@@ -241,7 +247,7 @@ impl From<&DestinationEvent> for Happening {
                     .effect(Effect::Phase(Phase::Restoring))
             }
             DestinationEvent::Run => Self::new("run").effect(Effect::Phase(Phase::Running)),
-            DestinationEvent::Refused => not_here("refused", "the guest goes on at its source"),
+            DestinationEvent::Refused => not_here("refused", "the guest goes back to its source"),
             DestinationEvent::Fenced => not_here("fenced", "an operator has fenced this side"),
             DestinationEvent::Ended(reason) => not_here("ended", reason),
             DestinationEvent::TurnedAway(reason) => Self::trouble("turned_away", reason),
@@ -311,6 +317,24 @@ mod tests {
             Happening::from(&event).apply(&mut state, Now::since(Instant::now()));
         }
         assert_eq!(state.phase, Phase::AllArrived);
+    }
+
+    #[test]
+    fn a_guest_that_was_refused_is_the_sources_again_and_may_be_given_to_another() {
+        let mut state = State::new();
+        let mut hear = |event: &SourceEvent| {
+            apply(&mut state, event);
+            (state.phase, state.trouble.is_some())
+        };
+        let name = Incarnation([7; 16]);
+        for event in [SourceEvent::Attached(name), SourceEvent::Ready, SourceEvent::Given] {
+            hear(&event);
+        }
+        assert_eq!(hear(&SourceEvent::Refused), (Phase::Stopped, true));
+        hear(&SourceEvent::Attached(Incarnation([8; 16])));
+        assert_eq!(hear(&SourceEvent::Given).0, Phase::Given);
+        assert_eq!(hear(&SourceEvent::Refused).0, Phase::Stopped);
+        assert_eq!(hear(&SourceEvent::Reclaimed).0, Phase::Reclaimed);
     }
 
     #[test]

@@ -114,6 +114,13 @@ impl State {
         }
     }
 
+    /// The guest stands still at the source, however far its move had come.
+    pub(super) fn was_refused(&mut self) {
+        if self.phase <= Phase::Given {
+            self.phase = self.phase.min(Phase::Stopped);
+        }
+    }
+
     /// It is so far at least.
     pub(super) fn reach(&mut self, phase: Phase) {
         self.phase = self.phase.max(phase);

@@ -1,8 +1,10 @@
 //! What waits for an event to be read: while one is unread nothing can be placed, and this
 //! thread is the one that reads.
 
-use super::FaultThread;
+use super::super::pages::Urgent;
+use super::{Asked, FaultThread};
 use afterimage_protocol::layout::{PageNumber, PageRange};
+use std::io;
 
 /// Pages that are made to fail in one go.
 const POISON_STEP: u64 = 4096;
@@ -58,6 +60,28 @@ impl FaultThread {
             self.poisoned.push(run);
             let next = run.start.0 + run.count;
             rest = PageRange::new(PageNumber(next), end - next);
+        }
+    }
+
+    /// Puts an answer in place, and lets go of who has waited for it.
+    pub(super) fn place(&mut self, page: PageNumber, content: &[u8]) -> io::Result<()> {
+        match self.arrived.pages.urgent(page, content) {
+            Ok(Urgent::Installed | Urgent::Discarded) => {
+                // The page is there and who waited is awake: the rest is bookkeeping.
+                self.waited(page);
+                self.arrived.acknowledge(PageRange::one(page));
+            }
+            Ok(Urgent::Late | Urgent::BeingWritten) => drop(self.asked.remove(&page)),
+            Ok(Urgent::EventPending) => self.held.push(Held { page, content: content.to_vec() }),
+            Err(error) => return Err(self.arrived.failed(error)),
+        }
+        Ok(())
+    }
+
+    /// A page is there that somebody may have waited for.
+    pub(super) fn waited(&mut self, page: PageNumber) {
+        if let Some(Asked { since: Some(since), .. }) = self.asked.remove(&page) {
+            self.arrived.counters.waited(since.elapsed());
         }
     }
 }

@@ -7,6 +7,8 @@ use crate::sys::testing::{self, Area, Child, Kind};
 use crate::sys::uffd::Features;
 use afterimage_protocol::layout::RegisteredAddress;
 use nix::errno::Errno;
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
 use std::sync::atomic::Ordering;
 use userfaultfd::{Event, RegisterMode, Uffd};
@@ -288,9 +290,34 @@ fn a_huge_page_for_which_there_is_no_room_is_not_taken_for_one_that_is_there() {
 }
 
 #[test]
+fn a_huge_page_that_was_made_to_fail_is_there() {
+    const HUGE: u64 = 2 << 20;
+    let Some(uffd) = testing::userfaultfd(Features::MISSING_HUGETLBFS) else { return };
+    let Some(area) = Area::narrow(1, 1) else { return };
+    uffd.register(area.address() as *mut _, area.length as usize).unwrap();
+    let presence = Presence::of(std::process::id()).unwrap();
+    let start = RegisteredAddress(area.address());
+    let poison = || run(&uffd, Fill::Poison, start, HUGE, HUGE, Some(&presence));
+    let first = poison();
+    if first.stopped == Some(Stopped::Failed(Errno::EINVAL)) {
+        return testing::skip("poison", "an older kernel");
+    }
+    assert_eq!(first, Filled { installed: HUGE, ..Filled::default() });
+    assert_eq!(poison(), Filled { present: HUGE, ..Filled::default() });
+}
+
+#[test]
 fn nothing_is_there_of_a_process_that_has_ended() {
+    let is_gone = |process: u32| {
+        let error = Presence::of(process).unwrap().is_there(RegisteredAddress(0)).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
+    };
+    let mut child = std::process::Command::new("true").spawn().unwrap();
+    let id = Id::Pid(Pid::from_raw(child.id() as i32));
+    // Its parent has not taken note of its end.
+    waitid(id, WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+    is_gone(child.id());
+    child.wait().unwrap();
     // No process has this number.
-    let presence = Presence::of(u32::MAX).unwrap();
-    let error = presence.is_there(RegisteredAddress(0)).unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
+    is_gone(u32::MAX);
 }
