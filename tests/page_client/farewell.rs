@@ -66,6 +66,34 @@ fn a_successor_after_the_end_says_that_the_guest_does_not_run_here() {
     assert_eq!(host.kept(), 0);
 }
 
+#[test]
+fn a_successor_after_the_end_waits_for_no_driver_of_a_guest_that_is_not_here() {
+    let origin = Origin::start(64);
+    let host = Host::with_keeper(&origin.address);
+    let mut client = host.open_client();
+    // The process that has the memory is away.
+    let (_map, memory) = register(64, true);
+    drop(Words::attach_driven(&host.attach_path(), &memory));
+    let mut driver = Words::drive(&host.attach_path(), "guest");
+    origin.source.switch_over(Vec::new()).unwrap();
+    driver.expect(&["attached", "state"]);
+    origin.source.reclaim().unwrap();
+    driver.expect(&["not_here"]);
+    client.signal(Signal::SIGKILL);
+    client.end();
+
+    let mut client = host.client();
+    client.line("waiting for the VMM");
+    let mut driver = Words::drive(&host.attach_path(), "guest");
+    driver.expect(&["attached", "not_here"]);
+    let mut vmm = Words::back(&host.attach_path());
+    vmm.expect(&["attached", "not_here"]);
+    let (status, _, said) = client.end();
+    assert_eq!(status, 3, "{said:#?}");
+    assert!(!said.iter().any(|line| line.contains("has not come back")), "{said:#?}");
+    assert_eq!(host.kept(), 0);
+}
+
 /// A VMM that hangs up when its guest could run, and waits to be killed.
 #[test]
 fn role_vmm() {

@@ -146,10 +146,10 @@ pub(super) fn after_the_end(
             let is_started = state.is_some_and(was_started);
             let is_driver_owed = served.driven_by == DrivenBy::Driver && !is_started;
             let mut owed = Owed::new(true, is_driver_owed);
-            if (!was_told || owed.driver) && !last_words.is_empty() {
+            if !was_told && !last_words.is_empty() {
                 owed.say_it_again(options, &served, &last_words, waiter, progress);
             }
-            if is_driver_owed && !owed.driver {
+            if outcome == Outcome::Finished && is_driver_owed && !owed.driver {
                 note_start(state, progress);
             }
             if owed.driver && outcome == Outcome::Finished {
@@ -206,8 +206,11 @@ impl Owed {
             match door.news.try_recv() {
                 Ok(News::Died) => (self.vmm, self.driver) = (false, false),
                 Ok(news) => self.answer(news, served, last_words, &door, progress),
+                Err(_) if left.is_zero() => {
+                    return progress.say("whoever may not have heard so has not come back");
+                }
                 // A signal ends it.
-                Err(_) if left.is_zero() || !matches!(waiter.wait(left), Ok(0)) => return,
+                Err(_) if !matches!(waiter.wait(left), Ok(0)) => return,
                 Err(_) => {}
             }
         }
@@ -236,6 +239,8 @@ impl Owed {
                 for word in &all {
                     self.party.tell(word, progress);
                 }
+                // Nothing is to be done for a guest that is not here.
+                self.driver &= last_words.contains(&Word::Finished);
             }
             News::Said(number, Word::Started) if self.party.is(number) => self.driver = false,
             _ => {}
