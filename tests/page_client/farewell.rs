@@ -70,7 +70,7 @@ fn a_successor_after_the_end_says_that_the_guest_does_not_run_here() {
 fn a_successor_after_the_end_waits_for_no_driver_of_a_guest_that_is_not_here() {
     let origin = Origin::start(64);
     let host = Host::with_keeper(&origin.address);
-    let mut client = host.open_client();
+    let client = host.open_client();
     // The process that has the memory is away.
     let (_map, memory) = register(64, true);
     drop(Words::attach_driven(&host.attach_path(), &memory));
