@@ -20,7 +20,7 @@ const PAGES: u64 = 1024;
 const CHECK: &str = "check 0 1024";
 
 /// The commands of one section.
-fn commands(heading: &str) -> Vec<String> {
+pub(crate) fn commands(heading: &str) -> Vec<String> {
     let section = PAGE_OF_DOCS.split("\n## ").find(|it| it.starts_with(heading));
     let section = section.unwrap_or_else(|| panic!("no section {heading:?}"));
     let blocks = section.split("```sh\n").skip(1);
@@ -39,14 +39,13 @@ impl Desk {
         write_image(&directory.path().join("vm.mem"), layout.pages());
         fs::write(directory.path().join("vm.state"), b"what Firecracker reads").unwrap();
         let bin = directory.path().join("bin");
-        fs::create_dir(&bin).unwrap();
-        symlink(CLIENT, bin.join("page-client")).unwrap();
-        symlink(SERVER, bin.join("page-server")).unwrap();
+        install(&bin);
         // Its API is not what is tested: it listens, and `curl` starts the VM.
         program(&bin.join("firecracker"), "test \"$1\" = --api-sock || exit 2");
-        // Runs as long as the shell that has made `hold`.
+        // Runs as long as the shell that has made `hold`, and keeps it open.
         let vmm = format!(
-            "case \"$*\" in *'\"backend_type\": \"Uffd\"'*'\"backend_path\": \"uffd.sock\"'*) ;; \
+            "exec 9>&-\n\
+             case \"$*\" in *'\"backend_type\": \"Uffd\"'*'\"backend_path\": \"uffd.sock\"'*) ;; \
              *) echo 'no such request' >&2; exit 2;; esac\n\
              test -e vm.state || exit 2\n\
              (printf '%s\\n' 'connect uffd.sock' hand-over '{CHECK}'; cat hold) |\n\
@@ -62,9 +61,12 @@ impl Desk {
     /// Runs these, one after the other as a person would. The VM has every page at the end.
     fn run(&self, script: &str) {
         let path = self.directory.path();
-        let search = format!("{}:{}", path.join("bin").display(), std::env::var("PATH").unwrap());
         let mut shell = Command::new("sh");
-        shell.current_dir(path).env("PATH", search).stdin(Stdio::piped()).stderr(Stdio::null());
+        shell
+            .current_dir(path)
+            .env("PATH", search_path(&path.join("bin")))
+            .stdin(Stdio::piped())
+            .stderr(Stdio::null());
         let mut shell = shell.spawn().unwrap();
         let script = format!(
             "mkfifo hold\nexec 9<>hold\n{script}\
@@ -77,13 +79,25 @@ impl Desk {
     }
 }
 
+/// The commands by the names that the docs use, in a directory `bin`.
+pub(crate) fn install(bin: &Path) {
+    fs::create_dir(bin).unwrap();
+    symlink(CLIENT, bin.join("page-client")).unwrap();
+    symlink(SERVER, bin.join("page-server")).unwrap();
+}
+
+/// The search path of a shell with these first.
+pub(crate) fn search_path(bin: &Path) -> String {
+    format!("{}:{}", bin.display(), std::env::var("PATH").unwrap())
+}
+
 fn program(path: &Path, text: &str) {
     fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 /// A person looks whether the line is there; a script, whether the socket is.
-const SOCKET_IS_THERE: &str = "\nuntil test -S uffd.sock; do :; done\n";
+pub(crate) const SOCKET_IS_THERE: &str = "\nuntil test -S uffd.sock; do :; done\n";
 
 #[test]
 fn a_vm_is_restored_from_a_file_by_the_commands_of_the_docs() {

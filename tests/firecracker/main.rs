@@ -6,6 +6,7 @@ mod deaths;
 mod discards;
 mod docs;
 mod memory;
+mod real;
 mod refusals;
 mod restores;
 #[path = "../page_client/support.rs"]

@@ -108,6 +108,30 @@ fn version_of_qemu() -> Result<String, String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// A Firecracker that can be run: what the environment variable `AFTERIMAGE_FIRECRACKER` names, else
+/// `firecracker` in the search path. Name: `firecracker`.
+///
+/// # Panics
+/// If there is none and `AFTERIMAGE_REQUIRE` names `firecracker`.
+#[must_use]
+pub fn firecracker() -> Option<PathBuf> {
+    let named = env::var_os("AFTERIMAGE_FIRECRACKER").map(PathBuf::from);
+    let search = env::var_os("PATH").unwrap_or_default();
+    let found = named.or_else(|| {
+        env::split_paths(&search).map(|it| it.join("firecracker")).find(|it| it.is_file())
+    });
+    let missing =
+        || "no firecracker in the search path; AFTERIMAGE_FIRECRACKER may name one".into();
+    let runs = found.ok_or_else(missing).and_then(|path| {
+        match Command::new(&path).arg("--version").output() {
+            Ok(output) if output.status.success() => Ok(path),
+            Ok(output) => Err(format!("{} --version: {}", path.display(), output.status)),
+            Err(error) => Err(format!("{}: {error}", path.display())),
+        }
+    });
+    or_skip("firecracker", runs)
+}
+
 /// Where the Linux guest lies that `tests/qemu/guest/get` brings: in `qemu-guest` of the
 /// directory of cargo that this test was built in. Name: `qemu-guest`.
 ///
