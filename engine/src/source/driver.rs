@@ -418,7 +418,12 @@ impl Driver {
     /// A destination that refuses comes back and refuses again: it is told of once.
     fn note_refusal(&mut self, refusal: &Refusal) {
         if self.refused.as_ref() != Some(refusal) {
-            tracing::warn!(%refusal, "the destination refuses this source");
+            if self.session.is_snapshot() && refusal.code == RefuseCode::Ended {
+                // Its guest has ended, and the caller is told.
+                tracing::info!(%refusal, "the destination needs no more");
+            } else {
+                tracing::warn!(%refusal, "the destination refuses this source");
+            }
             self.refused = Some(refusal.clone());
         }
     }

@@ -274,7 +274,9 @@ impl SourceSession {
         Ok(())
     }
 
-    const fn is_snapshot(&self) -> bool {
+    /// Whether it serves a snapshot, and not a guest that moves.
+    #[must_use]
+    pub const fn is_snapshot(&self) -> bool {
         matches!(self.config.kind, SessionKind::Snapshot)
     }
 
