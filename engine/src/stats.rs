@@ -115,7 +115,7 @@ pub struct DestinationStats {
     pub pages_total: u64,
     /// Pages that are in place.
     pub pages_complete: u64,
-    /// Pages put in place because they were asked for.
+    /// Pages put in place because somebody waited for them: asked for, or taken from an image.
     pub pages_requested: u64,
     /// Pages put in place from background streams.
     pub pages_background: u64,

@@ -43,7 +43,7 @@ use door::{Door, News};
 use drivers::Waiting;
 use guest::Served;
 use options::Options;
-use origin::Origin;
+use origin::{FileServer, Origin};
 pub(crate) use report::Work;
 use report::{Journal, Outcome, Report};
 use serving::{Serving, Session};
@@ -123,7 +123,7 @@ fn serve_at(
     door.open(listener, Arc::clone(&adapter)).map_err(Failure::of("start a thread"))?;
     let visitors = Visitors { address, adapter: &*adapter, door: &door, progress: &progress };
     let taken = visitors.find_guest(options, &mut waiter, place.as_mut(), state.as_ref())?;
-    let Some(Taken { served, memory, with, socket, driver }) = taken else {
+    let Some(Taken { served, memory, mut with, socket, driver }) = taken else {
         return Ok(journal.close(Outcome::NotHere, None));
     };
     let runs = with.record.ownership == DestinationOwnership::Running;
@@ -136,6 +136,7 @@ fn serve_at(
     let watched = served.vmm.try_clone().and_then(|vmm| door.watch(vmm));
     let started = watched.map_err(Failure::of("watch the VMM")).and_then(|()| {
         let (endpoint, file_server) = origin.endpoint(options, memory.layout())?;
+        with.image = file_server.as_ref().map(FileServer::memory);
         let started = Destination::start(memory, endpoint, with);
         started.map(|it| (it, file_server)).map_err(Failure::of("start serving"))
     });

@@ -6,6 +6,7 @@
 //! asks for all of them again, and so does a timer, because an answer may have been lost
 //! with the channel that carried it (I4).
 
+mod image;
 mod silence;
 mod waiting;
 
@@ -29,6 +30,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+pub(super) use image::Image;
 use waiting::Held;
 
 const INBOX: Token = Token(0);
@@ -44,6 +46,8 @@ const EVENT_RETRY: Duration = Duration::from_micros(100);
 pub(super) enum Order {
     /// A new request channel takes the place of the old one.
     Ask { stream: Stream, arrivals: Arrivals, generation: Generation, silence: Duration },
+    /// What is asked for lies here too, perhaps.
+    TakeFrom(Image),
     /// The source has given this connection up.
     GiveUp(Generation),
     /// Nobody brings these pages any more, and perhaps nobody waits for them.
@@ -102,6 +106,7 @@ pub(super) struct FaultThread {
     driver: Outlet<Input>,
     polling: AdaptivePolling,
     line: Option<Line>,
+    image: Option<Image>,
     asked: HashMap<PageNumber, Asked>,
     held: Vec<Held>,
     /// Pages that are to fail.
@@ -137,6 +142,7 @@ impl FaultThread {
             driver,
             polling: AdaptivePolling::new(polling),
             line: None,
+            image: None,
             asked: HashMap::new(),
             held: Vec::new(),
             poisoned: Vec::new(),
@@ -214,6 +220,7 @@ impl FaultThread {
                     self.patience.begin_with(silence);
                     self.take_line(stream, arrivals, generation);
                 }
+                Order::TakeFrom(image) => self.take_from(image),
                 Order::GiveUp(generation) => {
                     if self.line.as_ref().is_some_and(|line| line.generation == generation) {
                         self.lose_line(&io::Error::other("the source has given it up"));
@@ -279,6 +286,7 @@ impl FaultThread {
                 FaultAnswer::Answered => drop(self.asked.remove(&fault.page)),
                 FaultAnswer::BeingWritten => {}
                 FaultAnswer::EventPending => self.again.push(fault),
+                FaultAnswer::Ask if self.take_from_image(fault.page) => {}
                 FaultAnswer::Ask => self.ask(fault.page),
                 FaultAnswer::NoRoom(error) => {
                     // Told once, until there is room again.
@@ -474,13 +482,7 @@ impl FaultThread {
                     self.place(page, content)?;
                 }
             }
-            DataFrame::Zero(pages) => {
-                self.arrived.pages.zero_urgent(pages);
-                for page in pages.iter() {
-                    self.waited(page);
-                }
-                self.arrived.acknowledge_complete(pages);
-            }
+            DataFrame::Zero(pages) => self.take_zeros(pages),
             // Asked for before anything is settled; it is asked for again then.
             DataFrame::Unreadable(_) if self.arrived.pages.is_taking_early() => {}
             DataFrame::Unreadable(pages) => {

@@ -23,7 +23,7 @@ use crate::ledger::Record;
 use crate::reconnect::{FirstConnection, Reconnect};
 use crate::session_link::{INBOX, SessionLink};
 use crate::source::{
-    CallError, Checksums, Endpoint, Incarnation, SessionId, StartError, StateSection,
+    CallError, Checksums, Endpoint, Incarnation, SessionId, SourceMemory, StartError, StateSection,
 };
 use crate::stats::DestinationStats;
 use crate::threads::{self, ThreadHook, ThreadRole};
@@ -124,6 +124,11 @@ pub struct DestinationOptions {
     pub state: StateDelivery,
     /// What becomes of pages that the source cannot read.
     pub unreadable: UnreadablePages,
+    /// The memory of the same snapshot, where this machine has it: a page that somebody waits for
+    /// is taken from its files if it is in the page cache (or in a file in memory), and asked for
+    /// only if it is not. All that nobody waits for comes from the source. Not used for a guest that
+    /// moves. It must hold what the source holds, and not change.
+    pub image: Option<Arc<SourceMemory>>,
     /// Called on every thread of the engine.
     pub threads: ThreadHook,
 }
@@ -147,6 +152,7 @@ impl Default for DestinationOptions {
             precopy: true,
             state: StateDelivery::default(),
             unreadable: UnreadablePages::default(),
+            image: None,
             threads: ThreadHook::default(),
         }
     }
@@ -245,6 +251,10 @@ impl Destination {
         options: DestinationOptions,
     ) -> Result<(Self, Events<DestinationEvent>), StartError> {
         memory.check_presence()?;
+        if let Some(image) = &options.image {
+            let compared = image.layout().serving(&memory.layout);
+            compared.map_err(|error| StartError::Image { reason: error.to_string() })?;
+        }
         let poll = Poll::new()?;
         let (inbox, outlet) = Inbox::new(&poll, INBOX)?;
         let (sender, events) = events::channel()?;

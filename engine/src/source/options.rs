@@ -160,6 +160,12 @@ pub enum StartError {
         /// What is wrong.
         reason: String,
     },
+    /// The image is of other memory than the destination's.
+    #[error("the image is of other memory than the destination's: {reason}")]
+    Image {
+        /// How they differ; the image is called the source.
+        reason: String,
+    },
     /// Pages cannot be freed as was asked for, or some were and it is not known which.
     #[error(transparent)]
     Release(#[from] ReleaseError),

@@ -3,6 +3,7 @@
 //! The rest of the engine calls these and knows no system call. Each wrapper reports
 //! exactly what the kernel said; what to make of it is left to the caller.
 
+pub(crate) mod cached;
 pub(crate) mod fill;
 pub(crate) mod holes;
 pub(crate) mod kvm;

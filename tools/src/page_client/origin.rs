@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use afterimage::{
     Address, Endpoint, GuestLayout, Incarnation, Listener, Plaintext, SnapshotServer, SourceEvent,
-    SourceOptions,
+    SourceMemory, SourceOptions,
 };
 
 use super::Failure;
@@ -28,10 +28,18 @@ pub(super) enum Origin {
 /// A file's server in this process, as long as it is held.
 #[derive(Debug)]
 pub(super) struct FileServer {
+    memory: Arc<SourceMemory>,
     _server: SnapshotServer,
     _events: afterimage::Events<(Incarnation, SourceEvent)>,
     /// By which its socket is found: it has no name any more.
     _socket: OwnedFd,
+}
+
+impl FileServer {
+    /// What it serves, for who needs no server to read what is in memory.
+    pub(super) fn memory(&self) -> Arc<SourceMemory> {
+        Arc::clone(&self.memory)
+    }
 }
 
 impl Origin {
@@ -108,9 +116,10 @@ fn serve(
     let mut with = SourceOptions::default();
     with.background = options.bandwidth.into();
     with.polling = options.polling;
-    let (server, events) = SnapshotServer::start(Arc::new(memory), listener, with, 1)
+    let memory = Arc::new(memory);
+    let (server, events) = SnapshotServer::start(Arc::clone(&memory), listener, with, 1)
         .map_err(Failure::of("serve the memory file"))?;
     let path = format!("/proc/self/fd/{}", socket.as_raw_fd());
-    let server = FileServer { _server: server, _events: events, _socket: socket.into() };
+    let server = FileServer { memory, _server: server, _events: events, _socket: socket.into() };
     Ok((Endpoint::Connect(Address::Unix(path.into())), server))
 }

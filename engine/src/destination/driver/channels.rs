@@ -2,7 +2,7 @@
 //! one.
 
 use super::super::arrivals::Arrivals;
-use super::super::faults::Order;
+use super::super::faults::{Image, Order};
 use super::super::receive::Receiver;
 use super::{Driver, Input};
 use crate::slots::Party;
@@ -26,6 +26,11 @@ impl Driver {
         self.arrivals =
             Some(self.arrived.on(stamp.epoch, self.link.checksums(), self.session.can_precopy()));
         self.link.watch(self.silence());
+        if self.session.is_snapshot()
+            && let Some(image) = self.options.image.take()
+        {
+            self.faults.send(Order::TakeFrom(Image::new(image)));
+        }
         let background = (0..streams).map(Channel::Background);
         self.slots.open(stamp.epoch, std::iter::once(Channel::Request(0)).chain(background));
         if self.link.dials() {

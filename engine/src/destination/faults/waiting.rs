@@ -78,6 +78,15 @@ impl FaultThread {
         Ok(())
     }
 
+    /// Pages are zero.
+    pub(super) fn take_zeros(&mut self, pages: PageRange) {
+        self.arrived.pages.zero_urgent(pages);
+        for page in pages.iter() {
+            self.waited(page);
+        }
+        self.arrived.acknowledge_complete(pages);
+    }
+
     /// A page is there that somebody may have waited for.
     pub(super) fn waited(&mut self, page: PageNumber) {
         if let Some(Asked { since: Some(since), .. }) = self.asked.remove(&page) {

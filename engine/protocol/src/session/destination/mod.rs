@@ -218,7 +218,10 @@ impl DestinationSession {
         }
     }
 
-    fn is_snapshot(&self) -> bool {
+    /// Whether the source serves a snapshot, and not a guest that moves. `false` before one has been
+    /// connected.
+    #[must_use]
+    pub fn is_snapshot(&self) -> bool {
         self.kind == Some(SessionKind::Snapshot)
     }
 

@@ -1,0 +1,57 @@
+//! Reading what a file has in memory, without waiting for a disk.
+
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// Whether a file lies in memory as a whole, and in no other place but swap. The kernel does not
+/// promise for those that it will not wait (`EOPNOTSUPP`).
+pub(crate) fn is_in_memory(file: impl AsFd) -> io::Result<bool> {
+    let found = fstatfs(file)?.filesystem_type();
+    Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&found))
+}
+
+/// Fills `into` from the page cache; `false` if not all of it is there, or the file ends before.
+///
+/// # Errors
+/// What the kernel says: `EOPNOTSUPP` where the file system cannot do it.
+pub(crate) fn read_exact_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<bool> {
+    let iov = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    // SAFETY: the kernel writes only to `into`, which is borrowed for the call.
+    let got = unsafe {
+        libc::preadv2(file.as_raw_fd(), &raw const iov, 1, offset as i64, libc::RWF_NOWAIT)
+    };
+    match usize::try_from(got) {
+        Ok(got) => Ok(got == into.len()),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            error => Err(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn what_a_file_does_not_have_is_not_waited_for() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 8192], 0).unwrap();
+        let mut into = [0; 4096];
+        match read_exact_at(&file, &mut into, 4096) {
+            Ok(is_there) => assert!(!is_there || into == [7; 4096]),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP)),
+        }
+        // It ends in the midst of this.
+        assert!(!read_exact_at(&file, &mut into, 8192 - 5).unwrap_or(false));
+    }
+
+    #[test]
+    fn files_in_memory_are_told() {
+        assert!(is_in_memory(tempfile::tempfile_in("/dev/shm").unwrap()).unwrap());
+        assert!(!is_in_memory(File::open("/proc/self/stat").unwrap()).unwrap());
+    }
+}
