@@ -1,21 +1,28 @@
 //! A guest that moves: on files and on memfds, with one vCPU and with two.
 
-use crate::support::{Backing, Qemu, Scene, Side, Writes, can_move, can_track, check_lived_on};
+use afterimage_tools::require;
+
+use crate::support::{
+    Accelerator, Backing, Qemu, Scene, Side, Writes, can_move, can_track, check_lived_on,
+};
 
 /// Rounds before the guest moves, and after it has.
 const ROUNDS: usize = 5;
 
 /// One process drives both.
 fn migrates(vcpus: usize, backing: Backing) {
-    if !can_move(backing) {
-        return;
+    if can_move(backing) {
+        moves(&Scene::new(vcpus, backing));
     }
-    let scene = Scene::new(vcpus, backing);
+}
+
+fn moves(scene: &Scene) {
+    let vcpus = scene.vcpus;
     let pages = scene.unix("pages");
-    let source = Qemu::start(&scene, Side::Source);
+    let source = Qemu::start(scene, Side::Source);
     source.serial.wait_rounds(vcpus, ROUNDS);
     let client = scene.client(&["--connect", &pages]);
-    let mut destination = Qemu::start(&scene, Side::Destination);
+    let mut destination = Qemu::start(scene, Side::Destination);
     let driver = scene.migrate(&["--quit-source"]);
     let (status, report, _) = driver.report();
     assert_eq!(status, 0, "{report:#}");
@@ -31,10 +38,13 @@ fn migrates(vcpus: usize, backing: Backing) {
 
 /// Memory goes in passes first, and the guest writes all the time.
 fn migrates_in_passes(vcpus: usize, backing: Backing, passes: &str) {
-    if !can_move(backing) || !can_track() {
-        return;
+    if can_move(backing) && can_track() {
+        moves_in_passes(Scene::new(vcpus, backing), passes);
     }
-    let mut scene = Scene::new(vcpus, backing);
+}
+
+fn moves_in_passes(mut scene: Scene, passes: &str) {
+    let vcpus = scene.vcpus;
     scene.writes = Writes::Tracked;
     let source = Qemu::start(&scene, Side::Source);
     source.serial.wait_rounds(vcpus, ROUNDS);
@@ -86,4 +96,30 @@ fn a_guest_of_one_vcpu_moves_from_memfd_to_memfd() {
 #[test]
 fn a_guest_of_two_vcpus_moves_from_memfd_to_memfd() {
     migrates(2, Backing::Memfd);
+}
+
+/// A guest that the kernel runs, and takes the faults for.
+fn on_kvm(vcpus: usize, backing: Backing) -> Option<Scene> {
+    if !can_move(backing) || !require::kvm() {
+        return None;
+    }
+    let mut scene = Scene::new(vcpus, backing);
+    scene.accelerator = Accelerator::Kvm;
+    Some(scene)
+}
+
+#[test]
+fn a_guest_on_kvm_moves_from_file_to_file() {
+    if let Some(scene) = on_kvm(2, Backing::File) {
+        moves(&scene);
+    }
+}
+
+#[test]
+fn two_passes_before_a_guest_on_kvm_moves_leave_nothing_old() {
+    if let Some(scene) = on_kvm(2, Backing::File)
+        && can_track()
+    {
+        moves_in_passes(scene, "2");
+    }
 }

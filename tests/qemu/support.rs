@@ -50,6 +50,7 @@ pub(crate) enum Side {
 /// Two hosts that are one, and what both QEMUs are started with.
 pub(crate) struct Scene {
     pub(crate) directory: tempfile::TempDir,
+    pub(crate) accelerator: Accelerator,
     pub(crate) vcpus: usize,
     pub(crate) backing: Backing,
     pub(crate) writes: Writes,
@@ -59,6 +60,15 @@ pub(crate) struct Scene {
     pub(crate) named: Vec<usize>,
     /// What runs there.
     pub(crate) program: Vec<String>,
+}
+
+/// What runs the guest's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Accelerator {
+    /// QEMU itself, whose threads touch guest memory.
+    Tcg,
+    /// The kernel, which touches it for the guest.
+    Kvm,
 }
 
 /// Whether the source's QEMU runs with the library that lets its writes be tracked.
@@ -83,7 +93,16 @@ impl Scene {
         // On tmpfs, because guest memory is there too.
         let directory = tempfile::Builder::new().prefix("qemu-").tempdir_in("/dev/shm").unwrap();
         let (writes, program) = (Writes::Untracked, Vec::new());
-        Self { directory, vcpus, backing, writes, backends: vec![mib], named: vec![0], program }
+        Self {
+            directory,
+            accelerator: Accelerator::Tcg,
+            vcpus,
+            backing,
+            writes,
+            backends: vec![mib],
+            named: vec![0],
+            program,
+        }
     }
 
     /// The same with these memory backends.
@@ -235,7 +254,11 @@ impl Side {
 fn machine(scene: &Scene, side: Side) -> Vec<String> {
     let mib: u64 = scene.backends.iter().sum();
     let (nothing, vcpus) = ("-nodefaults -no-user-config -display none", scene.vcpus);
-    let mut all = vec![format!("{nothing} -accel tcg -m {mib}M -smp {vcpus} -machine")];
+    let accelerator = match scene.accelerator {
+        Accelerator::Tcg => "tcg",
+        Accelerator::Kvm => "kvm",
+    };
+    let mut all = vec![format!("{nothing} -accel {accelerator} -m {mib}M -smp {vcpus} -machine")];
     all.push(match (scene.backing, scene.backends.len()) {
         (Backing::Private, _) => "pc".to_owned(),
         (_, 1) => "pc,memory-backend=ram0".to_owned(),
