@@ -151,7 +151,7 @@ pub struct DestinationStats {
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct FaultLatency {
-    /// How many faults were answered with a page from the source.
+    /// How many pages somebody waited for until they came, from the source or an image.
     pub count: u64,
     /// All of them together.
     pub total: Duration,

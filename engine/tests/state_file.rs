@@ -9,12 +9,10 @@ use afterimage::{
 };
 use common::children::{Role, argument, say};
 use common::{Memory, Pair, Setup};
-use nix::sched::{CloneFlags, unshare};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 fn layout(pages: u64) -> GuestLayout {
     let region =
@@ -171,32 +169,6 @@ fn destinations_have_files_of_their_own() {
     assert!(error.contains("that of a destination"), "{error}");
 }
 
-/// Runs `test` in a directory on a file system of 64 KiB that only its thread sees.
-fn on_a_small_disk(test: impl FnOnce(&Path) + Send + 'static) {
-    let small = std::thread::spawn(move || {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().to_str().unwrap();
-        let mounted =
-            unshare(CloneFlags::CLONE_NEWNS).map_err(|error| error.to_string()).and_then(|()| {
-                mount(&["--make-rprivate", "/"])?;
-                mount(&["-t", "tmpfs", "-o", "size=64k", "small", path])
-            });
-        match mounted {
-            Ok(()) => test(directory.path()),
-            Err(why) => common::skip("mount", &why),
-        }
-    });
-    small.join().unwrap();
-}
-
-/// In the name space of this thread, which its children share.
-fn mount(arguments: &[&str]) -> Result<(), String> {
-    let output = Command::new("mount").args(arguments).output();
-    let output = output.map_err(|error| error.to_string())?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    output.status.success().then_some(()).ok_or(said)
-}
-
 /// Leaves no room; the file that takes it.
 fn fill(directory: &Path) -> PathBuf {
     let path = directory.join("filler");
@@ -208,7 +180,7 @@ fn fill(directory: &Path) -> PathBuf {
 
 #[test]
 fn a_full_disk_keeps_the_old_record_and_takes_the_new_one_when_there_is_room() {
-    on_a_small_disk(|directory| {
+    common::small_disk::on_a_small_disk("64k", |directory| {
         let path = directory.join("state");
         let (file, old) = begun(&path);
         let filler = fill(directory);
@@ -229,7 +201,7 @@ fn a_full_disk_keeps_the_old_record_and_takes_the_new_one_when_there_is_room() {
 #[test]
 fn a_session_on_a_full_disk_says_so_and_goes_on_when_there_is_room() {
     prologue!("a_session_on_a_full_disk_says_so_and_goes_on_when_there_is_room");
-    on_a_small_disk(|directory| {
+    common::small_disk::on_a_small_disk("64k", |directory| {
         let path = directory.join("state");
         let setup = Setup::default();
         let file = SourceStateFile::open(&path).unwrap();

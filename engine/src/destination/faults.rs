@@ -119,6 +119,8 @@ pub(super) struct FaultThread {
     /// The VMM has been told of that.
     lacks_room: bool,
     faults: Vec<MissingPage>,
+    /// When faults were read last.
+    read_at: Instant,
     outgoing: Vec<u8>,
     next_retry: Instant,
     patience: Patience,
@@ -151,6 +153,7 @@ impl FaultThread {
             short_of_room: Vec::new(),
             lacks_room: false,
             faults: Vec::new(),
+            read_at: Instant::now(),
             outgoing: Vec::new(),
             next_retry: Instant::now() + RETRY_AFTER,
             patience: Patience::new(Duration::ZERO),
@@ -243,6 +246,7 @@ impl FaultThread {
         let read = self.arrived.pages.read_events(&mut self.faults)?;
         if read.events > 0 {
             self.polling.busy();
+            self.read_at = Instant::now();
         }
         for discarded in read.discarded {
             self.arrived.acknowledge_complete(discarded);
@@ -286,8 +290,7 @@ impl FaultThread {
                 FaultAnswer::Answered => drop(self.asked.remove(&fault.page)),
                 FaultAnswer::BeingWritten => {}
                 FaultAnswer::EventPending => self.again.push(fault),
-                FaultAnswer::Ask if self.take_from_image(fault.page) => {}
-                FaultAnswer::Ask => self.ask(fault.page),
+                FaultAnswer::Ask => self.take_or_ask(fault.page),
                 FaultAnswer::NoRoom(error) => {
                     // Told once, until there is room again.
                     if !std::mem::replace(&mut self.lacks_room, true) {
@@ -311,22 +314,6 @@ impl FaultThread {
                 self.push_request(page);
             }
             Entry::Occupied(mut asked) => drop(asked.get_mut().since.get_or_insert(now)),
-        }
-    }
-
-    fn want(&mut self, pages: PageRange) {
-        if self.has_poison {
-            self.poison_again(pages);
-        }
-        let now = Instant::now();
-        self.waits_for_nothing_else();
-        let asked = Asked { since: None, last: now, first: now };
-        self.arrived.pages.promote(pages);
-        for page in pages.iter() {
-            if !self.arrived.pages.planes().is_complete(page) && !self.asked.contains_key(&page) {
-                self.asked.insert(page, asked);
-                self.push_request(page);
-            }
         }
     }
 

@@ -127,7 +127,8 @@ pub struct DestinationOptions {
     /// The memory of the same snapshot, where this machine has it: a page that somebody waits for
     /// is taken from its files if it is in the page cache (or in a file in memory), and asked for
     /// only if it is not. All that nobody waits for comes from the source. Not used for a guest that
-    /// moves. It must hold what the source holds, and not change.
+    /// moves. It must hold what the source holds, and not change. All of it must be in files; those
+    /// of a file system that does not say what is cached (overlayfs, FUSE) bring nothing.
     pub image: Option<Arc<SourceMemory>>,
     /// Called on every thread of the engine.
     pub threads: ThreadHook,
@@ -252,8 +253,10 @@ impl Destination {
     ) -> Result<(Self, Events<DestinationEvent>), StartError> {
         memory.check_presence()?;
         if let Some(image) = &options.image {
-            let compared = image.layout().serving(&memory.layout);
-            compared.map_err(|error| StartError::Image { reason: error.to_string() })?;
+            let compared = image.layout().serving(&memory.layout).map_err(|it| it.to_string());
+            compared
+                .and_then(|_| image.check_files())
+                .map_err(|reason| StartError::Image { reason })?;
         }
         let poll = Poll::new()?;
         let (inbox, outlet) = Inbox::new(&poll, INBOX)?;

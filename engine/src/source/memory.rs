@@ -6,7 +6,7 @@
 //! where the file has been cut short.
 
 use super::release::ReleaseError;
-use crate::sys::cached;
+use crate::sys::cached::AtOnce;
 use crate::sys::holes::{self, Extent, Pagemap, Presence};
 use crate::sys::mapping::{self, RawRun};
 use crate::sys::maps::{self, MappingError};
@@ -32,8 +32,7 @@ struct FileRegion {
     offset: u64,
     /// Its pages are huge, and so large.
     huge: Option<u64>,
-    /// It lies in memory as a whole.
-    is_in_memory: bool,
+    at_once: AtOnce,
     lifetime: MemoryLifetime,
 }
 
@@ -132,13 +131,13 @@ impl SourceRegion {
         let region = Region::new(guest_address, length, PageSize::KIB_4, Backing::Shared);
         let huge = mapping::huge_page_bytes(&file)
             .map_err(wrap("see on which file system the memory file is"))?;
-        let is_in_memory = cached::is_in_memory(&file)
-            .map_err(wrap("see on which file system the memory file is"))?;
+        let at_once =
+            AtOnce::of(&file).map_err(wrap("see on which file system the memory file is"))?;
         let lifetime = match found.nlink() {
             0 => MemoryLifetime::Descriptors,
             _ => MemoryLifetime::Files,
         };
-        Ok(Self { region, file: Some(FileRegion { file, offset, huge, is_in_memory, lifetime }) })
+        Ok(Self { region, file: Some(FileRegion { file, offset, huge, at_once, lifetime }) })
     }
 }
 
@@ -315,19 +314,24 @@ impl SourceMemory {
         Brought { run: RawRun { start: into.as_mut_ptr(), length: got }, is_cut }
     }
 
+    /// Whether all of it is in files; why not.
+    pub(crate) fn check_files(&self) -> Result<(), String> {
+        let mut each = self.layout.regions().iter().zip(&self.files);
+        match each.find(|(_, file)| file.is_none()) {
+            None => Ok(()),
+            Some((region, _)) => {
+                Err(format!("its region at guest address {} is no file", region.guest_address))
+            }
+        }
+    }
+
     /// Reads bytes of a region without waiting for a disk; `false` if that cannot be, or the region
     /// has no file.
     pub(crate) fn bring_at_once(&self, region: usize, offset: u64, into: &mut [u8]) -> bool {
-        let Some(FileRegion { file, offset: base, is_in_memory, .. }) = &self.files[region] else {
+        let Some(FileRegion { file, offset: base, at_once, .. }) = &self.files[region] else {
             return false;
         };
-        let at = base + offset;
-        let read = match is_in_memory {
-            true => file.read_exact_at(into, at).map(|()| true),
-            false => cached::read_exact_at(file, into, at),
-        };
-        // Whoever cannot wait asks another, who is told what is wrong with it.
-        read.unwrap_or(false)
+        at_once.read(file, into, base + offset)
     }
 
     /// The next bytes of a region at or after `from`, before `end`, that are no hole. Of a file

@@ -160,10 +160,10 @@ pub enum StartError {
         /// What is wrong.
         reason: String,
     },
-    /// The image is of other memory than the destination's.
-    #[error("the image is of other memory than the destination's: {reason}")]
+    /// The image is of other memory than the destination's, or not all of it is in files.
+    #[error("the image cannot be used: {reason}")]
     Image {
-        /// How they differ; the image is called the source.
+        /// What is wrong; where memory differs, the image is called the source.
         reason: String,
     },
     /// Pages cannot be freed as was asked for, or some were and it is not known which.

@@ -1,13 +1,54 @@
-//! Reading what a file has in memory, without waiting for a disk.
+//! Reading what a file has in memory, without waiting for content from a disk.
+//!
+//! Where it is not there, the kernel may begin to read it: that takes some microseconds, and with a
+//! full queue longer.
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// How content of a file can be had by who must not wait.
+#[derive(Debug)]
+pub(crate) enum AtOnce {
+    /// All of it is in memory, or swap.
+    Always,
+    /// What the page cache has; `false` once the file system has said that it cannot tell.
+    Cached(AtomicBool),
+}
+
+impl AtOnce {
+    pub(crate) fn of(file: &File) -> io::Result<Self> {
+        let is_in_memory = is_in_memory(file)?;
+        Ok(if is_in_memory { Self::Always } else { Self::Cached(AtomicBool::new(true)) })
+    }
+
+    /// Fills `into`; `false` if somebody else has to read it, who is told what is wrong with it, if
+    /// anything is.
+    pub(crate) fn read(&self, file: &File, into: &mut [u8], offset: u64) -> bool {
+        let is_able = match self {
+            Self::Always => return file.read_exact_at(into, offset).is_ok(),
+            Self::Cached(is_able) => is_able,
+        };
+        if !is_able.load(Ordering::Relaxed) {
+            return false;
+        }
+        let read = read_exact_at(file, into, offset);
+        if let Err(error) = &read
+            && error.raw_os_error() == Some(libc::EOPNOTSUPP)
+            && is_able.swap(false, Ordering::Relaxed)
+        {
+            tracing::info!("the file system of an image does not say what is in the page cache");
+        }
+        read.unwrap_or(false)
+    }
+}
 
 /// Whether a file lies in memory as a whole, and in no other place but swap. The kernel does not
 /// promise for those that it will not wait (`EOPNOTSUPP`).
-pub(crate) fn is_in_memory(file: impl AsFd) -> io::Result<bool> {
+fn is_in_memory(file: impl AsFd) -> io::Result<bool> {
     let found = fstatfs(file)?.filesystem_type();
     Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&found))
 }
@@ -15,8 +56,8 @@ pub(crate) fn is_in_memory(file: impl AsFd) -> io::Result<bool> {
 /// Fills `into` from the page cache; `false` if not all of it is there, or the file ends before.
 ///
 /// # Errors
-/// What the kernel says: `EOPNOTSUPP` where the file system cannot do it.
-pub(crate) fn read_exact_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<bool> {
+/// What the kernel says: `EOPNOTSUPP` where the file system cannot do it, as overlayfs and FUSE.
+fn read_exact_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<bool> {
     let iov = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     // SAFETY: the kernel writes only to `into`, which is borrowed for the call.
     let got = unsafe {
@@ -34,7 +75,6 @@ pub(crate) fn read_exact_at(file: &File, into: &mut [u8], offset: u64) -> io::Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::FileExt;
 
     #[test]
     fn what_a_file_does_not_have_is_not_waited_for() {

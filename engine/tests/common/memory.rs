@@ -98,6 +98,13 @@ impl Memory {
         Self::try_new(kinds).expect("no huge pages asked for")
     }
 
+    /// Memory in this file.
+    pub fn on_file(file: File, length: u64) -> Arc<Self> {
+        file.set_len(length).expect("a size");
+        let area = Area::map_file(Kind::Memfd, GuestAddress(0), length, Some(file.into()));
+        Arc::new(Self { areas: vec![area.expect("a mapping")] })
+    }
+
     fn map(kinds: &[(Kind, u64)]) -> std::io::Result<Self> {
         let areas = kinds.iter().enumerate().map(|(index, (kind, length))| {
             Area::map(*kind, GuestAddress(index as u64 * GAP), *length)
@@ -263,13 +270,26 @@ impl Memory {
 
 impl Area {
     fn map(kind: Kind, guest: GuestAddress, length: u64) -> std::io::Result<Self> {
-        let (flags, file) = match kind {
-            Kind::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None),
-            Kind::Memfd => (libc::MAP_SHARED, Some(memfd(MFdFlags::MFD_CLOEXEC, length)?)),
+        let file = match kind {
+            Kind::Anonymous => None,
+            Kind::Memfd => Some(memfd(MFdFlags::MFD_CLOEXEC, length)?),
             Kind::Huge => {
                 let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
-                (libc::MAP_SHARED, Some(memfd(flags, length)?))
+                Some(memfd(flags, length)?)
             }
+        };
+        Self::map_file(kind, guest, length, file)
+    }
+
+    fn map_file(
+        kind: Kind,
+        guest: GuestAddress,
+        length: u64,
+        file: Option<OwnedFd>,
+    ) -> std::io::Result<Self> {
+        let flags = match &file {
+            None => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            Some(_) => libc::MAP_SHARED,
         };
         let fd = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         let access = libc::PROT_READ | libc::PROT_WRITE;

@@ -16,6 +16,7 @@ pub mod peer;
 pub mod proxy;
 pub mod random;
 pub mod session;
+pub mod small_disk;
 pub mod victim;
 
 pub use lone::{LoneDestination, LoneSource};

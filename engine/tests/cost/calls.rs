@@ -54,7 +54,7 @@ impl Call {
             libc::SYS_epoll_pwait => Self::Wait,
             libc::SYS_ppoll => Self::Poll,
             libc::SYS_read => Self::Read,
-            libc::SYS_pread64 => Self::ReadAt,
+            libc::SYS_pread64 | libc::SYS_preadv2 => Self::ReadAt,
             libc::SYS_lseek => Self::Seek,
             libc::SYS_statx | libc::SYS_fstat | libc::SYS_newfstatat => Self::Status,
             libc::SYS_write => Self::Write,

@@ -5,8 +5,8 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Instant;
 
@@ -136,7 +136,8 @@ impl Machine {
     }
 
     /// How it ended, by itself.
-    pub(crate) fn end(&mut self) -> std::process::ExitStatus {
+    pub(crate) fn end(&mut self) -> ExitStatus {
+        self.hears_the_rest();
         self.child.wait().unwrap()
     }
 
@@ -152,8 +153,12 @@ impl Machine {
 
     /// What the guest has said to the end of the process.
     fn hears_the_rest(&mut self) {
-        while let Ok(line) = self.said.recv_timeout(LIMIT) {
-            self.hears(&line);
+        loop {
+            match self.said.recv_timeout(LIMIT) {
+                Ok(line) => self.hears(&line),
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => panic!("Firecracker does not end"),
+            }
         }
     }
 }
@@ -240,8 +245,10 @@ impl Snapshot {
         symlink(&self.firecracker, bin.join("firecracker")).unwrap();
         let said = self.path("said");
         let print = File::create(&said).unwrap();
-        let mut shell = Command::new("sh");
-        shell.arg("-c").arg(script).current_dir(self.directory.path());
+        let mut shell = Command::new("timeout");
+        // It ends what it has started also when it is told to end.
+        shell.args(["60", "sh", "-c", &format!("trap 'exit 1' TERM\n{script}")]);
+        shell.current_dir(self.directory.path());
         shell.env("PATH", search_path(&bin)).stdin(Stdio::null());
         shell.stderr(print.try_clone().unwrap()).stdout(print);
         let status = shell.status().unwrap();

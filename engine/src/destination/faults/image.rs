@@ -1,15 +1,15 @@
 //! A snapshot's memory that lies on this machine too: who waits for a page gets it from there.
 //!
-//! Invariants: only what can be had without waiting is taken, because this thread waits for nothing
-//! but faults and answers; everything else is asked for. Memory of a guest that moves is never taken:
-//! it changes, and only its source knows when it is final.
+//! Invariants: only what is there already is taken, because this thread waits for nothing but faults
+//! and answers; everything else is asked for, and not looked for here again (a page that cannot be
+//! put in place would be tried for ever, at each fault of whoever it wakes). Memory of a guest that
+//! moves is never taken: it changes, and only its source knows when it is final.
 
 use super::{Asked, FaultThread};
 use crate::source::SourceMemory;
 use crate::sys::mapping::{RawRun, Staging, is_zero};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Where pages are taken from, and put on the way.
 #[derive(Debug)]
@@ -35,8 +35,21 @@ impl FaultThread {
         }
     }
 
+    /// Brings a page that somebody waits for.
+    pub(super) fn take_or_ask(&mut self, page: PageNumber) {
+        // What was asked for once is not there, or cannot be put in place.
+        if !self.asked.contains_key(&page) && self.take_from_image(page) {
+            return;
+        }
+        self.ask(page);
+        if self.image.is_some() {
+            // What is taken for other faults may take its time.
+            self.flush();
+        }
+    }
+
     /// Puts a page in place that somebody waits for, if it can be had at once.
-    pub(super) fn take_from_image(&mut self, page: PageNumber) -> bool {
+    fn take_from_image(&mut self, page: PageNumber) -> bool {
         let Some(mut image) = self.image.take() else { return false };
         let is_taken = self.try_image(&mut image, page);
         self.image = Some(image);
@@ -44,7 +57,7 @@ impl FaultThread {
     }
 
     fn try_image(&mut self, image: &mut Image, page: PageNumber) -> bool {
-        let since = Instant::now();
+        let since = self.read_at;
         let pages = PageRange::one(page);
         let Some(run) = self.arrived.pages.layout().split(pages).next() else { return false };
         let content = image.staging.bytes(run.length as usize);

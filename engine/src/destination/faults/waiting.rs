@@ -5,6 +5,7 @@ use super::super::pages::Urgent;
 use super::{Asked, FaultThread};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use std::io;
+use std::time::Instant;
 
 /// Pages that are made to fail in one go.
 const POISON_STEP: u64 = 4096;
@@ -51,9 +52,26 @@ impl FaultThread {
         }
     }
 
+    /// Asks for pages that nobody brings any more, though perhaps nobody waits for them.
+    pub(super) fn want(&mut self, pages: PageRange) {
+        if self.has_poison {
+            self.poison_again(pages);
+        }
+        let now = Instant::now();
+        self.waits_for_nothing_else();
+        let asked = Asked { since: None, last: now, first: now };
+        self.arrived.pages.promote(pages);
+        for page in pages.iter() {
+            if !self.arrived.pages.planes().is_complete(page) && !self.asked.contains_key(&page) {
+                self.asked.insert(page, asked);
+                self.push_request(page);
+            }
+        }
+    }
+
     /// Nobody brings these pages any more: those that the source cannot read will fail too. They
     /// may have been left out before, because somebody had claimed them.
-    pub(super) fn poison_again(&mut self, pages: PageRange) {
+    fn poison_again(&mut self, pages: PageRange) {
         let end = pages.start.0 + pages.count;
         let mut rest = pages;
         while let Some(run) = self.arrived.pages.unreadable().first_set_in(rest) {
