@@ -193,7 +193,7 @@ fn a_page_for_which_there_is_no_room_is_not_tried_without_end() {
         // There is room for some pages, and for no more.
         let filler = open("filler");
         filler.write_all_at(&vec![1; MIB as usize], 0).unwrap();
-        let new = Memory::on_file(open("memory"), 4 * MIB);
+        let new = Memory::on_file(open("memory"), 4 * MIB, &[]);
         let image = Memory::new(&as_files(&setup));
         image.fill(setup.seed, setup.content);
         let restored = Restored::start(&setup, Background::OnRequest, image.as_source(), &new);

@@ -166,7 +166,8 @@ impl Arrived {
         });
     }
 
-    /// A page could not be put in place: the channel ends, and the VMM is told why.
+    /// A page could not be put in place: the VMM is told why. The channel ends with the error that is
+    /// given back, unless whoever waits for that page alone is to wait.
     pub(super) fn failed(&self, error: InstallError) -> io::Error {
         self.driver.send(Input::InstallFailed(error));
         io::Error::other(error)

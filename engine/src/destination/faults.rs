@@ -7,6 +7,7 @@
 //! with the channel that carried it (I4).
 
 mod image;
+mod room;
 mod silence;
 mod waiting;
 
@@ -31,6 +32,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 pub(super) use image::Image;
+use room::Roomless;
 use waiting::Held;
 
 const INBOX: Token = Token(0);
@@ -108,6 +110,8 @@ pub(super) struct FaultThread {
     line: Option<Line>,
     image: Option<Image>,
     asked: HashMap<PageNumber, Asked>,
+    /// Of pages that came and could not be put in place.
+    roomless: Roomless,
     held: Vec<Held>,
     /// Pages that are to fail.
     poisoned: Vec<PageRange>,
@@ -146,6 +150,7 @@ impl FaultThread {
             line: None,
             image: None,
             asked: HashMap::new(),
+            roomless: Roomless::default(),
             held: Vec::new(),
             poisoned: Vec::new(),
             has_poison: false,
@@ -257,7 +262,8 @@ impl FaultThread {
 
     /// Waits for news, and says where it is.
     fn block(&mut self, events: &mut Events) -> io::Result<Look> {
-        let timeout = (!self.asked.is_empty() || !self.short_of_room.is_empty())
+        let timeout = self
+            .has_to_retry()
             .then(|| self.gives_up_at().map_or(self.next_retry, |at| at.min(self.next_retry)))
             .map(|at| at.saturating_duration_since(Instant::now()));
         // mio tells of readiness once, at its edge. An edge that came while we polled is told
@@ -306,6 +312,9 @@ impl FaultThread {
 
     fn ask(&mut self, page: PageNumber) {
         let now = Instant::now();
+        if self.roomless.waits(page, now) {
+            return;
+        }
         self.waits_for_nothing_else();
         // Where another vCPU waits for the same page, it has been asked for already.
         match self.asked.entry(page) {

@@ -98,11 +98,15 @@ impl Memory {
         Self::try_new(kinds).expect("no huge pages asked for")
     }
 
-    /// Memory in this file.
-    pub fn on_file(file: File, length: u64) -> Arc<Self> {
+    /// Memory in this file, and more behind it.
+    pub fn on_file(file: File, length: u64, more: &[(Kind, u64)]) -> Arc<Self> {
         file.set_len(length).expect("a size");
         let area = Area::map_file(Kind::Memfd, GuestAddress(0), length, Some(file.into()));
-        Arc::new(Self { areas: vec![area.expect("a mapping")] })
+        let more = more.iter().enumerate().map(|(index, (kind, length))| {
+            Area::map(*kind, GuestAddress((index as u64 + 1) * GAP), *length)
+        });
+        let areas = std::iter::once(area).chain(more).collect::<Result<_, _>>();
+        Arc::new(Self { areas: areas.expect("mappings") })
     }
 
     fn map(kinds: &[(Kind, u64)]) -> std::io::Result<Self> {

@@ -38,7 +38,8 @@ impl FaultThread {
     /// Brings a page that somebody waits for.
     pub(super) fn take_or_ask(&mut self, page: PageNumber) {
         // What was asked for once is not there, or cannot be put in place.
-        if !self.asked.contains_key(&page) && self.take_from_image(page) {
+        let is_new = !self.asked.contains_key(&page) && !self.roomless.contains(page);
+        if is_new && self.take_from_image(page) {
             return;
         }
         self.ask(page);

@@ -68,9 +68,14 @@ impl FaultThread {
         may_be_more
     }
 
+    /// Whether there is something to do from time to time.
+    pub(super) fn has_to_retry(&self) -> bool {
+        !(self.asked.is_empty() && self.short_of_room.is_empty() && self.roomless.is_empty())
+    }
+
     /// Asks again for what was asked for a while ago.
     pub(super) fn retry_if_due(&mut self) {
-        if self.asked.is_empty() && self.short_of_room.is_empty() {
+        if !self.has_to_retry() {
             return;
         }
         let now = Instant::now();
@@ -86,6 +91,8 @@ impl FaultThread {
         let planes = self.arrived.pages.planes();
         // A page that arrived in background while it was asked for.
         self.asked.retain(|page, _| !planes.is_complete(*page));
+        self.roomless.retain(|page| !planes.is_complete(page));
+        self.look_for_room(now);
         let late: Vec<_> = self
             .asked
             .iter()

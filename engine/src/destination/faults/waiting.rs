@@ -1,7 +1,7 @@
 //! What waits for an event to be read: while one is unread nothing can be placed, and this
 //! thread is the one that reads.
 
-use super::super::pages::Urgent;
+use super::super::pages::{InstallError, Urgent};
 use super::{Asked, FaultThread};
 use afterimage_protocol::layout::{PageNumber, PageRange};
 use std::io;
@@ -40,6 +40,7 @@ impl FaultThread {
             Ok(true) => {
                 let end = some.start.0 + some.count;
                 self.asked.retain(|page, _| !(some.start.0..end).contains(&page.0));
+                self.roomless.retain(|page| !(some.start.0..end).contains(&page.0));
                 self.arrived.acknowledge_complete(some);
                 if pages.count > some.count {
                     let rest = PageRange::new(PageNumber(end), pages.count - some.count);
@@ -62,7 +63,8 @@ impl FaultThread {
         let asked = Asked { since: None, last: now, first: now };
         self.arrived.pages.promote(pages);
         for page in pages.iter() {
-            if !self.arrived.pages.planes().is_complete(page) && !self.asked.contains_key(&page) {
+            let is_complete = self.arrived.pages.planes().is_complete(page);
+            if !is_complete && !self.asked.contains_key(&page) && !self.roomless.contains(page) {
                 self.asked.insert(page, asked);
                 self.push_request(page);
             }
@@ -88,9 +90,11 @@ impl FaultThread {
                 // The page is there and who waited is awake: the rest is bookkeeping.
                 self.waited(page);
                 self.arrived.acknowledge(PageRange::one(page));
+                self.has_room(page);
             }
             Ok(Urgent::Late | Urgent::BeingWritten) => drop(self.asked.remove(&page)),
             Ok(Urgent::EventPending) => self.held.push(Held { page, content: content.to_vec() }),
+            Err(error @ InstallError::NoMemory { .. }) => self.has_no_room(page, error),
             Err(error) => return Err(self.arrived.failed(error)),
         }
         Ok(())
