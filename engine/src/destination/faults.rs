@@ -2,9 +2,10 @@
 //!
 //! It is the only thread that reads the userfaultfd, so that events and what was asked for
 //! are never looked at by two. It owns the request channel. Every page that somebody waits
-//! for and that nobody is bringing is in `asked` until it is complete, or in `roomless` if it came
-//! and could not be put in place; a new request channel asks again for all that is in `asked`, and so does a timer, because an answer may have been lost
-//! with the channel that carried it (I4).
+//! for and that nobody is bringing is in `asked` until it is complete, or in `roomless` if it
+//! came and could not be put in place; a new request channel asks again for all that is in
+//! `asked`, and so does a timer, because an answer may have been lost with the channel that
+//! carried it (I4).
 
 mod image;
 mod room;
