@@ -93,16 +93,21 @@ fn who_needs_no_room_does_not_wait_for_who_has_none() {
         let moved = Moved::start(open(directory, "memory"), Background::OnRequest);
         // All of them read 400 pages, and there is room for 256.
         let short: Vec<_> = (0..4).map(|part| moved.reader(part * 100, (part + 1) * 100)).collect();
-        for _ in &short {
-            moved.wait("no room", |event| matches!(event, DestinationEvent::Failed(_)));
-        }
+        moved.wait("no room", |event| matches!(event, DestinationEvent::Failed(_)));
         moved.reader(SHORT, 2 * SHORT).finish("who needs no room", || moved.dump());
         // The first region has not got what was read of it.
         assert!(moved.destination.stats().pages_complete < SHORT + 400, "{}", moved.dump());
+        let has_tried = || moved.source.stats().pages_requested > SHORT + 256 + 16;
+        common::wait_until("that it is tried", || moved.dump(), has_tried);
+        // Told once, however often it is tried.
+        let rest = moved.at_destination.rest();
+        assert!(!rest.iter().any(|it| matches!(it, DestinationEvent::Failed(_))), "{rest:?}");
         filler.set_len(0).expect("there is room");
         for reader in short {
             reader.finish("who has room now", || moved.dump());
         }
+        let stats = moved.destination.stats();
+        assert_eq!(stats.recoveries, 0, "{}", moved.dump());
     });
 }
 

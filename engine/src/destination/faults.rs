@@ -197,6 +197,7 @@ impl FaultThread {
                 again.answers = self.take_answers();
             }
             self.retry_if_due();
+            self.use_room();
             again.answers |= self.give_up_if_silent();
             if again.any() || !self.inbox.is_empty() {
                 // Who has more to read must not keep the other waiting.

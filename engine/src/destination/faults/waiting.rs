@@ -90,7 +90,6 @@ impl FaultThread {
                 // The page is there and who waited is awake: the rest is bookkeeping.
                 self.waited(page);
                 self.arrived.acknowledge(PageRange::one(page));
-                self.has_room(page);
             }
             Ok(Urgent::Late | Urgent::BeingWritten) => drop(self.asked.remove(&page)),
             Ok(Urgent::EventPending) => self.held.push(Held { page, content: content.to_vec() }),
@@ -111,7 +110,8 @@ impl FaultThread {
 
     /// A page is there that somebody may have waited for.
     pub(super) fn waited(&mut self, page: PageNumber) {
-        if let Some(Asked { since: Some(since), .. }) = self.asked.remove(&page) {
+        let waited = self.roomless.let_go(page);
+        if let Some(Asked { since: Some(since), .. }) = self.asked.remove(&page).or(waited) {
             self.arrived.counters.waited(since.elapsed());
         }
     }
