@@ -59,7 +59,7 @@ impl Roomless {
         self.tried.retain(|page| does(*page));
     }
 
-    /// A page is in place, or will not come: what was known of it, if it waited here.
+    /// A page is in place: what was known of it, if it waited here.
     pub(super) fn let_go(&mut self, page: PageNumber) -> Option<Asked> {
         if self.tried.remove(&page) {
             (self.most, self.found, self.has_told) = ((2 * self.most).min(MANY), true, false);
