@@ -3,6 +3,7 @@
 mod guest;
 mod machine;
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -119,7 +120,6 @@ fn a_real_one_is_killed_when_nobody_serves_it_any_more() {
         give_up(&mut handler);
         ended(handler, 4, "abandoned");
         if is_killed {
-            use std::os::unix::process::ExitStatusExt;
             assert_eq!(vm.end().signal(), Some(9));
         }
     }

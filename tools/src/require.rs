@@ -108,8 +108,8 @@ fn version_of_qemu() -> Result<String, String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// A Firecracker that can be run: what the environment variable `AFTERIMAGE_FIRECRACKER` names, else
-/// `firecracker` in the search path. Name: `firecracker`.
+/// A Firecracker that can be run: what the environment variable `AFTERIMAGE_FIRECRACKER` names by its
+/// whole path, else `firecracker` in the search path. Name: `firecracker`.
 ///
 /// # Panics
 /// If there is none and `AFTERIMAGE_REQUIRE` names `firecracker`.
@@ -123,6 +123,10 @@ pub fn firecracker() -> Option<PathBuf> {
     let missing =
         || "no firecracker in the search path; AFTERIMAGE_FIRECRACKER may name one".into();
     let runs = found.ok_or_else(missing).and_then(|path| {
+        if path.is_relative() {
+            // Tests run in other directories.
+            return Err(format!("{}: give its whole path", path.display()));
+        }
         match Command::new(&path).arg("--version").output() {
             Ok(output) if output.status.success() => Ok(path),
             Ok(output) => Err(format!("{} --version: {}", path.display(), output.status)),
