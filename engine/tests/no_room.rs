@@ -106,6 +106,9 @@ fn who_needs_no_room_does_not_wait_for_who_has_none() {
         for reader in short {
             reader.finish("who has room now", || moved.dump());
         }
+        // There is none again, which is told again; this one waits to the end.
+        let _more = moved.reader(400, 600);
+        moved.wait("no room again", |event| matches!(event, DestinationEvent::Failed(_)));
         let stats = moved.destination.stats();
         assert_eq!(stats.recoveries, 0, "{}", moved.dump());
     });

@@ -11,7 +11,7 @@
 use crate::bitmap::{Bitmap, Words};
 use crate::layout::{PageNumber, PageRange};
 use crate::sync::{AtomicU64, Ordering};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 /// How many separate runs a channel may have in flight before it has to wait for acks.
 /// Bounds the memory of an [`InFlight`].
@@ -201,8 +201,19 @@ impl InFlight {
         }
     }
 
-    /// Drops what has been acknowledged from the front.
+    /// Drops what has been acknowledged: from the front, and anywhere else only where that is not
+    /// enough, because of a page that does not arrive (there is no room for it) and is sent again and
+    /// again.
     pub fn settle<W: Words>(&mut self, book: &Book<W>) {
+        self.settle_front(book);
+        if self.is_full() {
+            let mut seen = HashSet::new();
+            let is_open = |run: &PageRange| book.acked.first_clear_in(*run).is_some();
+            self.runs.retain(|run| is_open(run) && seen.insert(*run));
+        }
+    }
+
+    fn settle_front<W: Words>(&mut self, book: &Book<W>) {
         while let Some(front) = self.runs.front_mut() {
             match book.acked.first_clear_in(*front) {
                 None => {

@@ -173,6 +173,30 @@ fn a_channel_is_full_at_its_bound_and_has_room_when_its_front_has_arrived() {
     assert!(!channel.is_full());
 }
 
+/// As where there is no room for it: it is asked for, and sent, again and again.
+#[test]
+fn a_page_that_never_arrives_does_not_fill_a_channel_with_what_has() {
+    let pages = 4 * MAX_IN_FLIGHT_RUNS as u64;
+    let book = book(pages);
+    let mut channel = InFlight::default();
+    let (stuck, mut sent) = (PageRange::one(PageNumber(0)), 2);
+    while sent + 2 < pages {
+        let arrives = PageRange::one(PageNumber(sent));
+        for run in [stuck, arrives] {
+            book.take_urgent(run.start);
+            channel.push(run);
+        }
+        book.acknowledge(arrives);
+        channel.settle(&book);
+        assert!(!channel.is_full(), "after {sent}");
+        sent += 2;
+    }
+    assert_eq!(channel.first(), Some(PageNumber(0)));
+    book.acknowledge(stuck);
+    channel.settle(&book);
+    assert!(channel.is_empty());
+}
+
 #[test]
 fn threads_share_a_book_without_handing_a_page_out_twice() {
     let book = book(4096);

@@ -61,10 +61,11 @@ impl Roomless {
 
     /// A page is in place: what was known of it, if it waited here.
     pub(super) fn let_go(&mut self, page: PageNumber) -> Option<Asked> {
-        if self.tried.remove(&page) {
+        let waited = self.waiting.remove(&page);
+        if self.tried.remove(&page) || waited.is_some() {
             (self.most, self.found, self.has_told) = ((2 * self.most).min(MANY), true, false);
         }
-        self.waiting.remove(&page)
+        waited
     }
 
     /// So many of them: those first that somebody waits for, then those that were tried longest ago.
@@ -84,6 +85,8 @@ impl FaultThread {
     /// There is no room for a page that has come: whoever waits for it goes on waiting.
     pub(super) fn has_no_room(&mut self, page: PageNumber, error: InstallError) {
         let now = Instant::now();
+        // The others may have come in another way, or been given up.
+        self.roomless.has_told &= !(self.roomless.is_empty() && self.roomless.tried.is_empty());
         self.roomless.tried.remove(&page);
         self.roomless.most = FEW;
         if let Some(asked) = self.asked.remove(&page) {
@@ -105,9 +108,9 @@ impl FaultThread {
         let most = roomless.most.saturating_sub(roomless.tried.len());
         for page in self.roomless.next(most) {
             if self.page_bytes(page) > 4096 && !self.roomless.tried.is_empty() {
-                return;
+                continue;
             }
-            let Some(asked) = self.roomless.waiting.remove(&page) else { return };
+            let Some(asked) = self.roomless.waiting.remove(&page) else { continue };
             self.waits_for_nothing_else();
             self.asked.insert(page, Asked { last: now, first: now, ..asked });
             self.roomless.tried.insert(page);

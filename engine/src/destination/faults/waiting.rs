@@ -93,6 +93,11 @@ impl FaultThread {
             }
             Ok(Urgent::Late | Urgent::BeingWritten) => drop(self.asked.remove(&page)),
             Ok(Urgent::EventPending) => self.held.push(Held { page, content: content.to_vec() }),
+            Err(InstallError::NoMemory { .. }) if self.arrived.pages.planes().is_complete(page) => {
+                // It was discarded meanwhile, and became complete when it was given back.
+                self.waited(page);
+                self.arrived.acknowledge(PageRange::one(page));
+            }
             Err(error @ InstallError::NoMemory { .. }) => self.has_no_room(page, error),
             Err(error) => return Err(self.arrived.failed(error)),
         }
