@@ -17,6 +17,9 @@ use std::collections::{HashSet, VecDeque};
 /// Bounds the memory of an [`InFlight`].
 pub const MAX_IN_FLIGHT_RUNS: usize = 16_384;
 
+/// How far from the front it is looked whether the front alone keeps a channel full.
+const NEAR: usize = 256;
+
 /// Which pages a source has handed to its channels, and which have arrived. All methods may
 /// be called from any thread.
 #[derive(Debug)]
@@ -206,11 +209,19 @@ impl InFlight {
     /// again.
     pub fn settle<W: Words>(&mut self, book: &Book<W>) {
         self.settle_front(book);
-        if self.is_full() {
+        if self.is_full() && self.is_stuck(book) {
             let mut seen = HashSet::new();
             let is_open = |run: &PageRange| book.acked.first_clear_in(*run).is_some();
             self.runs.retain(|run| is_open(run) && seen.insert(*run));
         }
+    }
+
+    /// Whether what follows the front has been acknowledged, or is the front again. Where all of it is
+    /// under way, as on a channel that is merely busy, to look at the rest would be for nothing.
+    fn is_stuck<W: Words>(&self, book: &Book<W>) -> bool {
+        let front = self.runs.front();
+        let is_over = |run: &PageRange| book.acked.first_clear_in(*run).is_none();
+        self.runs.iter().skip(1).take(NEAR).any(|run| Some(run) == front || is_over(run))
     }
 
     fn settle_front<W: Words>(&mut self, book: &Book<W>) {

@@ -198,6 +198,19 @@ fn a_page_that_never_arrives_does_not_fill_a_channel_with_what_has() {
 }
 
 #[test]
+fn pages_that_are_sent_again_and_again_fill_no_channel_by_themselves() {
+    let book = book(64);
+    let mut channel = InFlight::default();
+    for round in 0..MAX_IN_FLIGHT_RUNS as u64 {
+        // Not one behind the other, which would be one run.
+        channel.push(PageRange::one(PageNumber(round % 8 * 2)));
+        channel.settle(&book);
+        assert!(!channel.is_full(), "after {round}");
+    }
+    assert!(channel.runs() >= 8, "all of them are under way");
+}
+
+#[test]
 fn threads_share_a_book_without_handing_a_page_out_twice() {
     let book = book(4096);
     let taken: Vec<Vec<PageRange>> = std::thread::scope(|scope| {
